@@ -1,0 +1,33 @@
+"""What goes wrong, said in one line for a person.
+
+The command line prints the message alone and exits with `exit_code`; in Python both kinds are
+ordinary exceptions, and a `RequestError` is also a `ValueError`.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SteerError(Exception):
+    """Base of every error that interp-steer raises on purpose."""
+
+    exit_code = 1
+
+
+class RequestError(SteerError, ValueError):
+    """The request was wrong: asking again in the same words fails again (exit 2)."""
+
+    exit_code = 2
+
+
+class RunError(SteerError, RuntimeError):
+    """The request was right but it failed: network, disk, memory, a damaged file (exit 1)."""
+
+
+def nearest(given: object, choices: Iterable[object]) -> str:
+    """The choices most like what was given, as the end of an error message: `; nearest: a, b`."""
+    names = [str(choice) for choice in choices]
+    close = difflib.get_close_matches(str(given), names, n=3, cutoff=0.5)
+    if close:
+        return "; nearest: " + ", ".join(close)
+    return "; choices: " + ", ".join(names) if 0 < len(names) <= 12 else ""
