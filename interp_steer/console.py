@@ -31,7 +31,13 @@ def progress(what: str, total: float | None = None, *, every: float = 10.0) -> I
     """
     if sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
         with Progress(

@@ -1,0 +1,300 @@
+"""Directions from contrasting prompts: one pass over the prompts, then one pure function a method.
+
+Each method takes activations of positive and negative prompts at one layer, `[n, d_model]` each,
+and returns a vector in the model's residual units.
+"""
+
+import datetime
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp_steer.console import progress
+from interp_steer.direction import Direction, DirectionSet
+from interp_steer.errors import RequestError, nearest
+from interp_steer.files import explained
+from interp_steer.model import Encoded, Prompt, SteeringModel, chat
+
+POSITIONS = ("mean", "last", "answer")
+
+Rows = Float[Tensor, "n d_model"]
+
+
+def mean_difference(positive: Rows, negative: Rows) -> Float[Tensor, " d_model"]:
+    """Mean of the positives minus mean of the negatives.
+
+    Rimsky et al. 2024 (CAA, arXiv 2312.06681); DiffMean in AxBench (arXiv 2501.17148).
+    """
+    return positive.mean(0) - negative.mean(0)
+
+
+def principal_component(positive: Rows, negative: Rows) -> Float[Tensor, " d_model"]:
+    """First principal component of the centred pairwise differences (Zou et al. 2023, RepE).
+
+    Its sign and length are those of the difference of means along it, so positives project higher.
+    """
+    if len(positive) != len(negative) or len(positive) < 3:
+        raise RequestError(
+            "the principal component needs at least 3 prompts of each kind, in pairs; got "
+            f"{len(positive)} positive and {len(negative)} negative"
+        )
+    difference = positive - negative
+    _, _, components = torch.linalg.svd(difference - difference.mean(0), full_matrices=False)
+    first = components[0]
+    return first * torch.dot(mean_difference(positive, negative), first)
+
+
+def logistic_probe(positive: Rows, negative: Rows) -> Float[Tensor, " d_model"]:
+    """Weights of a logistic probe on standardised activations, mapped back to residual units.
+
+    With z = (x - mean) / sd and logit = w.z + b, the gradient of the logit in x is w / sd. Its
+    length means nothing as a shift, so it is given that of the difference of means along it.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    x = torch.cat([positive, negative]).double()
+    spread = x.std(0).clamp_min(1e-8 * x.abs().max())
+    labels = [1] * len(positive) + [0] * len(negative)
+    probe = LogisticRegression(max_iter=2000).fit(((x - x.mean(0)) / spread).numpy(), labels)
+    weights = torch.from_numpy(probe.coef_[0]) / spread
+    unit = (weights / weights.norm()).to(positive.dtype)
+    return unit * torch.dot(mean_difference(positive, negative), unit)
+
+
+METHODS: dict[str, Callable[[Rows, Rows], Float[Tensor, " d_model"]]] = {
+    "mean-difference": mean_difference,
+    "principal-component": principal_component,
+    "logistic-probe": logistic_probe,
+}
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Activations of positive and negative prompts at every layer.
+
+    Attributes:
+        positive, negative: resid_post in float32, [n_layers, n, d_model].
+        source: how they were measured.
+    """
+
+    positive: Float[Tensor, "n_layers n_positive d_model"]
+    negative: Float[Tensor, "n_layers n_negative d_model"]
+    source: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def measure(
+        cls,
+        model: SteeringModel,
+        positive: Sequence[Prompt],
+        negative: Sequence[Prompt],
+        position: str = "mean",
+        batch: int = 16,
+    ) -> "Contrast":
+        """One unsteered pass over all prompts.
+
+        Args:
+            positive, negative: texts or chats; a chat may end with an assistant's answer.
+            position: "mean" of the answer's tokens (persona vectors, Chen et al. 2025), or of all
+                tokens where there is no answer; "last" token; or "answer": the token at which
+                the two prompts of a pair first differ, the letter in CAA's A/B questions. The
+                first position is an attention sink and never counted.
+
+        Raises:
+            RequestError: too few prompts, unequal pairs, or an unknown position.
+        """
+        if position not in POSITIONS:
+            raise RequestError(f"unknown position {position!r}{nearest(position, POSITIONS)}")
+        if not positive or not negative:
+            raise RequestError("a contrast needs positive and negative prompts")
+        sides = [[model.encode(p) for p in prompts] for prompts in (positive, negative)]
+        if position == "answer":
+            spans = _differing(*sides)
+        else:
+            spans = [[_span(one, position) for one in side] for side in sides]
+        rows = [pair for side in zip(sides, spans, strict=True) for pair in zip(*side, strict=True)]
+        means: list[Tensor] = []
+        with progress("reading the prompts", len(rows)) as report:
+            for start in range(0, len(rows), batch):
+                some = rows[start : start + batch]
+                means.append(_means(model, some))
+                report(start + len(some))
+        everything = torch.cat(means, dim=1)
+        source = {
+            "model": model.name,
+            "revision": model.revision,
+            "fingerprint": model.fingerprint,
+            "position": position,
+            "prompts": f"{len(positive)} positive, {len(negative)} negative",
+            "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        return cls(everything[:, : len(positive)], everything[:, len(positive) :], source)
+
+    def directions(self, method: str = "mean-difference", name: str = "contrast") -> DirectionSet:
+        """A direction for every layer by one of `METHODS`.
+
+        Raises:
+            RequestError: an unknown method, or prompts that it cannot use.
+        """
+        if method not in METHODS:
+            raise RequestError(f"unknown method {method!r}{nearest(method, METHODS)}")
+        solve = METHODS[method]
+        return DirectionSet(
+            Direction.of(
+                solve(self.positive[layer], self.negative[layer]),
+                f"blocks.{layer}.hook_resid_post",
+                name,
+                {**self.source, "method": method},
+            )
+            for layer in range(len(self.positive))
+        )
+
+    def shuffled(self, seed: int) -> "Contrast":
+        """Control: the same activations with shuffled labels.
+
+        Pairs stay pairs: half of them, drawn at random, change sides. Without pairs all labels
+        are drawn anew.
+        """
+        draw = torch.Generator().manual_seed(seed)
+        n, m = self.positive.shape[1], self.negative.shape[1]
+        everything = torch.cat([self.positive, self.negative], dim=1)
+        if n == m:
+            swapped = torch.zeros(n, dtype=torch.bool)
+            swapped[torch.randperm(n, generator=draw)[: n // 2]] = True
+            first = torch.arange(n) + n * swapped
+            order = torch.cat([first, (first + n) % (2 * n)])
+        else:
+            order = torch.randperm(n + m, generator=draw)
+        source = {**self.source, "control": "shuffled labels", "seed": str(seed)}
+        return Contrast(everything[:, order[:n]], everything[:, order[n:]], source)
+
+
+def act_add(
+    model: SteeringModel, positive: Prompt, negative: Prompt, name: str = "actadd"
+) -> list[DirectionSet]:
+    """ActAdd (Turner et al. 2023, arXiv 2308.10248): the difference of one pair of prompts.
+
+    Returns one DirectionSet for each position from 1 on, named `name-p1`, `name-p2`, ...; each is
+    meant to be added `on positions k-k` alone, at a coefficient that is a multiple of its norm.
+    Position 0 is left out: behind a BOS its difference is zero, and without one it is the sink.
+
+    Raises:
+        RequestError: the two prompts are not of equal length in tokens; pad the shorter one with
+            spaces or words.
+    """
+    pair = [model.encode(positive), model.encode(negative)]
+    lengths = [len(one.ids) for one in pair]
+    if lengths[0] != lengths[1] or lengths[0] < 2:
+        raise RequestError(
+            f"ActAdd needs two prompts of one length of at least 2 tokens, got {lengths[0]} and "
+            f"{lengths[1]}; pad the shorter one"
+        )
+    layers = torch.stack([x[0] - x[1] for layer, x, _ in model.residuals(pair) if layer >= 0])
+    source = {"model": model.name, "method": "actadd", "positive": repr(positive)}
+    source |= {"negative": repr(negative), "fingerprint": model.fingerprint}
+    return [
+        DirectionSet(
+            Direction.of(
+                layers[layer, position].float(),
+                f"blocks.{layer}.hook_resid_post",
+                f"{name}-p{position}",
+                {**source, "position": str(position)},
+            )
+            for layer in range(model.n_layers)
+        )
+        for position in range(1, lengths[0])
+        if layers[:, position].any(-1).all()  # equal tokens before the first difference
+    ]
+
+
+def read_prompts(path: str | Path, side: str = "prompt") -> list[Prompt]:
+    """Prompts from a file.
+
+    `.txt` holds one a line. `.json` and `.jsonl` hold a list of texts or of objects: `{"prompt",
+    "answer", "system"}` is a chat, and a key named like the file's side (`"positive"`,
+    `"negative"`), `"instruction"` or `"question"` holds a text.
+
+    Raises:
+        RequestError: no such file, not of this form, or empty.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RequestError(f"no prompt file {path}")
+    with explained(path):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    try:
+        if path.suffix == ".json":
+            entries = json.loads(text)
+        elif path.suffix == ".jsonl":
+            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            entries = [line for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise RequestError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise RequestError(f"{path} holds no prompts; expected a list of texts")
+    return [_prompt(entry, side, path) for entry in entries]
+
+
+def _prompt(entry: object, side: str, path: Path) -> Prompt:
+    if isinstance(entry, dict):
+        if isinstance(entry.get("prompt"), str) and ("answer" in entry or "system" in entry):
+            return chat(entry["prompt"], entry.get("system"), entry.get("answer"))
+        for key in (side, "prompt", "instruction", "question"):
+            if isinstance(entry.get(key), str):
+                return str(entry[key])
+    if not isinstance(entry, str):
+        raise RequestError(f"{path} holds an entry that is no prompt: {str(entry)[:60]}")
+    return entry
+
+
+def _span(one: Encoded, position: str) -> tuple[int, int]:
+    """The positions whose mean is taken, from and up to."""
+    if len(one.ids) < 2:
+        raise RequestError("a prompt is one token long: only its attention sink could be read")
+    if position == "last":
+        return len(one.ids) - 1, len(one.ids)
+    return max(1, one.answer or 1), len(one.ids)
+
+
+def _differing(positive: list[Encoded], negative: list[Encoded]) -> list[list[tuple[int, int]]]:
+    """For each pair the first position at which its two prompts differ, for both sides."""
+    if len(positive) != len(negative):
+        raise RequestError(
+            f"position 'answer' needs prompts in pairs, got {len(positive)} positive and "
+            f"{len(negative)} negative"
+        )
+    found = []
+    for number, (one, other) in enumerate(zip(positive, negative, strict=True), start=1):
+        shorter = min(len(one.ids), len(other.ids))
+        at = next((i for i in range(shorter) if one.ids[i] != other.ids[i]), 0)
+        if at == 0:
+            raise RequestError(
+                f"pair {number} does not share its beginning and differ later: position 'answer' "
+                "is for one question with two answers"
+            )
+        found.append((at, at + 1))
+    return [found, list(found)]
+
+
+def _means(
+    model: SteeringModel, rows: list[tuple[Encoded, tuple[int, int]]]
+) -> Float[Tensor, "n_layers n d_model"]:
+    """Mean activation of each row's span at every layer."""
+    weights: Tensor | None = None
+    layers = []
+    for layer, x, real in model.residuals([one for one, _ in rows]):
+        if weights is None:
+            weights = torch.zeros(real.shape, device=x.device)
+            for row, (_, (begin, end)) in enumerate(rows):
+                weights[row, begin:end] = 1 / (end - begin)
+        if layer >= 0:
+            layers.append(torch.einsum("bp,bpd->bd", weights, x.float()).cpu())
+    return torch.stack(layers)

@@ -1,0 +1,370 @@
+"""Directions: unit vectors with a home in the model and a record of where they came from."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp_steer.errors import RequestError, RunError
+from interp_steer.files import explained, whole
+from interp_steer.model import Encoded, Site, SteeringModel
+
+FORMAT = "interp-steer/1"
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """A unit vector at a hook point; arithmetic and equality are those of `norm * unit`.
+
+    A coefficient always multiplies the unit vector, so that strengths compare across sources:
+    decoder rows of different SAEs have norms from 0.1 to 1, differences of means from 1 to 100.
+
+    Attributes:
+        unit: [d_model] (or [d_head] for one head's `z`), length 1, float32, on the CPU.
+        hook_point: TransformerLens's name of its home, such as `blocks.15.hook_resid_post`.
+        norm: length before normalisation, in the model's residual units.
+        name: what lines of text call it.
+        source: where it came from: release, sae_id, index, label; or method, prompts, model.
+        max_activation: largest activation seen of an SAE feature, in residual units.
+    """
+
+    unit: Float[Tensor, " d_model"]
+    hook_point: str
+    norm: float = 1.0
+    name: str = "direction"
+    source: Mapping[str, str] = field(default_factory=dict)
+    max_activation: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        Site.parse(self.hook_point)
+        length = self.unit.double().norm().item()
+        if not math.isfinite(length) or not math.isfinite(self.norm):
+            raise RequestError(f"direction {self.name!r} holds numbers that are not finite")
+        if abs(length - 1) > 1e-4 or self.norm <= 0:
+            raise RequestError(
+                f"direction {self.name!r} has a unit vector of length {length:.4g} and norm "
+                f"{self.norm:.4g}; use Direction.of(vector, ...) for a vector of any length above 0"
+            )
+        unit = self.unit.detach().to("cpu", torch.float32).clone()
+        object.__setattr__(self, "unit", unit)
+        object.__setattr__(self, "source", MappingProxyType(dict(self.source)))
+
+    @classmethod
+    def of(
+        cls,
+        vector: Float[Tensor, " d_model"],
+        hook_point: str,
+        name: str = "direction",
+        source: Mapping[str, str] | None = None,
+        max_activation: float | None = None,
+    ) -> "Direction":
+        """The direction of a vector of any length.
+
+        Raises:
+            RequestError: the vector is zero or holds NaN or infinity.
+        """
+        exact = vector.detach().to("cpu", torch.float64)
+        norm = exact.norm().item()
+        if not math.isfinite(norm) or norm == 0:
+            raise RequestError(f"direction {name!r} has length {norm}: it points nowhere")
+        return cls((exact / norm).float(), hook_point, norm, name, source or {}, max_activation)
+
+    @property
+    def site(self) -> Site:
+        """The home as a site."""
+        return Site.parse(self.hook_point)
+
+    @property
+    def vector(self) -> Float[Tensor, " d_model"]:
+        """The vector at its original length."""
+        return self.unit * self.norm
+
+    @property
+    def sha(self) -> str:
+        """Eight hexadecimal digits of the content: unit vector, norm and hook point."""
+        text = f"{self.hook_point} {self.norm!r}".encode()
+        return hashlib.sha256(self.unit.numpy().tobytes() + text).hexdigest()[:8]
+
+    @property
+    def label(self) -> str:
+        """How lines of text name it: `name@sha8`."""
+        return f"{self.name}@{self.sha}"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Direction):
+            return NotImplemented
+        return (
+            self.hook_point == other.hook_point
+            and self.norm == other.norm
+            and torch.equal(self.unit, other.unit)
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.sha)
+
+    def __repr__(self) -> str:
+        return f"Direction({self.label}, {self.hook_point}, norm {self.norm:.4g})"
+
+    def __add__(self, other: "Direction") -> "Direction":
+        return self._combined(other, "+", self.vector.double() + other.vector.double())
+
+    def __sub__(self, other: "Direction") -> "Direction":
+        return self._combined(other, "-", self.vector.double() - other.vector.double())
+
+    def __neg__(self) -> "Direction":
+        return replace(self, unit=-self.unit, source={"expression": f"-{self.label}"})
+
+    def __mul__(self, factor: float) -> "Direction":
+        if not math.isfinite(factor) or factor == 0:
+            raise RequestError(f"cannot multiply a direction by {factor}")
+        turned = self if factor > 0 else -self
+        source = {"expression": f"{factor!r} * {self.label}"}
+        return replace(turned, norm=self.norm * abs(factor), source=source)
+
+    __rmul__ = __mul__
+
+    def _combined(self, other: "Direction", sign: str, vector: Tensor) -> "Direction":
+        if self.hook_point != other.hook_point:
+            raise RequestError(
+                f"{self.label} is at {self.hook_point} and {other.label} at {other.hook_point}; "
+                "move one with .at(hook_point) first"
+            )
+        source = {"expression": f"{self.label} {sign} {other.label}"}
+        return Direction.of(vector, self.hook_point, f"{self.name}{sign}{other.name}", source)
+
+    def at(self, hook_point: str) -> "Direction":
+        """The same vector with another home."""
+        return replace(self, hook_point=hook_point)
+
+    def named(self, name: str) -> "Direction":
+        """The same direction under another name."""
+        return replace(self, name=name)
+
+    def cosine(self, other: "Direction") -> float:
+        """Cosine of the angle to another direction, -1 to 1."""
+        return float(torch.dot(self.unit.double(), other.unit.double()))
+
+    def nearest(self, others: Iterable["Direction"], k: int = 5) -> list[tuple["Direction", float]]:
+        """The `k` of `others` with the largest cosine, best first, with the cosine."""
+        ranked = sorted(((o, self.cosine(o)) for o in others), key=lambda pair: -pair[1])
+        return ranked[:k]
+
+    def random(self, seed: int) -> "Direction":
+        """Control: a random direction of the same norm and home, uniform on the sphere."""
+        vector = torch.randn(
+            self.unit.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        unit = (vector / vector.norm()).float()
+        source = {"control": "random", "seed": str(seed), "matched": self.label}
+        name = f"{self.name}-random{seed}"
+        return Direction(unit, self.hook_point, self.norm, name, source)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a safetensors file with all attributes, whole or not at all."""
+        return _save(Path(path), self.name, [self], "direction")
+
+    @staticmethod
+    def load(path: str | Path) -> "Direction":
+        """Reads what `save` wrote, exactly.
+
+        Raises:
+            RequestError: there is no such file, or it is not a direction.
+            RunError: the file is damaged.
+        """
+        found = load(path)
+        if isinstance(found, DirectionSet):
+            raise RequestError(
+                f"{path} holds a direction for each of {len(found)} layers; take one with "
+                f"DirectionSet.load(path)[layer], layers {found.layers[0]}-{found.layers[-1]}"
+            )
+        return found
+
+
+class DirectionSet(Sequence[Direction]):
+    """One direction a layer, all at one component. `directions[15]` is block 15's."""
+
+    def __init__(self, directions: Iterable[Direction], name: str | None = None) -> None:
+        """Raises RequestError if the directions are not of one component and different layers."""
+        members = sorted(directions, key=lambda one: one.site.layer)
+        if not members or len({(m.site.component, len(m.unit)) for m in members}) > 1:
+            raise RequestError("a DirectionSet needs directions of one component and one width")
+        self.layers = tuple(m.site.layer for m in members)
+        if len(set(self.layers)) < len(members):
+            raise RequestError(f"a DirectionSet needs one direction a layer, got {self.layers}")
+        self.name = name or members[0].name
+        _check_name(self.name)
+        self._members = tuple(m.named(self.name) for m in members)
+
+    def __getitem__(self, layer: int) -> Direction:  # type: ignore[override]
+        if layer not in self.layers:
+            raise RequestError(
+                f"{self.name} has no direction for layer {layer}; it has layers "
+                f"{self.layers[0]}-{self.layers[-1]}"
+            )
+        return self._members[self.layers.index(layer)]
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __iter__(self) -> Iterator[Direction]:
+        return iter(self._members)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DirectionSet) and self._members == other._members
+
+    def __hash__(self) -> int:
+        return hash(self._members)
+
+    def __repr__(self) -> str:
+        return f"DirectionSet({self.label}, layers {self.layers[0]}-{self.layers[-1]})"
+
+    def named(self, name: str) -> "DirectionSet":
+        """The same directions under another name."""
+        return DirectionSet(self._members, name)
+
+    @property
+    def sha(self) -> str:
+        """Eight hexadecimal digits of all members' content."""
+        return hashlib.sha256("".join(m.sha for m in self._members).encode()).hexdigest()[:8]
+
+    @property
+    def label(self) -> str:
+        """How lines of text name it: `name@sha8`."""
+        return f"{self.name}@{self.sha}"
+
+    def random(self, seed: int) -> "DirectionSet":
+        """Control: independent random directions of the members' norms."""
+        members = [m.random(seed * 100_003 + m.site.layer) for m in self]
+        return DirectionSet(members, f"{self.name}-random{seed}")
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a safetensors file with every member and its attributes."""
+        return _save(Path(path), self.name, list(self), "set")
+
+    @staticmethod
+    def load(path: str | Path) -> "DirectionSet":
+        """Reads what `save` wrote, exactly; raises as `Direction.load` does."""
+        found = load(path)
+        return DirectionSet([found]) if isinstance(found, Direction) else found
+
+
+def load(path: str | Path) -> Direction | DirectionSet:
+    """Reads a file of either kind.
+
+    Raises:
+        RequestError: there is no such file, or it is none of ours.
+        RunError: the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise RequestError(f"no direction file {path}")
+    try:
+        with explained(path), safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            if about.get("format") != FORMAT:
+                raise RequestError(f"{path} is a safetensors file but not a direction ({FORMAT})")
+            members = [
+                Direction(
+                    file.get_tensor(entry["hook_point"]),
+                    entry["hook_point"],
+                    float.fromhex(entry["norm"]),
+                    about["name"],
+                    entry["source"],
+                    entry["max_activation"],
+                )
+                for entry in json.loads(about["members"])
+            ]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RunError(f"{path} is damaged or not a safetensors file: {error}") from error
+    return DirectionSet(members, about["name"]) if about["kind"] == "set" else members[0]
+
+
+def _save(path: Path, name: str, members: list[Direction], kind: str) -> Path:
+    from safetensors.torch import save
+
+    about = [
+        {
+            "hook_point": m.hook_point,
+            "norm": m.norm.hex(),
+            "source": dict(m.source),
+            "max_activation": m.max_activation,
+        }
+        for m in members
+    ]
+    metadata = {"format": FORMAT, "kind": kind, "name": name, "members": json.dumps(about)}
+    data = save({m.hook_point: m.unit.contiguous() for m in members}, metadata)
+    with whole(path) as part:
+        part.write_bytes(data)
+    return path
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can name a direction in a line of interventions."""
+    word = re.fullmatch(r"[\w.+-]+", text)
+    return bool(word) and not re.fullmatch(r"[\d.+-]+(e[\d+-]+)?|[+-]?(nan|inf)", text)
+
+
+def _check_name(name: str) -> None:
+    if not is_name(name):
+        raise RequestError(
+            f"{name!r} cannot name a direction: use letters, digits, '_', '.', '+' and '-', "
+            "and not a number"
+        )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How long the residual stream is: the unit of dose.
+
+    Dose is the length of what is added divided by the median length of what is there. The median,
+    because the first position is an attention sink with a norm many times the others'; it is left
+    out as well, and so is padding.
+
+    Attributes:
+        medians: median length before block 0, then after each block, in residual units.
+    """
+
+    medians: tuple[float, ...]
+
+    @classmethod
+    def of(cls, model: SteeringModel, prompts: Sequence[Encoded], batch: int = 16) -> "Scale":
+        """Measures one unsteered pass over prompts.
+
+        Raises:
+            RequestError: no prompt has two tokens.
+        """
+        lengths: list[list[Tensor]] = [[] for _ in range(model.n_layers + 1)]
+        prompts = [one for one in prompts if len(one.ids) > 1]
+        if not prompts:
+            raise RequestError("no prompt is two tokens long: the residual norm cannot be measured")
+        for start in range(0, len(prompts), batch):
+            some = prompts[start : start + batch]
+            for layer, x, real in model.residuals(some):
+                counted = real.clone()
+                counted[:, 0] = False
+                lengths[layer + 1].append(x.float().norm(dim=-1)[counted].cpu())
+        return cls(tuple(torch.cat(seen).median().item() for seen in lengths))
+
+    def at(self, site: Site) -> float:
+        """The median residual length at a site's layer; for `attn_out` and `mlp_out` that of the
+        stream they write to.
+
+        Raises:
+            RequestError: the site is a head's `z`, which is not in residual units.
+        """
+        if site.component == "z":
+            raise RequestError("a dose is a share of the residual stream; at z give a number")
+        return self.medians[site.layer + (site.component != "resid_pre")]

@@ -1,0 +1,304 @@
+"""What is done where: operator, directions, coefficient, sites, scope and gate, as one value.
+
+An intervention is one line of text and back, the same on the command line, in a file and in
+results. A few that say what the grammar can:
+
+    add(eiffel, 8.5) at 15
+    add(eiffel@3f2a91bc, 0.35 dose) at 14-16 on generated
+    clamp(paris, 8.5) at 15; clamp(tower, 4) at 15            # joined: both targets hold
+    clamp_min(eiffel, 2 max) at resid_post 11,15
+    ablate(refusal) at resid_pre 0-29 + attn_out 0-29 + mlp_out 0-29 on all+first
+    rotate(happy, sad, 30 deg) at 12 on positions 4-9
+    add(head_vector, 3) at z 15h3,15h7 if cos(refusal, resid_post 12) > 0.2
+
+A coefficient is a length in the residual stream; `dose` makes it a share of the median residual
+length at the site, `max` a multiple of the feature's largest activation. Ranges include both ends.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from interp_steer.direction import Direction, DirectionSet, Scale
+from interp_steer.errors import RequestError, nearest
+from interp_steer.model import Site, SteeringModel
+
+# operator: (least and most directions, the units of its coefficient; none = takes no coefficient)
+LENGTHS = ("", "dose", "max")
+OPERATORS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "add": (1, LENGTHS),
+    "add_norm_kept": (1, LENGTHS),
+    "clamp": (1, LENGTHS),
+    "clamp_min": (1, LENGTHS),
+    "clamp_max": (1, LENGTHS),
+    "ablate": (1, ()),
+    "rotate": (2, ("deg",)),
+    "angular": (2, ("deg",)),
+}
+CLAMPS = ("clamp", "clamp_min", "clamp_max", "ablate")
+SCOPES = ("all", "prompt", "generated", "last", "content", "positions")
+
+Vector = Direction | DirectionSet
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which positions of a row are steered; position 0 is the row's first real token.
+
+    `prompt` and `generated` both hold the last prompt position: it predicts the first generated
+    token. Padding is never steered, and the first position only if asked: it is an attention sink.
+
+    Attributes:
+        kind: `all`; `prompt`; `generated`; `last` prompt position; `content`: what the user and
+            the model say, without template or special tokens; `positions`.
+        begin, end: for `positions`, both included.
+        first: whether position 0 is steered too, where the kind holds it.
+    """
+
+    kind: str = "all"
+    begin: int = 0
+    end: int = 0
+    first: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in SCOPES:
+            raise RequestError(f"unknown scope {self.kind!r}{nearest(self.kind, SCOPES)}")
+        if not 0 <= self.begin <= self.end:
+            raise RequestError(f"positions {self.begin}-{self.end} are not a range")
+
+    def prompt_mask(self, content: Sequence[bool]) -> list[bool]:
+        """Which positions of a prompt are steered, given which are content."""
+        n = len(content)
+        chosen = {
+            "all": [True] * n,
+            "prompt": [True] * n,
+            "generated": [i == n - 1 for i in range(n)],
+            "last": [i == n - 1 for i in range(n)],
+            "content": list(content),
+            "positions": [self.begin <= i <= self.end for i in range(n)],
+        }[self.kind]
+        # naming position 0 in a range asks for it
+        asked = self.first or (self.kind == "positions" and self.begin == 0)
+        return [chosen[0] and asked, *chosen[1:]]
+
+    def after_prompt(self, prompt_length: int) -> tuple[int, float]:
+        """Which later positions are steered: from, and up to but not including."""
+        if self.kind in ("all", "generated", "content"):
+            return prompt_length, math.inf
+        if self.kind == "positions":
+            return max(self.begin, prompt_length), self.end + 1
+        return 0, 0
+
+    def __str__(self) -> str:
+        text = f"positions {self.begin}-{self.end}" if self.kind == "positions" else self.kind
+        return text + ("+first" if self.first else "")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A condition on the prompt: mean over its positions of cos(x, direction), first one left out.
+
+    Conditional activation steering, Lee et al. 2024 (CAST, arXiv 2409.05907). It is judged once,
+    on the unsteered prompt.
+    """
+
+    direction: Vector
+    site: Site
+    above: bool
+    threshold: float
+
+    def __str__(self) -> str:
+        sign = ">" if self.above else "<"
+        return f"cos({self.direction.label}, {self.site}) {sign} {self.threshold!r}"
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One change of activations; build it with `steer(...)` or `parse(...)`.
+
+    Attributes:
+        operator: a key of `OPERATORS`.
+        directions: one, or two for the angular operators.
+        value, unit: the coefficient; unit "" is a length, else "dose", "max" or "deg".
+        sites: where; a Direction goes unchanged to each, a DirectionSet gives each layer its own.
+        scope: which positions.
+        gate: applied only to prompts that pass, or None.
+    """
+
+    operator: str
+    directions: tuple[Vector, ...]
+    value: float
+    unit: str
+    sites: tuple[Site, ...]
+    scope: Scope = Scope()
+    gate: Gate | None = None
+
+    def __post_init__(self) -> None:
+        if self.operator not in OPERATORS:
+            raise RequestError(
+                f"unknown operator {self.operator!r}{nearest(self.operator, OPERATORS)}"
+            )
+        needed, units = OPERATORS[self.operator]
+        if len(self.directions) != needed:
+            raise RequestError(
+                f"{self.operator} takes {needed} direction{'s' * (needed > 1)}, "
+                f"got {len(self.directions)}"
+            )
+        if not math.isfinite(self.value):
+            raise RequestError(f"the coefficient of {self.operator} is {self.value}, not a number")
+        if units and self.unit not in units:
+            wanted = " or ".join(unit or "none" for unit in units)
+            raise RequestError(f"{self.operator} takes a coefficient with unit {wanted}")
+        if not self.sites or len(set(self.sites)) < len(self.sites):
+            raise RequestError(f"{self.operator} needs sites, each once")
+
+    def __str__(self) -> str:
+        names = ", ".join(one.label for one in self.directions)
+        number = f", {self.value!r} {self.unit}".rstrip() if OPERATORS[self.operator][1] else ""
+        line = f"{self.operator}({names}{number}) at {_sites_text(self.sites)}"
+        if self.scope != Scope():
+            line += f" on {self.scope}"
+        return line + (f" if {self.gate}" if self.gate else "")
+
+    def at(self, site: Site) -> tuple[Direction, ...]:
+        """The directions used at one site."""
+        return tuple(
+            one[site.layer] if isinstance(one, DirectionSet) else one for one in self.directions
+        )
+
+    def check(self, model: SteeringModel) -> None:
+        """Raises RequestError if a layer, head or width does not fit the model."""
+        for site in self.sites:
+            for direction in self.at(site):
+                model.check(site, len(direction.unit))
+        if self.gate:
+            for direction in _at(self.gate.direction, self.gate.site):
+                model.check(self.gate.site, len(direction.unit))
+
+    def lengths(self, scale: Scale | None = None) -> tuple[float | None, ...]:
+        """The coefficient at each site as a length in the residual stream; None for angles.
+
+        Raises:
+            RequestError: a dose without a scale, or `max` of a direction that has no maximum.
+        """
+        if self.unit == "deg":
+            return tuple(None for _ in self.sites)
+        if self.unit == "dose":
+            if scale is None:
+                raise RequestError(
+                    f"{self} has a dose: call .resolve(Scale.of(model, prompts)) first"
+                )
+            return tuple(self.value * scale.at(site) for site in self.sites)
+        if self.unit == "max":
+            peaks = [self.at(site)[0].max_activation for site in self.sites]
+            if None in peaks:
+                raise RequestError(
+                    f"{self.directions[0].label} has no maximum activation, as features of an SAE "
+                    "do; give the coefficient as a number or a dose"
+                )
+            return tuple(self.value * (peak or 0.0) for peak in peaks)
+        return tuple(self.value for _ in self.sites)
+
+    def resolve(self, scale: Scale | None = None) -> tuple["Intervention", ...]:
+        """The same with lengths for coefficients: itself, or one for each length."""
+        if self.unit in ("", "deg"):
+            return (self,)
+        groups: dict[float, list[Site]] = {}
+        for site, length in zip(self.sites, self.lengths(scale), strict=True):
+            groups.setdefault(length or 0.0, []).append(site)
+        return tuple(
+            replace(self, value=length, unit="", sites=tuple(sites))
+            for length, sites in groups.items()
+        )
+
+    def strengths(self, scale: Scale | None = None) -> list[dict[str, object]]:
+        """Every form of the coefficient at each site: length, dose, multiple of the maximum."""
+        shown = []
+        for site, length in zip(self.sites, self.lengths(scale), strict=True):
+            peak = self.at(site)[0].max_activation
+            dose = None
+            if length is not None and scale is not None and site.component != "z":
+                dose = length / scale.at(site)
+            shown.append(
+                {
+                    "site": str(site),
+                    "coefficient": self.value if length is None else length,
+                    "dose": dose,
+                    "max": length / peak if length is not None and peak else None,
+                }
+            )
+        return shown
+
+
+def _at(vector: Vector, site: Site) -> tuple[Direction, ...]:
+    return (vector[site.layer],) if isinstance(vector, DirectionSet) else (vector,)
+
+
+def steer(
+    operator: str,
+    *directions: Vector,
+    coefficient: float | str = 0.0,
+    at: int | str | Sequence[Site],
+    on: str = "all",
+    gate: Gate | None = None,
+) -> Intervention:
+    """An intervention from Python, with the texts of the line grammar for its parts.
+
+    Args:
+        operator: a key of `OPERATORS`.
+        directions: one; two for `rotate` and `angular`.
+        coefficient: a number, or text with a unit: `"0.35 dose"`, `"2 max"`, `"30 deg"`.
+        at: a layer, sites as text (`"14-16"`, `"z 15h3"`), or `Site`s.
+        on: the scope as text.
+        gate: a condition on the prompt.
+
+    Example:
+        `steer("add", eiffel, coefficient="0.35 dose", at=15, on="generated")`
+    """
+    from interp_steer.grammar import Reader
+
+    value, unit = Reader(str(coefficient)).only(Reader.coefficient)
+    sites = Reader(str(at)).only(Reader.sites) if isinstance(at, (int, str)) else tuple(at)
+    return Intervention(
+        operator, directions, value, unit, sites, Reader(on).only(Reader.scope), gate
+    )
+
+
+def parse(text: str, directions: Mapping[str, Vector]) -> tuple[Intervention, ...]:
+    """Reads interventions, separated by `;`, in order.
+
+    Args:
+        text: lines as in the module's examples; "" is no intervention.
+        directions: what the names mean. `name@sha8` must have that content.
+
+    Raises:
+        RequestError: the text cannot be read (it says where), or a name is unknown.
+    """
+    from interp_steer.grammar import Reader
+
+    if not text.strip():
+        return ()
+    return Reader(text, directions).only(Reader.interventions)
+
+
+def line(interventions: Sequence[Intervention]) -> str:
+    """The text of interventions, which `parse` reads back; "" for none."""
+    return "; ".join(str(one) for one in interventions)
+
+
+def _sites_text(sites: Sequence[Site]) -> str:
+    """`resid_post 12-14,16 + z 3h1`: neighbours of one component as ranges."""
+    groups: list[tuple[str, list[str]]] = []
+    run: list[int] = []
+    for i, site in enumerate(sites):
+        if not groups or groups[-1][0] != site.component:
+            groups.append((site.component, []))
+        if site.head is not None:
+            groups[-1][1].append(f"{site.layer}h{site.head}")
+            continue
+        run.append(site.layer)
+        after = sites[i + 1] if i + 1 < len(sites) else None
+        if after is None or (after.component, after.layer) != (site.component, site.layer + 1):
+            groups[-1][1].append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+            run = []
+    return " + ".join(f"{component} {','.join(parts)}" for component, parts in groups)
