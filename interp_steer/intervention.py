@@ -19,6 +19,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from interp_steer.direction import Direction, DirectionSet, Scale
 from interp_steer.errors import RequestError, nearest
 from interp_steer.model import Site, SteeringModel
@@ -107,6 +109,15 @@ class Gate:
     above: bool
     threshold: float
 
+    def __post_init__(self) -> None:
+        if self.site.component not in ("resid_pre", "resid_post"):
+            raise RequestError(f"a gate reads resid_pre or resid_post, not {self.site}")
+
+    @property
+    def vector(self) -> Tensor:
+        """The unit direction that the prompt is compared with."""
+        return _at(self.direction, self.site).unit
+
     def __str__(self) -> str:
         sign = ">" if self.above else "<"
         return f"cos({self.direction.label}, {self.site}) {sign} {self.threshold!r}"
@@ -162,9 +173,7 @@ class Intervention:
 
     def at(self, site: Site) -> tuple[Direction, ...]:
         """The directions used at one site."""
-        return tuple(
-            one[site.layer] if isinstance(one, DirectionSet) else one for one in self.directions
-        )
+        return tuple(_at(one, site) for one in self.directions)
 
     def check(self, model: SteeringModel) -> None:
         """Raises RequestError if a layer, head or width does not fit the model."""
@@ -172,8 +181,7 @@ class Intervention:
             for direction in self.at(site):
                 model.check(site, len(direction.unit))
         if self.gate:
-            for direction in _at(self.gate.direction, self.gate.site):
-                model.check(self.gate.site, len(direction.unit))
+            model.check(self.gate.site, len(self.gate.vector))
 
     def lengths(self, scale: Scale | None = None) -> tuple[float | None, ...]:
         """The coefficient at each site as a length in the residual stream; None for angles.
@@ -230,8 +238,8 @@ class Intervention:
         return shown
 
 
-def _at(vector: Vector, site: Site) -> tuple[Direction, ...]:
-    return (vector[site.layer],) if isinstance(vector, DirectionSet) else (vector,)
+def _at(vector: Vector, site: Site) -> Direction:
+    return vector[site.layer] if isinstance(vector, DirectionSet) else vector
 
 
 def steer(

@@ -1,0 +1,110 @@
+"""A row: one prompt under an ordered tuple of interventions, with one seed and sampling setting."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from jaxtyping import Float
+from torch import Tensor
+
+from interp_steer.errors import RequestError
+from interp_steer.intervention import Intervention, line
+from interp_steer.model import Prompt, Site, SteeringModel
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, in Hugging Face's order and meaning.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p, top_k: 1 and 0 keep every token.
+        repetition_penalty: on every id seen so far, the prompt included; 1 is none.
+        max_new_tokens: at most so many; the model's stop ids end a row earlier.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        limits = {
+            "temperature": (self.temperature, 0 <= self.temperature < math.inf, "at least 0"),
+            "top_p": (self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (self.top_k, self.top_k >= 0, "at least 0"),
+            "repetition_penalty": (
+                self.repetition_penalty,
+                0 < self.repetition_penalty < math.inf,
+                "above 0",
+            ),
+            "max_new_tokens": (self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+        }
+        for name, (value, good, expected) in limits.items():
+            if not good:
+                raise RequestError(f"{name} is {value}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is run: prompt, interventions in order, sampling, seed."""
+
+    prompt: Prompt
+    steer: tuple[Intervention, ...] = ()
+    sampling: Sampling = Sampling()
+    seed: int = 0
+
+    def key(self, model: SteeringModel) -> str:
+        """A hash of everything that decides the outcome, rendered token ids and weights included."""
+        content = {
+            "model": model.fingerprint,
+            "dtype": str(model.dtype),
+            "ids": model.encode(self.prompt).ids,
+            "steer": line(self.steer),
+            "sampling": asdict(self.sampling),
+            "seed": self.seed,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a row generated.
+
+    Attributes:
+        row: the row.
+        token_ids: generated ids, without the stop id.
+        text: their text.
+        finish: "stop" (a stop id), "length" (max_new_tokens) or "cancelled".
+        taps: activations that were asked for, by site: every position that the model has read
+            (the prompt and all generated tokens but the last), after any intervention there.
+    """
+
+    row: Row
+    token_ids: tuple[int, ...]
+    text: str
+    finish: str
+    taps: Mapping[Site, Float[Tensor, "pos d_model"]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a row makes of a given continuation, teacher-forced.
+
+    Attributes:
+        token_ids: the continuation.
+        logprobs: natural logarithm of each token's probability.
+        last_logits: logits after the last token, if asked for.
+        kl: KL(reference || row) in nats, at the last prompt position and after each token of the
+            continuation (one more than tokens); None without a reference.
+        taps: as in `Result`.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: Float[Tensor, " tokens"]
+    last_logits: Float[Tensor, " d_vocab"] | None = None
+    kl: Float[Tensor, " positions"] | None = None
+    taps: Mapping[Site, Float[Tensor, "pos d_model"]] = field(default_factory=dict)
