@@ -1,12 +1,22 @@
-"""The command line: assembles the other files and prints. Heavy imports wait inside the commands."""
+"""The command line: assembles the other files and prints.
 
+Heavy imports wait inside the commands, so that `--help` answers at once.
+"""
+
+import json
 import os
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
-from interp_steer.errors import SteerError
+from interp_steer.console import progress, safe
+from interp_steer.errors import RequestError, SteerError
+
+if TYPE_CHECKING:
+    from interp_steer.model import SteeringModel
 
 app = typer.Typer(
     help="Steer large language models without fine-tuning, and study what steering does.",
@@ -15,6 +25,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+direction = typer.Typer(help="Make and show directions.", no_args_is_help=True)
+app.add_typer(direction, name="direction")
+
+Model = Annotated[str, typer.Option(help="'starter', a folder, or a hub id.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Named = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--direction",
+        help="NAME=FILE, for --steer. Names in the cache and files need no such option.",
+    ),
+]
 
 
 def main() -> None:
@@ -37,7 +61,278 @@ def main() -> None:
 
 def fail(message: str, code: int) -> int:
     """Says in one line what went wrong."""
-    from interp_steer.console import safe
-
     print("error: " + safe(" ".join(message.split())), file=sys.stderr)
     return code
+
+
+def _load(name: str, dtype: str | None, device: str | None) -> "SteeringModel":
+    # Spinning OpenMP threads make short decoding steps up to 30 times slower on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with progress("starting", every=5):
+        from interp_steer.model import SteeringModel
+
+    return SteeringModel.load(name, dtype=dtype, device=device)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Folder for the plot and the records.")] = None,
+) -> None:
+    """Talk about the Eiffel Tower: builds a direction, chooses its strength, shows what it does."""
+    model = _load("starter", None, None)
+    from interp_steer import demo as show
+    from interp_steer.files import cache_dir
+
+    show.run(model, out or cache_dir("runs", "demo"))
+
+
+@app.command()
+def generate(
+    model: Model = "starter",
+    prompt: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A .txt, .json or .jsonl file.")] = None,
+    steer: Annotated[
+        list[str] | None,
+        typer.Option(help="Interventions, such as 'add(eiffel, 0.3 dose) at 15'; may be repeated."),
+    ] = None,
+    named: Named = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Plain text, no chat template.")] = False,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    batch: Annotated[
+        int | None, typer.Option(help="Rows at once; default fits the memory.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the records to a .json file.")] = None,
+    as_json: Json = False,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Answer prompts, each unsteered and under every --steer, in one batch."""
+    from interp_steer.console import side_by_side
+
+    if not prompt and not prompts:
+        raise RequestError("nothing to answer: give --prompt or --prompts")
+    if out and not out.resolve().parent.is_dir():
+        raise RequestError(f"--out {out}: there is no folder {out.resolve().parent}")
+    loaded = _load(model, dtype, device)
+    from interp_steer.contrast import read_prompts
+    from interp_steer.direction import Directions, Scale
+    from interp_steer.engine import Engine
+    from interp_steer.files import whole
+    from interp_steer.intervention import parse
+    from interp_steer.model import chat
+    from interp_steer.row import Row, Sampling, record
+
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
+    asked = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    plain = text or not loaded.is_chat
+    asked = [chat(p, system) if isinstance(p, str) and not plain else p for p in asked]
+    scale = Scale.of(loaded, [loaded.encode(p) for p in asked])
+    settings = [(), *(parse(line, Directions(named or [])) for line in steer or [])]
+    rows = [
+        Row(p, tuple(r for one in setting for r in one.resolve(scale)), sampling, seed)
+        for p in asked
+        for setting in settings
+    ]
+    engine = Engine(loaded)
+    if len(rows) <= 3 and len(asked) == 1 and sys.stdout.isatty() and not as_json and not out:
+        side_by_side(engine.stream(rows), [_title(row, scale) for row in rows])
+        return
+    with progress("generating", len(rows)) as report:
+        results = engine.generate(rows, batch=batch, report=report)
+    records = [record(result, scale) for result in results]
+    if out:
+        with whole(out) as part:
+            part.write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
+    if as_json:
+        print(json.dumps(records, ensure_ascii=False, indent=1))
+    elif not out:
+        for result in results:
+            if not result.row.steer:
+                said = result.row.prompt
+                print("\n# " + safe(said if isinstance(said, str) else said[-1][1]))
+            print(f"\n[{safe(_title(result.row, scale))}]\n{safe(result.text)}")
+
+
+def _title(row: Any, scale: Any) -> str:
+    """A row's interventions with every form of their strength."""
+    if not row.steer:
+        return "unsteered"
+    titles = []
+    for one in row.steer:
+        forms = []
+        for s in one.strengths(scale):
+            form = f"{s['coefficient']:.4g}"
+            form += f" = {s['dose']:.2f} dose" if s["dose"] is not None else ""
+            form += f" = {s['max']:.2f} max" if s["max"] is not None else ""
+            forms.append(form)
+        titles.append(f"{one}: {', '.join(dict.fromkeys(forms))}")
+    return "; ".join(titles)
+
+
+@app.command()
+def chat(
+    model: Model = "starter",
+    steer: Annotated[str, typer.Option(help="Interventions, as for generate.")] = "",
+    named: Named = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.5,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.1,
+    seed: int = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Talk to the steered model beside its unsteered self. `/steer LINE`, `/reset`, `/quit`."""
+    loaded = _load(model, dtype, device)
+    from interp_steer import conversation
+    from interp_steer.direction import Directions
+    from interp_steer.row import Sampling
+
+    sampling = Sampling(temperature, top_p, 0, repetition_penalty, max_new_tokens)
+    conversation.hold(loaded, steer, Directions(named or []), system, sampling, seed)
+
+
+@direction.command("make")
+def make(
+    positive: Annotated[Path, typer.Option(help="Prompts with the concept.")],
+    negative: Annotated[Path, typer.Option(help="Prompts without it.")],
+    name: Annotated[str, typer.Option(help="What lines of text will call it.")] = "direction",
+    method: Annotated[
+        str,
+        typer.Option(help="mean-difference, principal-component, logistic-probe or actadd."),
+    ] = "mean-difference",
+    position: Annotated[str, typer.Option(help="mean, last or answer.")] = "mean",
+    layer: Annotated[int | None, typer.Option(help="Only this layer; default all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File; default in the cache.")] = None,
+    model: Model = "starter",
+    as_json: Json = False,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """A direction from contrasting prompts, for every layer from one pass."""
+    from interp_steer.errors import nearest
+    from interp_steer.files import cache_dir
+
+    methods = ("mean-difference", "principal-component", "logistic-probe", "actadd")
+    if method not in methods:
+        raise RequestError(f"unknown method {method!r}{nearest(method, methods)}")
+    from interp_steer.contrast import Contrast, act_add, read_prompts
+    from interp_steer.direction import Scale, is_name
+
+    if not is_name(name):
+        raise RequestError(f"{name!r} cannot name a direction: use letters, digits, '_', '.', '-'")
+    sides = read_prompts(positive, "positive"), read_prompts(negative, "negative")
+    loaded = _load(model, dtype, device)
+    if layer is not None and not 0 <= layer < loaded.n_layers:
+        raise RequestError(
+            f"layer {layer} is out of range: {loaded.name} has layers 0-{loaded.n_layers - 1}"
+        )
+    scale = Scale.of(loaded, [loaded.encode(p) for side in sides for p in side])
+    if method == "actadd":
+        if len(sides[0]) != 1 or len(sides[1]) != 1:
+            raise RequestError("actadd takes one positive and one negative prompt")
+        made = act_add(loaded, sides[0][0], sides[1][0], name)
+    else:
+        made = [Contrast.measure(loaded, *sides, position).directions(method, name)]
+    target = out or cache_dir("directions") / f"{name}.safetensors"
+    table: list[dict[str, Any]] = []
+    for one in made:
+        suffix = one.name.removeprefix(name)
+        path = target.with_name(f"{target.stem}{suffix}{target.suffix or '.safetensors'}")
+        (one if layer is None else one[layer]).save(path)
+        for member in one:
+            if layer in (None, member.site.layer):
+                dose = member.norm / scale.at(member.site)
+                table.append(
+                    {
+                        "name": one.name,
+                        "sha": member.sha,
+                        "layer": member.site.layer,
+                        "norm": member.norm,
+                        "dose": dose,
+                        "file": str(path),
+                    }
+                )
+    if as_json:
+        print(json.dumps(table, indent=1))
+        return
+    print(f"{'layer':>5}  {'norm':>9}  {'of |x|':>6}  direction")
+    for line in table:
+        print(
+            f"{line['layer']:>5}  {line['norm']:>9.3f}  {line['dose']:>6.2f}  {line['name']}@{line['sha']}"
+        )
+    print(f"\nsaved {', '.join(sorted({line['file'] for line in table}))}")
+    at = layer if layer is not None else loaded.n_layers // 2
+    print(
+        f"try   interp-steer generate --model {model} --prompt '...' --steer 'add({made[0].name}, 0.3 dose) at {at}'"
+    )
+
+
+@direction.command("show")
+def show(file: Path, as_json: Json = False) -> None:
+    """What a direction file holds, and where it came from."""
+    from interp_steer.direction import Direction, load
+
+    found = load(file)
+    members = [found] if isinstance(found, Direction) else list(found)
+    if as_json:
+        print(
+            json.dumps(
+                [
+                    {
+                        "name": m.name,
+                        "sha": m.sha,
+                        "hook_point": m.hook_point,
+                        "norm": m.norm,
+                        "max_activation": m.max_activation,
+                        "source": dict(m.source),
+                    }
+                    for m in members
+                ],
+                indent=1,
+            )
+        )
+        return
+    print(safe(found.label))
+    for key, value in members[0].source.items():
+        print(f"  {key}: {safe(value)}")
+    for m in members:
+        print(f"  {m.hook_point}  norm {m.norm:.4g}  {m.sha}")
+
+
+@app.command()
+def verify(
+    model: Model = "starter", as_json: Json = False, dtype: Dtype = None, device: Device = None
+) -> None:
+    """Check the toolkit's contract on your own model; exit 1 if a check fails."""
+    loaded = _load(model, dtype, device)
+    from interp_steer.verify import CHECKS
+    from interp_steer.verify import verify as run
+
+    with progress("checking", len(CHECKS)) as report:
+        checks = run(loaded, report)
+    passed = all(check.passed for check in checks)
+    if as_json:
+        found = [
+            {
+                "name": c.name,
+                "passed": c.passed,
+                "difference": c.difference,
+                "tolerance": c.tolerance,
+            }
+            for c in checks
+        ]
+        print(json.dumps({"model": model, "passed": passed, "checks": found}, indent=1))
+    else:
+        print(loaded)
+        for c in checks:
+            word = "ok  " if c.passed else "FAIL"
+            print(f"{word} {c.name}: {c.difference:.2g} (at most {c.tolerance:.2g})")
+    raise Exit(0 if passed else 1)

@@ -3,7 +3,7 @@
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 # C0 and C1 controls (escape codes among them) and the marks that reorder text on a terminal.
@@ -60,3 +60,43 @@ def progress(what: str, total: float | None = None, *, every: float = 10.0) -> I
         print(f"{what}: {share}{left}", file=sys.stderr, flush=True)
 
     yield report
+
+
+def side_by_side(pieces: Iterable[tuple[int, str, str | None]], titles: Sequence[str]) -> list[str]:
+    """Shows texts as they appear, each in a column (one below the other if stdout is no terminal).
+
+    Args:
+        pieces: (column, new text, finish), as `Engine.stream` yields them.
+        titles: one for each column.
+
+    Returns:
+        The whole texts.
+    """
+    texts = [""] * len(titles)
+    if not sys.stdout.isatty():
+        for column, piece, _ in pieces:
+            texts[column] += piece
+        for title, text in zip(titles, texts, strict=True):
+            print(f"[{safe(title)}]\n{safe(text)}\n")
+        return texts
+    from rich.columns import Columns
+    from rich.console import Console
+    from rich.live import Live
+    from rich.panel import Panel
+    from rich.text import Text
+
+    console = Console()
+    width = max(30, console.width // len(titles) - 1)
+
+    def drawn() -> Columns:
+        panels = [
+            Panel(Text(safe(text)), title=Text(safe(title)), width=width)
+            for title, text in zip(titles, texts, strict=True)
+        ]
+        return Columns(panels, padding=0)
+
+    with Live(drawn(), console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        for column, piece, _ in pieces:
+            texts[column] += piece
+            live.update(drawn(), refresh=True)
+    return texts

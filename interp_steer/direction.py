@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.files import explained, whole
+from interp_steer.files import cache_dir, explained, whole
 from interp_steer.model import Encoded, Site, SteeringModel
 
 FORMAT = "interp-steer/1"
@@ -323,6 +323,39 @@ def _check_name(name: str) -> None:
             f"{name!r} cannot name a direction: use letters, digits, '_', '.', '+' and '-', "
             "and not a number"
         )
+
+
+class Directions(Mapping[str, Direction | DirectionSet]):
+    """Directions by name, for `parse`: given as `NAME=FILE`, else a file of that path, else
+    `directions/NAME.safetensors` in the cache.
+    """
+
+    def __init__(self, given: Sequence[str] = ()) -> None:
+        """Raises RequestError if an entry is not of the form NAME=FILE."""
+        self._files: dict[str, Path] = {}
+        for entry in given:
+            name, sign, file = entry.partition("=")
+            if not sign or not is_name(name) or not file:
+                raise RequestError(f"--direction {entry!r}: expected NAME=FILE")
+            self._files[name] = Path(file)
+
+    def __getitem__(self, name: str) -> Direction | DirectionSet:
+        if name in self._files:
+            return load(self._files[name])
+        for path in (Path(name).expanduser(), Path(f"{name}.safetensors").expanduser()):
+            if path.is_file():
+                return load(path)
+        path = cache_dir("directions") / f"{name}.safetensors"
+        if path.parent == cache_dir("directions") and path.is_file():
+            return load(path)
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        kept = {path.stem for path in cache_dir("directions").glob("*.safetensors")}
+        return iter(sorted({*self._files, *kept}))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
 
 
 @dataclass(frozen=True)

@@ -250,6 +250,12 @@ class Engine:
         self._in_batches([r for r in order if r not in wanted], lengths, batch, work)
         return [found[r] for r in range(len(rows))]
 
+    def admitted(self, row: Row) -> Steered:
+        """A row as forward passes take it: checked, and without interventions whose gate is shut."""
+        live = self._live(0, row, (), 0)
+        self._open_gates([live])
+        return live.steered
+
     # --- what generate, score and the stepper share ---------------------------------------------
 
     def _ids(self, continuation: Sequence[int] | str) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
+from interp_steer.direction import Scale
 from interp_steer.errors import RequestError
 from interp_steer.intervention import Intervention, line
 from interp_steer.model import Prompt, Site, SteeringModel
@@ -88,6 +89,26 @@ class Result:
     text: str
     finish: str
     taps: Mapping[Site, Float[Tensor, "pos d_model"]] = field(default_factory=dict)
+
+
+def record(result: Result, scale: Scale | None = None) -> dict[str, object]:
+    """A result as a program reads it; `coefficient` and `dose` hold one entry a site.
+
+    Args:
+        scale: gives the doses; they are None without it, and where a dose has no meaning.
+    """
+    steer = result.row.steer
+    strengths = [s for one in steer for s in one.strengths(scale)]
+    said = result.row.prompt
+    return {
+        "prompt": said if isinstance(said, str) else said[-1][1],
+        "steer": line(steer) if steer else None,
+        "text": result.text,
+        "tokens": len(result.token_ids),
+        "token_ids": list(result.token_ids),
+        "coefficient": [s["coefficient"] for s in strengths] if steer else None,
+        "dose": [s["dose"] for s in strengths] if steer else None,
+    }
 
 
 @dataclass(frozen=True)

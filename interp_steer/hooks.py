@@ -1,0 +1,90 @@
+"""The same rows through TransformerLens, for a researcher's own code.
+
+hooks = fwd_hooks(model, steer, prompt)
+with model.hooked.hooks(fwd_hooks=hooks):
+    ...
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from interp_steer.bank import Bank, compile_banks
+from interp_steer.engine import Engine
+from interp_steer.intervention import Intervention
+from interp_steer.model import Prompt, Site, SteeringModel
+from interp_steer.row import Row, Score
+
+if TYPE_CHECKING:
+    from transformer_lens import ActivationCache
+
+
+def fwd_hooks(
+    model: SteeringModel,
+    steer: Sequence[Intervention],
+    prompt: Prompt,
+    *,
+    cached: bool = False,
+) -> list[tuple[str, Callable[..., Tensor]]]:
+    """Interventions as TransformerLens hooks, for a batch of one sequence without padding.
+
+    Args:
+        steer: resolved interventions (lengths, not doses).
+        prompt: tells scopes where the prompt ends and what of it is content; gates judge it.
+        cached: True for use with a KV cache: each call goes on where the last one ended. A list
+            made so serves one generation. Otherwise every call starts at position 0.
+
+    Returns:
+        (hook name, hook function) pairs as `HookedTransformer.hooks` and `run_with_hooks` take.
+
+    Raises:
+        RequestError: an intervention does not fit the model or has no length yet.
+    """
+    engine = Engine(model)
+    live = engine.admitted(Row(prompt, tuple(steer)))
+    banks = compile_banks([live], model.device)
+    return [
+        (Site(component, layer, 0 if component == "z" else None).hook_name, _hook(bank, cached))
+        for (component, layer), bank in banks.items()
+    ]
+
+
+def _hook(bank: Bank, cached: bool) -> Callable[..., Tensor]:
+    read = 0
+
+    def steered(x: Tensor, hook: Any) -> Tensor:
+        nonlocal read
+        positions = torch.arange(read, read + x.shape[1], device=x.device)[None]
+        read += x.shape[1] if cached else 0
+        return bank.apply(x, positions)
+
+    return steered
+
+
+def run_with_cache(
+    model: SteeringModel, prompt: Prompt, steer: Sequence[Intervention] = (), **options: Any
+) -> "tuple[Tensor, ActivationCache]":
+    """Logits `[1, pos, d_vocab]` and TransformerLens's ActivationCache of a steered prompt.
+
+    Args:
+        options: passed on to `HookedTransformer.run_with_cache`, such as `names_filter`.
+    """
+    ids = torch.tensor([model.encode(prompt).ids], device=model.device)
+    with torch.no_grad(), model.hooked.hooks(fwd_hooks=fwd_hooks(model, steer, prompt)):
+        logits, cache = model.hooked.run_with_cache(ids, **options)
+    return logits, cache
+
+
+def score(model: SteeringModel, row: Row, continuation: Sequence[int]) -> Score:
+    """`Engine.score` of one row through the HookedTransformer; slower, for studies and checks."""
+    given = tuple(int(i) for i in continuation)
+    ids = model.encode(row.prompt).ids
+    tokens = torch.tensor([[*ids, *given]], device=model.device)
+    hooks = fwd_hooks(model, row.steer, row.prompt)
+    with torch.no_grad(), model.hooked.hooks(fwd_hooks=hooks):
+        logits = model.hooked(tokens, return_type="logits")[0, len(ids) - 1 :].float()
+    after = torch.tensor(given, dtype=torch.long, device=model.device)
+    logprobs = logits[:-1].log_softmax(-1).gather(1, after[:, None])[:, 0]
+    return Score(given, logprobs.cpu(), logits[-1].cpu())

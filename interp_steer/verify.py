@@ -1,0 +1,438 @@
+"""The contract, checked on the user's own model: `interp-steer verify --model M`.
+
+Every check compares the engine with something that does not share its code, or with itself under
+another arrangement that must not matter, and states a difference and a tolerance.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp_steer import hooks
+from interp_steer.console import Report
+from interp_steer.direction import Direction, Scale
+from interp_steer.engine import Engine
+from interp_steer.forward import Stream
+from interp_steer.intervention import Intervention, steer
+from interp_steer.model import Prompt, Site, SteeringModel, chat
+from interp_steer.row import Row, Sampling
+
+QUESTIONS = ("Name three fruits.", "What is the tallest mountain, and who climbed it first?")
+NEW_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the contract.
+
+    Attributes:
+        name: what was compared.
+        difference: the largest one found.
+        tolerance: the largest one allowed; 0 is equality to the bit.
+    """
+
+    name: str
+    difference: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the contract holds; a difference that is not a number fails."""
+        return self.difference <= self.tolerance
+
+
+class _Bench:
+    """What the checks share: prompts, directions, rows, and reference computations."""
+
+    def __init__(self, model: SteeringModel) -> None:
+        self.model, self.engine = model, Engine(model)
+        self.exact = model.dtype == torch.float32
+        self.layer = model.n_layers // 2
+        draw = torch.Generator().manual_seed(0)
+        hook = Site("resid_post", self.layer).hook_point
+        self.first, self.second = (
+            Direction.of(torch.randn(model.d_model, generator=draw), hook, name)
+            for name in ("first", "second")
+        )
+        self.prompts: list[Prompt] = [chat(q) if model.is_chat else q for q in QUESTIONS]
+        self.scale = Scale.of(model, [model.encode(p) for p in self.prompts])
+        self.length = 0.5 * self.scale.at(Site("resid_post", self.layer))
+
+    def add(self, dose: float = 0.5, layer: int | None = None, on: str = "all") -> Intervention:
+        at = Site("resid_post", self.layer if layer is None else layer)
+        return steer("add", self.first, coefficient=dose * self.scale.at(at), at=[at], on=on)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Rows of different layers, operators and scopes over both prompts."""
+        n = self.model.n_layers
+        kinds: list[tuple[Intervention, ...]] = [
+            (),
+            (self.add(),),
+            (self.add(layer=0),),
+            (self.add(layer=n - 1),),
+            (self.add(on="generated"),),
+            (steer("clamp", self.first, coefficient=self.length, at=[self._site("resid_pre")]),),
+            (steer("ablate", self.first, at=[self._site("attn_out"), self._site("mlp_out")]),),
+            (steer("rotate", self.first, self.second, coefficient="40 deg", at=self.layer),),
+        ]
+        sampling = Sampling(max_new_tokens=NEW_TOKENS)
+        return [Row(p, kind, sampling) for p in self.prompts for kind in kinds]
+
+    def _site(self, component: str) -> Site:
+        return Site(component, self.layer)
+
+    @cached_property
+    def answers(self) -> list[tuple[int, ...]]:
+        """What the rows generate, as one batch: the continuations that all checks read."""
+        return [result.token_ids for result in self.engine.generate(self.rows)]
+
+    @cached_property
+    def batched(self) -> Tensor:
+        """Last logits of all rows, as one batch."""
+        return self.last(self.rows, self.answers)
+
+    @cached_property
+    def alone(self) -> Tensor:
+        """The same, each row in a batch of its own."""
+        return torch.cat(
+            [self.last([r], [a]) for r, a in zip(self.rows, self.answers, strict=True)]
+        )
+
+    def last(self, rows: Sequence[Row], answers: Sequence[Sequence[int]]) -> Tensor:
+        scores = self.engine.score(rows, answers, last_logits=True)
+        return torch.stack([s.last_logits for s in scores if s.last_logits is not None])
+
+    def apart(self, a: Tensor, b: Tensor) -> float:
+        return float((a.float() - b.float()).abs().max())
+
+    def close(self, factor: float = 1e-4) -> float:
+        """Tolerance for logits of another implementation: a share of the largest logit."""
+        peak = float(self.batched.abs().max())
+        return peak * (factor if self.exact else 0.05)
+
+    def hf_logits(
+        self, sequences: Sequence[Sequence[int]], dose: float = 0.0
+    ) -> Float[Tensor, "batch d_vocab"]:
+        """Last logits by transformers alone: a padded batch, its own mask, a plain forward hook."""
+        model = self.model
+        longest = max(len(s) for s in sequences)
+        ids = torch.tensor([[0] * (longest - len(s)) + list(s) for s in sequences])
+        mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences])
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        steered = (mask.bool() & (positions > 0)).to(model.device)
+        length = dose * self.scale.at(self._site("resid_post"))
+        shift = (self.first.unit * length).to(model.device, model.dtype)
+
+        def hook(_module: object, _input: object, out: Tensor) -> Tensor:
+            return torch.where(steered[..., None], out + shift, out)
+
+        handle = model.hf.model.layers[self.layer].register_forward_hook(hook) if dose else None
+        try:
+            with torch.no_grad():
+                out: Tensor = model.hf(
+                    input_ids=ids.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    position_ids=positions.to(model.device),
+                    logits_to_keep=1,
+                ).logits[:, -1]
+        finally:
+            if handle:
+                handle.remove()
+        return out.float().cpu()
+
+    def sequence(self, row: Row, answer: Sequence[int]) -> list[int]:
+        return [*self.model.encode(row.prompt).ids, *answer]
+
+
+Result = tuple[float, float]
+Compare = Callable[[_Bench], Result | None]
+CHECKS: list[tuple[str, Compare]] = []
+
+
+def _check(name: str) -> Callable[[Compare], Compare]:
+    """Adds a check: a function to (difference, tolerance), or None where it does not apply."""
+
+    def added(function: Compare) -> Compare:
+        CHECKS.append((name, function))
+        return function
+
+    return added
+
+
+@_check("zero-strength add, norm-kept add and rotate are bit-equal to unsteered")
+def _zero(b: _Bench) -> Result:
+    idle = [
+        steer("add", b.first, coefficient=0, at=b.layer),
+        steer("add_norm_kept", b.first, coefficient=0, at=b.layer),
+        steer("rotate", b.first, b.second, coefficient="0 deg", at=b.layer),
+    ]
+    plain = b.last([Row(b.prompts[0])], [b.answers[0]])
+    return max(
+        b.apart(plain, b.last([Row(b.prompts[0], (one,))], [b.answers[0]])) for one in idle
+    ), 0.0
+
+
+@_check("a row in a batch = the row alone (teacher-forced logits)")
+def _batched(b: _Bench) -> Result:
+    if b.exact:
+        return b.apart(b.batched, b.alone), 1e-3
+    return b.apart(b.batched, b.alone), 1.5 * _transformers_noise(b)
+
+
+def _transformers_noise(b: _Bench) -> float:
+    """How far transformers itself is from itself, alone and batched, on the same tokens.
+
+    The same tokens steered by a hook, so that what is compared is as far from the training data.
+    """
+    found = 0.0
+    for dose in (0.0, 0.5):
+        sequences = [b.sequence(r, a) for r, a in zip(b.rows, b.answers, strict=True)]
+        together = b.hf_logits(sequences, dose)
+        single = torch.cat([b.hf_logits([s], dose) for s in sequences])
+        found = max(found, b.apart(together, single))
+    return found
+
+
+@_check("padded = unpadded")
+def _padded(b: _Bench) -> Result:
+    lengths = [len(b.model.encode(p).ids) for p in b.prompts]
+    short = min(range(len(lengths)), key=lengths.__getitem__)
+    row, answer = next(
+        (r, a)
+        for r, a in zip(b.rows, b.answers, strict=True)
+        if r.prompt == b.prompts[short] and r.steer
+    )
+    other = Row(b.prompts[1 - short], row.steer)
+    longer = [*answer, *answer, *answer]
+    both = b.last([row, other], [answer, longer])
+    tolerance = 1e-3 if b.exact else max(1.5 * _transformers_noise(b), 1e-3)
+    return b.apart(both[:1], b.last([row], [answer])), tolerance
+
+
+@_check("cached decoding = one uncached pass")
+def _cached(b: _Bench) -> Result:
+    differences = []
+    for row, answer in zip(b.rows[:8], b.answers[:8], strict=True):
+        if not answer:
+            continue
+        steered = b.engine.admitted(row)
+        with torch.no_grad():
+            stream, x = Stream.prefill(b.model, [steered], len(answer))
+            for token in answer:
+                x = stream.step(torch.tensor([token], device=b.model.device))
+            differences.append(b.apart(b.model.unembed(x).cpu(), b.last([row], [answer])))
+    return max(differences), 1e-3 if b.exact else b.close()
+
+
+@_check("shared prefill = a prefill of its own")
+def _shared(b: _Bench) -> Result:
+    mine = [r for r in b.rows if r.prompt == b.prompts[0]]
+    none = [()] * len(mine)
+    return b.apart(b.last(mine, none), torch.cat([b.last([r], [()]) for r in mine])), (
+        1e-3 if b.exact else 1.5 * _transformers_noise(b)
+    )
+
+
+@_check("engine = a plain Hugging Face forward hook")
+def _plain_hook(b: _Bench) -> Result:
+    row = next(i for i, r in enumerate(b.rows) if r.steer == (b.add(),))
+    reference = b.hf_logits([b.sequence(b.rows[row], b.answers[row])], dose=0.5)
+    return b.apart(b.alone[row : row + 1], reference), b.close()
+
+
+@_check("engine = TransformerLens hooks, every operator")
+def _lens_hooks(b: _Bench) -> Result:
+    worst = 0.0
+    for i, (row, answer) in enumerate(zip(b.rows, b.answers, strict=True)):
+        logits = hooks.score(b.model, row, answer).last_logits
+        assert logits is not None
+        worst = max(worst, b.apart(b.alone[i], logits))
+    return worst, b.close()
+
+
+@_check("Hugging Face logits = HookedTransformer logits")
+def _parity(b: _Bench) -> Result:
+    ids = torch.tensor([b.sequence(b.rows[0], b.answers[0])], device=b.model.device)
+    with torch.no_grad():
+        mine, other = b.model.hf(ids).logits, b.model.hooked(ids, return_type="logits")
+    peak = float(mine.float().abs().max())
+    return b.apart(mine, other), peak * (1e-4 if b.exact else 0.05)
+
+
+@_check("rotary angles agree up to the end of the context")
+def _far(b: _Bench) -> Result:
+    model = b.model
+    attention = model.hooked.blocks[0].attn
+    n = min(model.n_ctx, 32768)  # longer tables say nothing new, and take memory
+    sin, cos = attention.calculate_sin_cos_rotary(
+        model.d_head, n, base=model.hf.config.rope_parameters["rope_theta"]
+    )
+    with torch.no_grad():
+        x = torch.zeros(1, device=model.device)
+        hf_cos, hf_sin = model.rotary(x, torch.arange(n, device=model.device)[None])
+    apart = max(b.apart(cos.to(model.device), hf_cos[0]), b.apart(sin.to(model.device), hf_sin[0]))
+    # angles of n radians carry an error of about n * 2^-23 in float32
+    return apart, n * 2.0**-22
+
+
+@_check("positions beyond the original context agree")
+def _beyond(b: _Bench) -> Result | None:
+    original = b.model.hf.config.rope_parameters.get("original_max_position_embeddings")
+    if original is None or original > 2048 or original + 16 > b.model.n_ctx:
+        return None  # the check of the angles covers it without a pass over so many tokens
+    draw = torch.Generator().manual_seed(0)
+    n = min(original + 64, b.model.n_ctx)
+    ids = torch.randint(b.model.d_vocab, (1, n), generator=draw).to(b.model.device)
+    with torch.no_grad():
+        mine, other = b.model.hf(ids).logits, b.model.hooked(ids, return_type="logits")
+    peak = float(mine.float().abs().max())
+    return b.apart(mine, other), peak * (1e-4 if b.exact else 0.05)
+
+
+@_check("greedy decoding = transformers.generate (logit gap where tokens differ)")
+def _decoding(b: _Bench) -> Result | None:
+    return _greedy(
+        b,
+        lambda ids: b.model.hf.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            repetition_penalty=1.0,
+            pad_token_id=0,
+        ),
+    )
+
+
+@_check("greedy decoding = HookedTransformer.generate (logit gap where tokens differ)")
+def _decoding_lens(b: _Bench) -> Result | None:
+    return _greedy(
+        b,
+        lambda ids: b.model.hooked.generate(
+            ids,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            verbose=False,
+            prepend_bos=False,
+            stop_at_eos=False,
+        ),
+    )
+
+
+def _greedy(b: _Bench, generate: Callable[[Tensor], Tensor]) -> Result | None:
+    """Largest gap between the two candidates' logits where greedy texts part; 0 if they agree."""
+    if not b.exact:
+        return None  # bfloat16 flips near-ties; the teacher-forced checks speak for it
+    worst = 0.0
+    for prompt in b.prompts:
+        row = next(i for i, r in enumerate(b.rows) if r.prompt == prompt and not r.steer)
+        mine = list(b.answers[row])
+        ids = torch.tensor([b.model.encode(prompt).ids], device=b.model.device)
+        with torch.no_grad():
+            theirs = generate(ids)[0, ids.shape[1] :].tolist()
+        for i, (x, y) in enumerate(zip(mine, theirs, strict=False)):
+            if x != y:
+                logits = b.last([b.rows[row]], [mine[:i]])[0]
+                worst = max(worst, float(logits[x] - logits[y]))
+                break
+    return worst, 2e-3
+
+
+@_check("clamp reaches its target")
+def _clamp(b: _Bench) -> Result:
+    return _projection(b, "clamp", b.length)
+
+
+@_check("ablation leaves no projection")
+def _ablation(b: _Bench) -> Result:
+    return _projection(b, "ablate", 0.0)
+
+
+def _projection(b: _Bench, operator: str, target: float) -> Result:
+    site = b._site("resid_post")
+    row = Row(b.prompts[0], (steer(operator, b.first, coefficient=target, at=[site]),))
+    x = b.engine.score([row], [b.answers[0]], taps=[site])[0].taps[site][1:].float()
+    relative = ((x @ b.first.unit - target).abs() / x.norm(dim=-1).clamp_min(1)).max()
+    return float(relative), 1e-5 if b.exact else 2.0**-8
+
+
+@_check("the same batch twice is bit-equal, sampled")
+def _twice(b: _Bench) -> Result:
+    sampling = Sampling(
+        temperature=0.8, top_p=0.9, repetition_penalty=1.1, max_new_tokens=NEW_TOKENS
+    )
+    rows = [Row(r.prompt, r.steer, sampling, seed) for seed, r in enumerate(b.rows)]
+    one, two = ([r.token_ids for r in b.engine.generate(rows)] for _ in range(2))
+    return float(sum(x != y for x, y in zip(one, two, strict=True))), 0.0
+
+
+@_check("nothing is left on the model after an exception")
+def _clean(b: _Bench) -> Result:
+    class Stop(Exception):
+        pass
+
+    class Failing:
+        hooks = {("mlp_out", b.layer)}  # noqa: RUF012
+
+        def __call__(self, *_: object) -> None:
+            raise Stop
+
+    def attached() -> int:
+        modules = [*b.model.hf.modules(), *b.model.hooked.modules()]
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+
+    before = attached()
+    row = Row(b.prompts[0], (steer("ablate", b.first, at=[b._site("attn_out")]),))
+    try:
+        Stream.prefill(b.model, [b.engine.admitted(row)], 1, Failing())
+    except Stop:
+        pass
+    again = b.last([b.rows[0]], [b.answers[0]])
+    return attached() - before + b.apart(again, b.alone[:1]), 0.0
+
+
+@_check("engine = TransformerBridge hooks")
+def _bridge(b: _Bench) -> Result | None:
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError:
+        return None
+    # The bridge takes its model apart; it gets a copy of the modules around the same weights.
+    shared = {id(p): p for p in b.model.hf.parameters()}
+    twin = copy.deepcopy(b.model.hf, shared)
+    bridge = TransformerBridge.boot_transformers(
+        b.model.name,
+        hf_model=twin,
+        tokenizer=copy.deepcopy(b.model.tokenizer),
+        device=str(b.model.device),
+        dtype=b.model.dtype,
+    )
+    row = next(i for i, r in enumerate(b.rows) if r.steer == (b.add(),))
+    ids = torch.tensor([b.sequence(b.rows[row], b.answers[row])], device=b.model.device)
+    steering = hooks.fwd_hooks(b.model, b.rows[row].steer, b.rows[row].prompt)
+    with torch.no_grad(), bridge.hooks(fwd_hooks=steering):
+        logits = bridge(ids, return_type="logits")[:, -1].float().cpu()
+    return b.apart(b.alone[row : row + 1], logits), b.close()
+
+
+def verify(model: SteeringModel, report: Report | None = None) -> list[Check]:
+    """Runs every check that applies to the model.
+
+    Args:
+        report: called with the number of checks done.
+    """
+    bench = _Bench(model)
+    done = []
+    for number, (name, function) in enumerate(CHECKS, start=1):
+        found = function(bench)
+        if found is not None:
+            done.append(Check(name, *(float(x) for x in found)))
+        if report:
+            report(number)
+    return done
