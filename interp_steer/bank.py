@@ -17,7 +17,8 @@ from torch import Tensor
 from interp_steer import operators
 from interp_steer.errors import RequestError
 from interp_steer.intervention import CLAMPS, Intervention, Scope
-from interp_steer.model import Encoded, Site
+from interp_steer.prompt import Encoded
+from interp_steer.site import Site
 
 Hook = tuple[str, int]
 """Component and layer."""

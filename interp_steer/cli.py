@@ -125,7 +125,7 @@ def generate(
     from interp_steer.engine import Engine
     from interp_steer.files import whole
     from interp_steer.intervention import parse
-    from interp_steer.model import chat
+    from interp_steer.prompt import chat
     from interp_steer.row import Row, Sampling, record
 
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens)

@@ -18,7 +18,8 @@ from interp_steer.console import progress
 from interp_steer.direction import Direction, DirectionSet
 from interp_steer.errors import RequestError, nearest
 from interp_steer.files import explained
-from interp_steer.model import Encoded, Prompt, SteeringModel, chat
+from interp_steer.model import SteeringModel
+from interp_steer.prompt import Encoded, Prompt, chat
 
 POSITIONS = ("mean", "last", "answer")
 

@@ -8,7 +8,8 @@ from interp_steer.direction import Scale
 from interp_steer.engine import Engine
 from interp_steer.errors import RequestError, SteerError
 from interp_steer.intervention import Intervention, Vector, parse
-from interp_steer.model import Message, SteeringModel
+from interp_steer.model import SteeringModel
+from interp_steer.prompt import Message
 from interp_steer.row import Row, Sampling
 
 

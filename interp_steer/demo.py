@@ -19,8 +19,9 @@ from interp_steer.engine import Engine
 from interp_steer.files import whole
 from interp_steer.intervention import Intervention, steer
 from interp_steer.metrics import names, rep3, surprise
-from interp_steer.model import Prompt, SteeringModel, chat
+from interp_steer.model import SteeringModel
 from interp_steer.plots import dose_response
+from interp_steer.prompt import Prompt, chat
 from interp_steer.row import Result, Row, Sampling, record
 
 TEXTS = Path(__file__).with_name("demo_data")

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from interp_steer.errors import RequestError, RunError
 from interp_steer.files import cache_dir, explained, whole
-from interp_steer.model import Encoded, Site, SteeringModel
+from interp_steer.model import SteeringModel
+from interp_steer.prompt import Encoded
+from interp_steer.site import Site
 
 FORMAT = "interp-steer/1"
 

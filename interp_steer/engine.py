@@ -18,9 +18,11 @@ from interp_steer.console import Report
 from interp_steer.errors import RequestError, RunError
 from interp_steer.forward import Steered, Stream, begins_late, run
 from interp_steer.intervention import Gate, Intervention
-from interp_steer.model import Encoded, Site, SteeringModel
+from interp_steer.model import SteeringModel
+from interp_steer.prompt import Encoded
 from interp_steer.row import Result, Row, Score
 from interp_steer.sampler import Sampler
+from interp_steer.site import Site
 
 LARGEST_BATCH = 256
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from interp_steer.bank import Bank, Hook, compile_banks
 from interp_steer.intervention import Intervention
-from interp_steer.model import Encoded, SteeringModel
+from interp_steer.model import SteeringModel
+from interp_steer.prompt import Encoded
 
 Steered = tuple[Sequence[Intervention], Encoded]
 """A row as forward passes see it: resolved interventions, and the prompt."""
@@ -36,15 +37,19 @@ class Cache:
 
     def __init__(self, model: SteeringModel, rows: int, capacity: int) -> None:
         shape = (rows, model.n_kv_heads, capacity, model.d_head)
-        new = dict(dtype=model.dtype, device=model.device)
-        self.keys = [torch.empty(shape, **new) for _ in range(model.n_layers)]  # type: ignore[arg-type]
-        self.values = [torch.empty(shape, **new) for _ in range(model.n_layers)]  # type: ignore[arg-type]
+        self.keys, self.values = (
+            [
+                torch.empty(shape, dtype=model.dtype, device=model.device)
+                for _ in range(model.n_layers)
+            ]
+            for _ in range(2)
+        )
         self.length = 0
 
     @property
     def capacity(self) -> int:
         """How many slots there are."""
-        return self.keys[0].shape[2]
+        return int(self.keys[0].shape[2])
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
         """What a block calls: stores the newest slot, gives all up to it."""
@@ -137,6 +142,54 @@ class Layout:
         return mask[:, None]
 
 
+class _Together:
+    """Trunks and the rows that have left them, as one batch that changes from block to block.
+
+    Rows with one token sequence follow one trunk, which is computed unsteered. A row leaves its
+    trunk before its first steered block; a trunk ends when nobody follows it any more.
+    """
+
+    def __init__(
+        self, model: SteeringModel, rows: Sequence[Steered], sequences: Sequence[Sequence[int]]
+    ) -> None:
+        numbers = {ids: n for n, ids in enumerate(dict.fromkeys(map(tuple, sequences)))}
+        self.trunk_of = [numbers[tuple(ids)] for ids in sequences]
+        self.leaves = [shared_blocks(steer, model.n_layers) for steer, _ in rows]
+        layout = Layout.of(list(numbers), model.device)
+        self._positions, self._mask = layout.positions, layout.mask()
+        self.x = model.embed(layout.ids)
+        self._rotary = model.rotary(self.x, self._positions.clamp_min(0))
+        self.trunk_at = {n: n for n in range(len(numbers))}
+        self.row_at: dict[int, int] = {}
+        self._settle(list(range(len(numbers))))
+
+    def regroup(self, layer: int) -> None:
+        """Lets the rows leave that are steered from this block on."""
+        rows = range(len(self.leaves))
+        followed = sorted({self.trunk_of[r] for r in rows if self.leaves[r] > layer})
+        away = [r for r in rows if self.leaves[r] <= layer]
+        if len(away) == len(self.row_at) and len(followed) == len(self.trunk_at):
+            return
+        sources = [*(self.trunk_at[n] for n in followed), *(self._stands(r) for r in away)]
+        self.x = self.x[torch.tensor(sources, device=self.x.device)]
+        self.trunk_at = {n: i for i, n in enumerate(followed)}
+        self.row_at = {r: len(followed) + i for i, r in enumerate(away)}
+        self._settle([*followed, *(self.trunk_of[r] for r in away)])
+
+    def _stands(self, row: int) -> int:
+        """The entry of the batch that is, or still speaks for, a row."""
+        return self.row_at.get(row, self.trunk_at.get(self.trunk_of[row], -1))
+
+    def _settle(self, trunks: list[int]) -> None:
+        """What attention needs for a batch whose entries have these trunks' tokens."""
+        index = torch.tensor(trunks, device=self.x.device)
+        self.positions = self._positions[index]
+        self.rotary = self._rotary[0][index], self._rotary[1][index]
+        self.mask = None if self._mask is None else self._mask[index]
+        standing = [self._stands(r) for r in range(len(self.leaves))]
+        self.place = torch.tensor(standing, device=self.x.device)
+
+
 def run(
     model: SteeringModel,
     rows: Sequence[Steered],
@@ -144,10 +197,9 @@ def run(
     cache: Cache | None = None,
     watch: Watch | None = None,
 ) -> Float[Tensor, "batch slot d_model"]:
-    """Whole sequences through the model, computing together what is equal.
+    """Whole sequences through the model, computing once what is equal.
 
-    Rows with one token sequence form a trunk that is computed once, unsteered. A row leaves its
-    trunk at its first steered block, so a sweep over layers costs about half of separate passes.
+    A sweep over layers on one prompt costs about half of separate passes.
 
     Args:
         rows: interventions and prompt of each row.
@@ -157,73 +209,34 @@ def run(
     Returns:
         The stream after the last block, right-aligned.
     """
-    n_layers = model.n_layers
-    trunks = {ids: i for i, ids in enumerate(dict.fromkeys(map(tuple, sequences)))}
-    trunk_of = [trunks[tuple(ids)] for ids in sequences]
-    leaves = [shared_blocks(steer, n_layers) for steer, _ in rows]
-    layout = Layout.of(list(trunks), model.device)
     banks = compile_banks(rows, model.device)
-
-    slots = layout.ids.shape[1]
-    trunk_positions, trunk_mask = layout.positions, layout.mask()
-    x = model.embed(layout.ids)
-    cos, sin = model.rotary(x, trunk_positions.clamp_min(0))
-    # the batch as it goes: which trunk each entry follows, and each trunk's and row's entry
-    entries = list(range(len(trunks)))
-    trunk_at: dict[int, int] = {t: t for t in range(len(trunks))}
-    row_at: dict[int, int] = {}
-
-    def regroup(layer: int) -> None:
-        """Rows that are steered from here on leave their trunks; trunks nobody follows end."""
-        nonlocal x, entries, trunk_at, row_at
-        needed = sorted({trunk_of[r] for r in range(len(rows)) if leaves[r] > layer})
-        away = [r for r in range(len(rows)) if leaves[r] <= layer]
-        if len(away) == len(row_at) and len(needed) == len(trunk_at):
-            return
-        sources = [trunk_at[t] for t in needed]
-        sources += [row_at[r] if r in row_at else trunk_at[trunk_of[r]] for r in away]
-        x = x[torch.tensor(sources, device=x.device)]
-        entries = [*needed, *(trunk_of[r] for r in away)]
-        trunk_at = {t: i for i, t in enumerate(needed)}
-        row_at = {r: len(needed) + i for i, r in enumerate(away)}
-        refresh()
-
-    def refresh() -> None:
-        """Each entry's positions, rotary angles and mask, and where every row stands."""
-        nonlocal positions, rotary, mask, place
-        index = torch.tensor(entries, device=x.device)
-        positions, rotary = trunk_positions[index], (cos[index], sin[index])
-        mask = None if trunk_mask is None else trunk_mask[index]
-        standing = [row_at[r] if r in row_at else trunk_at[trunk_of[r]] for r in range(len(rows))]
-        place = torch.tensor(standing, device=x.device)
-
-    positions, rotary, mask, place = trunk_positions, (cos, sin), trunk_mask, trunk_positions[:, 0]
-    refresh()
+    batch = _Together(model, rows, sequences)
+    slots = batch.x.shape[1]
 
     def at(hook: Hook, x: Tensor) -> Tensor:
         if hook in banks:
-            x = banks[hook].apply(x, positions, place)
+            x = banks[hook].apply(x, batch.positions, batch.place)
         if watch and hook in watch.hooks:
-            watch(hook, x, place)
+            watch(hook, x, batch.place)
         return x
 
     inner = _inner_hooks(banks, watch, at)
-    for layer in range(n_layers + 1):
-        regroup(layer)
+    for layer in range(model.n_layers):
+        batch.regroup(layer)
         if layer > 0:
-            x = at(("resid_post", layer - 1), x)
-        if layer == n_layers:
-            break
-        x = at(("resid_pre", layer), x)
+            batch.x = at(("resid_post", layer - 1), batch.x)
+        batch.x = at(("resid_pre", layer), batch.x)
         capture = _Capture() if cache else None
-        with model.inside({hook: f for hook, f in inner.items() if hook[1] == layer}):
-            x = model.block(layer, x, rotary, mask, capture)
+        with model.inside({hook: change for hook, change in inner.items() if hook[1] == layer}):
+            batch.x = model.block(layer, batch.x, batch.rotary, batch.mask, capture)
         if cache and capture:
-            cache.keys[layer][:, :, :slots] = capture.keys[place]
-            cache.values[layer][:, :, :slots] = capture.values[place]
+            cache.keys[layer][:, :, :slots] = capture.keys[batch.place]
+            cache.values[layer][:, :, :slots] = capture.values[batch.place]
+    batch.regroup(model.n_layers)
+    x = at(("resid_post", model.n_layers - 1), batch.x)
     if cache:
         cache.length = slots
-    return x[place]
+    return x[batch.place]
 
 
 class Stream:

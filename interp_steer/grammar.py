@@ -18,7 +18,7 @@ from typing import NoReturn, TypeVar
 from interp_steer.direction import is_name
 from interp_steer.errors import RequestError, nearest
 from interp_steer.intervention import OPERATORS, SCOPES, Gate, Intervention, Scope, Vector
-from interp_steer.model import COMPONENTS, Site
+from interp_steer.site import COMPONENTS, Site
 
 T = TypeVar("T")
 

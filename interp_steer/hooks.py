@@ -14,8 +14,10 @@ from torch import Tensor
 from interp_steer.bank import Bank, compile_banks
 from interp_steer.engine import Engine
 from interp_steer.intervention import Intervention
-from interp_steer.model import Prompt, Site, SteeringModel
+from interp_steer.model import SteeringModel
+from interp_steer.prompt import Prompt
 from interp_steer.row import Row, Score
+from interp_steer.site import Site
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from interp_steer.direction import Direction, DirectionSet, Scale
 from interp_steer.errors import RequestError, nearest
-from interp_steer.model import Site, SteeringModel
+from interp_steer.model import SteeringModel
+from interp_steer.site import Site
 
 # operator: (least and most directions, the units of its coefficient; none = takes no coefficient)
 LENGTHS = ("", "dose", "max")

@@ -12,7 +12,9 @@ from torch import Tensor
 from interp_steer.direction import Scale
 from interp_steer.errors import RequestError
 from interp_steer.intervention import Intervention, line
-from interp_steer.model import Prompt, Site, SteeringModel
+from interp_steer.model import SteeringModel
+from interp_steer.prompt import Prompt
+from interp_steer.site import Site
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,10 @@ from interp_steer.direction import Direction, Scale
 from interp_steer.engine import Engine
 from interp_steer.forward import Stream
 from interp_steer.intervention import Intervention, steer
-from interp_steer.model import Prompt, Site, SteeringModel, chat
+from interp_steer.model import SteeringModel
+from interp_steer.prompt import Prompt, chat
 from interp_steer.row import Row, Sampling
+from interp_steer.site import Site
 
 QUESTIONS = ("Name three fruits.", "What is the tallest mountain, and who climbed it first?")
 NEW_TOKENS = 12

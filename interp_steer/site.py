@@ -1,0 +1,61 @@
+"""Places in the model that can be read and changed, named as TransformerLens does."""
+
+import re
+from dataclasses import dataclass
+
+from interp_steer.errors import RequestError, nearest
+
+COMPONENTS = ("resid_pre", "resid_post", "attn_out", "mlp_out", "z")
+"""What can be read and changed in a block, named as TransformerLens does."""
+
+_HOOKS = {
+    "resid_pre": "hook_resid_pre",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+    "z": "attn.hook_z",
+}
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """A place in the model: component x layer x head. Heads exist at `z` alone, and are needed there."""
+
+    component: str
+    layer: int
+    head: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.component not in COMPONENTS:
+            raise RequestError(
+                f"unknown component {self.component!r}{nearest(self.component, COMPONENTS)}"
+            )
+        if self.layer < 0 or (self.head or 0) < 0:
+            raise RequestError(f"layers and heads count from 0, got {self}")
+        if (self.component == "z") != (self.head is not None):
+            raise RequestError("a site at z names a head, such as 'z 15h3'; no other site does")
+
+    @property
+    def hook_name(self) -> str:
+        """TransformerLens's hook name; `z` is one hook for all heads of a block."""
+        return f"blocks.{self.layer}.{_HOOKS[self.component]}"
+
+    @property
+    def hook_point(self) -> str:
+        """The hook name, with the head's number after it at `z`."""
+        return self.hook_name + ("" if self.head is None else f".{self.head}")
+
+    @classmethod
+    def parse(cls, hook_point: str) -> "Site":
+        """From `blocks.15.hook_resid_post`; raises RequestError for anything else."""
+        for component, hook in _HOOKS.items():
+            found = re.fullmatch(rf"blocks\.(\d+)\.{re.escape(hook)}(?:\.(\d+))?", hook_point)
+            if found:
+                layer, head = found.groups()
+                return cls(component, int(layer), None if head is None else int(head))
+        raise RequestError(
+            f"unknown hook point {hook_point!r}; expected such as 'blocks.15.hook_resid_post'"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.component} {self.layer}" + ("" if self.head is None else f"h{self.head}")
