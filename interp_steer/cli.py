@@ -121,12 +121,13 @@ def generate(
         raise RequestError(f"--out {out}: there is no folder {out.resolve().parent}")
     loaded = _load(model, dtype, device)
     from interp_steer.contrast import read_prompts
-    from interp_steer.direction import Directions, Scale
+    from interp_steer.direction import Directions
     from interp_steer.engine import Engine
     from interp_steer.files import whole
     from interp_steer.intervention import parse
     from interp_steer.prompt import chat
     from interp_steer.row import Row, Sampling, record
+    from interp_steer.scale import Scale
 
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
     asked = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
@@ -224,7 +225,8 @@ def make(
     if method not in methods:
         raise RequestError(f"unknown method {method!r}{nearest(method, methods)}")
     from interp_steer.contrast import Contrast, act_add, read_prompts
-    from interp_steer.direction import Scale, is_name
+    from interp_steer.direction import is_name
+    from interp_steer.scale import Scale
 
     if not is_name(name):
         raise RequestError(f"{name!r} cannot name a direction: use letters, digits, '_', '.', '-'")
@@ -265,14 +267,12 @@ def make(
         return
     print(f"{'layer':>5}  {'norm':>9}  {'of |x|':>6}  direction")
     for line in table:
-        print(
-            f"{line['layer']:>5}  {line['norm']:>9.3f}  {line['dose']:>6.2f}  {line['name']}@{line['sha']}"
-        )
+        numbers = f"{line['layer']:>5}  {line['norm']:>9.3f}  {line['dose']:>6.2f}"
+        print(f"{numbers}  {line['name']}@{line['sha']}")
     print(f"\nsaved {', '.join(sorted({line['file'] for line in table}))}")
     at = layer if layer is not None else loaded.n_layers // 2
-    print(
-        f"try   interp-steer generate --model {model} --prompt '...' --steer 'add({made[0].name}, 0.3 dose) at {at}'"
-    )
+    line_of_it = f"add({made[0].name}, 0.5 dose) at {at} on prompt"
+    print(f"try   interp-steer generate --model {model} --prompt '...' --steer '{line_of_it}'")
 
 
 @direction.command("show")

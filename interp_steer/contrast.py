@@ -47,7 +47,8 @@ def principal_component(positive: Rows, negative: Rows) -> Float[Tensor, " d_mod
     difference = positive - negative
     _, _, components = torch.linalg.svd(difference - difference.mean(0), full_matrices=False)
     first = components[0]
-    return first * torch.dot(mean_difference(positive, negative), first)
+    length = torch.dot(mean_difference(positive, negative), first)
+    return length * first
 
 
 def logistic_probe(positive: Rows, negative: Rows) -> Float[Tensor, " d_model"]:
@@ -64,7 +65,8 @@ def logistic_probe(positive: Rows, negative: Rows) -> Float[Tensor, " d_model"]:
     probe = LogisticRegression(max_iter=2000).fit(((x - x.mean(0)) / spread).numpy(), labels)
     weights = torch.from_numpy(probe.coef_[0]) / spread
     unit = (weights / weights.norm()).to(positive.dtype)
-    return unit * torch.dot(mean_difference(positive, negative), unit)
+    length = torch.dot(mean_difference(positive, negative), unit)
+    return length * unit
 
 
 METHODS: dict[str, Callable[[Rows, Rows], Float[Tensor, " d_model"]]] = {

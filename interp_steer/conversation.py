@@ -4,13 +4,13 @@ import sys
 from collections.abc import Mapping
 
 from interp_steer.console import safe, side_by_side
-from interp_steer.direction import Scale
 from interp_steer.engine import Engine
 from interp_steer.errors import RequestError, SteerError
 from interp_steer.intervention import Intervention, Vector, parse
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import Message
 from interp_steer.row import Row, Sampling
+from interp_steer.scale import Scale
 
 
 def hold(

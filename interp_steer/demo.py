@@ -7,6 +7,7 @@ Three sets of texts play three parts, and no prompt plays two: sentences build t
 import itertools
 import json
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,6 @@ import pandas as pd
 
 from interp_steer.console import progress, safe
 from interp_steer.contrast import Contrast, read_prompts
-from interp_steer.direction import Scale
 from interp_steer.engine import Engine
 from interp_steer.files import whole
 from interp_steer.intervention import Intervention, steer
@@ -23,13 +23,19 @@ from interp_steer.model import SteeringModel
 from interp_steer.plots import dose_response
 from interp_steer.prompt import Prompt, chat
 from interp_steer.row import Result, Row, Sampling, record
+from interp_steer.scale import Scale
 
 TEXTS = Path(__file__).with_name("demo_data")
 WORDS = ("Eiffel", "Paris", "France")
-LAYERS = (11, 12, 13, 14, 15)
-DOSES = (0.22, 0.26, 0.30, 0.34)
+LAYERS = (11, 13, 15, 17)
+DOSES = (0.4, 0.5, 0.6, 0.7)
+# The prompt alone is steered: the answer is then written by an unsteered model that has read a
+# steered prompt. On `choose`, steering the answer too names the concept as often but at a surprise
+# of 2 and more, where text begins to break.
+SCOPE = "prompt"
 # Greedy, with the article's repetition penalty: without it a model of this size loops.
-SAMPLING = Sampling(temperature=0, repetition_penalty=1.1, max_new_tokens=96)
+TRIED = Sampling(temperature=0, repetition_penalty=1.1, max_new_tokens=64)
+SHOWN = Sampling(temperature=0, repetition_penalty=1.1, max_new_tokens=96)
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,13 @@ def run(model: SteeringModel, out: Path) -> None:
     scale = Scale.of(model, [model.encode(p) for p in choose])
 
     grid = list(itertools.product(LAYERS, DOSES))
-    cells = [steer("add", eiffel, coefficient=f"{d} dose", at=l).resolve(scale) for l, d in grid]
-    tried = _judged(engine, choose, cells, f"trying {len(grid)} settings on {len(choose)} prompts")
+    cells = [
+        steer("add", eiffel, coefficient=f"{dose} dose", at=layer, on=SCOPE).resolve(scale)
+        for layer, dose in grid
+    ]
+    tried = _judged(
+        engine, choose, cells, TRIED, f"trying {len(grid)} settings on {len(choose)} prompts"
+    )
     table = pd.DataFrame(
         {
             "layer": layer,
@@ -93,26 +104,21 @@ def run(model: SteeringModel, out: Path) -> None:
     )
 
     chosen = cells[grid.index((layer, dose))]
-    plain, steered = _judged(engine, show, [(), chosen], f"answering {len(show)} new prompts")
+    plain, steered = _judged(
+        engine, show, [(), chosen], SHOWN, f"answering {len(show)} new prompts"
+    )
     for number, (before, after) in enumerate(zip(plain, steered, strict=True), start=1):
         print(f"\n{number}. {_question(before)}")
         print(_shown("unsteered", before))
         print(_shown("steered", after))
     strength = chosen[0].value
-    print(
-        f"\nchosen on other prompts: {chosen[0]}, dose {dose} (median |x| {strength / dose:.1f})\n"
-    )
+    label = f"block {layer}, a {strength:.1f}, dose {dose}"
+    print(f"\nchosen on other prompts: {chosen[0]}, dose {dose} of |x| {strength / dose:.1f}\n")
     print(f"{'':<34}{'tokens':>7}{'rep3':>7}{'surprise':>10}  concept words")
     for before, after in zip(plain, steered, strict=True):
-        print(f"{_question(before)[:60]}")
-        for label, j in (
-            ("unsteered", before),
-            (f"block {layer}, a {strength:.1f}, dose {dose}", after),
-        ):
-            print(
-                f"  {label:<32}{len(j.result.token_ids):>7}{j.rep3 or 0:>7.2f}{j.surprise or 0:>10.2f}"
-                f"  {', '.join(j.concept) or '-'}"
-            )
+        print(_question(before)[:60])
+        print(_measured("unsteered", before))
+        print(_measured(label, after))
     works = sum(a.works and not b.concept for b, a in zip(plain, steered, strict=True))
     print(
         f"\n{works} of {len(show)} prompts: 40 tokens or more, names {', '.join(WORDS[:-1])} or "
@@ -125,10 +131,14 @@ def run(model: SteeringModel, out: Path) -> None:
 
 
 def _judged(
-    engine: Engine, prompts: list[Prompt], settings: list[tuple[Intervention, ...]], what: str
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    settings: Sequence[tuple[Intervention, ...]],
+    sampling: Sampling,
+    what: str,
 ) -> list[list[Judged]]:
     """Every prompt under every setting as one batch; a list of answers for each setting."""
-    rows = [Row(p, setting, SAMPLING) for setting in settings for p in prompts]
+    rows = [Row(p, setting, sampling) for setting in settings for p in prompts]
     with progress(what, len(rows)) as report:
         results = engine.generate(rows, report=report)
     with progress("reading the answers through the unsteered model", len(rows)) as report:
@@ -147,6 +157,11 @@ def _mean(values: list[float | None]) -> float:
 
 def _question(judged: Judged) -> str:
     return safe(judged.result.row.prompt[-1][1])
+
+
+def _measured(label: str, judged: Judged) -> str:
+    tokens, words = len(judged.result.token_ids), ", ".join(judged.concept) or "-"
+    return f"  {label:<32}{tokens:>7}{judged.rep3 or 0:>7.2f}{judged.surprise or 0:>10.2f}  {words}"
 
 
 def _shown(label: str, judged: Judged) -> str:

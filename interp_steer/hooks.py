@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from interp_steer.bank import Bank, compile_banks
-from interp_steer.engine import Engine
 from interp_steer.intervention import Intervention
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import Prompt
 from interp_steer.row import Row, Score
 from interp_steer.site import Site
+from interp_steer.stepper import Admission
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
@@ -29,7 +29,7 @@ def fwd_hooks(
     prompt: Prompt,
     *,
     cached: bool = False,
-) -> list[tuple[str, Callable[..., Tensor]]]:
+) -> list[tuple[str | Callable[..., Any], Callable[..., Any]]]:
     """Interventions as TransformerLens hooks, for a batch of one sequence without padding.
 
     Args:
@@ -44,9 +44,8 @@ def fwd_hooks(
     Raises:
         RequestError: an intervention does not fit the model or has no length yet.
     """
-    engine = Engine(model)
-    live = engine.admitted(Row(prompt, tuple(steer)))
-    banks = compile_banks([live], model.device)
+    row = Admission(model).steered(Row(prompt, tuple(steer)))
+    banks = compile_banks([row], model.device)
     return [
         (Site(component, layer, 0 if component == "z" else None).hook_name, _hook(bank, cached))
         for (component, layer), bank in banks.items()

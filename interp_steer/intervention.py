@@ -21,9 +21,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from interp_steer.direction import Direction, DirectionSet, Scale
+from interp_steer.direction import Direction, DirectionSet
 from interp_steer.errors import RequestError, nearest
 from interp_steer.model import SteeringModel
+from interp_steer.scale import Scale
 from interp_steer.site import Site
 
 # operator: (least and most directions, the units of its coefficient; none = takes no coefficient)

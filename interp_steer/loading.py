@@ -70,7 +70,8 @@ def find_folder(name: str, revision: str | None) -> tuple[Path, str]:
         raise RequestError(f"{name} has no revision {revision!r}") from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise RequestError(
-            f"unknown model {name!r}: the hub has none of that name (or it is private and HF_TOKEN is not set)"
+            f"unknown model {name!r}: the hub has none of that name, or it is private and HF_TOKEN "
+            "is not set"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise RunError(

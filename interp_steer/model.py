@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -51,7 +51,7 @@ class SteeringModel:
         self.hf = hf.eval()
         self.tokenizer = tokenizer
         self.name, self.revision = name, revision
-        config = hf.config
+        config: Any = hf.config  # its fields are typed as optional
         self.n_layers: int = config.num_hidden_layers
         self.d_model: int = config.hidden_size
         self.n_heads: int = config.num_attention_heads
@@ -109,12 +109,14 @@ class SteeringModel:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.hf.model.embed_tokens.weight.device
+        device: torch.device = self.hf.model.embed_tokens.weight.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """The weights' number format, also that of the residual stream."""
-        return self.hf.model.embed_tokens.weight.dtype
+        dtype: torch.dtype = self.hf.model.embed_tokens.weight.dtype
+        return dtype
 
     @cached_property
     def fingerprint(self) -> str:

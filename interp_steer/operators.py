@@ -33,7 +33,8 @@ def add_norm_kept(x: Stream, delta: PerRow) -> Stream:
     moved = add(x, delta)
     wide = moved.float()
     ratio = x.float().norm(dim=-1, keepdim=True) / wide.norm(dim=-1, keepdim=True)
-    return (wide * ratio).to(x.dtype)
+    kept: Tensor = (wide * ratio).to(x.dtype)
+    return kept
 
 
 def clamp(

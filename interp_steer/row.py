@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_steer.direction import Scale
 from interp_steer.errors import RequestError
 from interp_steer.intervention import Intervention, line
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import Prompt
+from interp_steer.scale import Scale
 from interp_steer.site import Site
 
 
@@ -61,7 +61,7 @@ class Row:
     seed: int = 0
 
     def key(self, model: SteeringModel) -> str:
-        """A hash of everything that decides the outcome, rendered token ids and weights included."""
+        """A hash of all that decides the outcome, rendered token ids and weights included."""
         content = {
             "model": model.fingerprint,
             "dtype": str(model.dtype),

@@ -19,7 +19,7 @@ _HOOKS = {
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """A place in the model: component x layer x head. Heads exist at `z` alone, and are needed there."""
+    """A place in the model: component x layer x head; `z` needs a head, the others have none."""
 
     component: str
     layer: int

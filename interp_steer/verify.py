@@ -4,10 +4,12 @@ Every check compares the engine with something that does not share its code, or 
 another arrangement that must not matter, and states a difference and a tolerance.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,13 +17,14 @@ from torch import Tensor
 
 from interp_steer import hooks
 from interp_steer.console import Report
-from interp_steer.direction import Direction, Scale
+from interp_steer.direction import Direction
 from interp_steer.engine import Engine
 from interp_steer.forward import Stream
 from interp_steer.intervention import Intervention, steer
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import Prompt, chat
 from interp_steer.row import Row, Sampling
+from interp_steer.scale import Scale
 from interp_steer.site import Site
 
 QUESTIONS = ("Name three fruits.", "What is the tallest mountain, and who climbed it first?")
@@ -223,7 +226,7 @@ def _cached(b: _Bench) -> Result:
     for row, answer in zip(b.rows[:8], b.answers[:8], strict=True):
         if not answer:
             continue
-        steered = b.engine.admitted(row)
+        steered = b.engine.admission.steered(row)
         with torch.no_grad():
             stream, x = Stream.prefill(b.model, [steered], len(answer))
             for token in answer:
@@ -327,7 +330,7 @@ def _decoding_lens(b: _Bench) -> Result | None:
     )
 
 
-def _greedy(b: _Bench, generate: Callable[[Tensor], Tensor]) -> Result | None:
+def _greedy(b: _Bench, generate: Callable[[Tensor], Any]) -> Result | None:
     """Largest gap between the two candidates' logits where greedy texts part; 0 if they agree."""
     if not b.exact:
         return None  # bfloat16 flips near-ties; the teacher-forced checks speak for it
@@ -380,9 +383,9 @@ def _clean(b: _Bench) -> Result:
         pass
 
     class Failing:
-        hooks = {("mlp_out", b.layer)}  # noqa: RUF012
+        hooks: set[tuple[str, int]] = {("mlp_out", b.layer)}  # noqa: RUF012
 
-        def __call__(self, *_: object) -> None:
+        def __call__(self, hook: object, x: object, place: object) -> None:
             raise Stop
 
     def attached() -> int:
@@ -391,10 +394,8 @@ def _clean(b: _Bench) -> Result:
 
     before = attached()
     row = Row(b.prompts[0], (steer("ablate", b.first, at=[b._site("attn_out")]),))
-    try:
-        Stream.prefill(b.model, [b.engine.admitted(row)], 1, Failing())
-    except Stop:
-        pass
+    with contextlib.suppress(Stop):
+        Stream.prefill(b.model, [b.engine.admission.steered(row)], 1, Failing())
     again = b.last([b.rows[0]], [b.answers[0]])
     return attached() - before + b.apart(again, b.alone[:1]), 0.0
 
