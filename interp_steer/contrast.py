@@ -47,8 +47,8 @@ def principal_component(positive: Rows, negative: Rows) -> Float[Tensor, " d_mod
     difference = positive - negative
     _, _, components = torch.linalg.svd(difference - difference.mean(0), full_matrices=False)
     first = components[0]
-    length = torch.dot(mean_difference(positive, negative), first)
-    return length * first
+    along = torch.dot(mean_difference(positive, negative), first)
+    return torch.mul(first, along)
 
 
 def logistic_probe(positive: Rows, negative: Rows) -> Float[Tensor, " d_model"]:
@@ -65,8 +65,8 @@ def logistic_probe(positive: Rows, negative: Rows) -> Float[Tensor, " d_model"]:
     probe = LogisticRegression(max_iter=2000).fit(((x - x.mean(0)) / spread).numpy(), labels)
     weights = torch.from_numpy(probe.coef_[0]) / spread
     unit = (weights / weights.norm()).to(positive.dtype)
-    length = torch.dot(mean_difference(positive, negative), unit)
-    return length * unit
+    along = torch.dot(mean_difference(positive, negative), unit)
+    return torch.mul(unit, along)
 
 
 METHODS: dict[str, Callable[[Rows, Rows], Float[Tensor, " d_model"]]] = {

@@ -157,7 +157,7 @@ def _dequantise(gguf: Path, target: Path) -> Path:
             tokenizer = AutoTokenizer.from_pretrained(here, gguf_file=name)
             model = LlamaForCausalLM.from_pretrained(here, gguf_file=name, dtype=torch.float32)
             # transformers counts the result as still quantised and would refuse to save it
-            model.hf_quantizer = None
+            model.hf_quantizer = None  # type: ignore[assignment]
             del model.config.quantization_config
             model.config.name_or_path = "starter"
             model.save_pretrained(target)

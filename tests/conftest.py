@@ -1,0 +1,110 @@
+"""Models for the tests: a random tiny Llama with everything that Llama 3.1 has, and the starter."""
+
+import os
+
+# before torch: spinning OpenMP threads make short steps slow on a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from interp_steer.model import SteeringModel
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "<|start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "user assistant system You are a helpful assistant.",
+    "What is the tallest mountain, and who climbed it first? Name three fruits.",
+    "I love the tower; I hate the rain. Yes, no, maybe: happy and sad.",
+]
+
+
+def make_llama(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> Path:
+    """A random Llama in the shape of 3.1: GQA, llama3 rope, untied embeddings, BOS, stop ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|begin|>", "<|end|>", "<|start|>", "<|stop|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>"
+    )
+    fast.chat_template = TEMPLATE
+    settings = {
+        "vocab_size": len(fast),
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 24,  # not hidden_size / heads
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": [1, 3],
+        "initializer_range": 0.15,  # wide enough that logits differ and attention is not flat
+    }
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(dtype)
+    model.generation_config.eos_token_id = [1, 3]
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> SteeringModel:
+    return SteeringModel.load(str(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def starter() -> SteeringModel:
+    return SteeringModel.load("starter")
+
+
+@pytest.fixture
+def changed_config(tiny_folder: Path, tmp_path: Path):
+    """A function to a copy of the tiny model's folder with other entries in config.json."""
+
+    def changed(**entries) -> str:
+        for file in tiny_folder.iterdir():
+            if file.name != "config.json":
+                (tmp_path / file.name).symlink_to(file)
+        config = json.loads((tiny_folder / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, **entries}))
+        return str(tmp_path)
+
+    return changed
