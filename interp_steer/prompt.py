@@ -74,7 +74,8 @@ def encode(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, n_ctx: int, nam
             f"the prompt is {len(ids)} tokens long and the context of {name} holds "
             f"{n_ctx}, the answer included"
         )
-    special_ids = set(tokenizer.all_special_ids)
+    added = tokenizer.added_tokens_decoder.items()
+    special_ids = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
     content = tuple(
         token not in special_ids
         and begin < end
