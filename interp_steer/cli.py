@@ -129,12 +129,13 @@ def generate(
     from interp_steer.row import Row, Sampling, record
     from interp_steer.scale import Scale
 
+    known = Directions(named or [])
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
     asked = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     plain = text or not loaded.is_chat
     asked = [chat(p, system) if isinstance(p, str) and not plain else p for p in asked]
     scale = Scale.of(loaded, [loaded.encode(p) for p in asked])
-    settings = [(), *(parse(line, Directions(named or [])) for line in steer or [])]
+    settings = [(), *(parse(line, known) for line in steer or [])]
     rows = [
         Row(p, tuple(r for one in setting for r in one.resolve(scale)), sampling, seed)
         for p in asked
