@@ -134,7 +134,8 @@ def generate(
     asked = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     plain = text or not loaded.is_chat
     asked = [chat(p, system) if isinstance(p, str) and not plain else p for p in asked]
-    scale = Scale.of(loaded, [loaded.encode(p) for p in asked])
+    encoded = [loaded.encode(p) for p in asked]
+    scale = Scale.of(loaded, encoded) if any(len(one.ids) > 1 for one in encoded) else None
     settings = [(), *(parse(line, known) for line in steer or [])]
     rows = [
         Row(p, tuple(r for one in setting for r in one.resolve(scale)), sampling, seed)

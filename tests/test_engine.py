@@ -441,3 +441,11 @@ def test_bfloat16_batches_differ_no_more_than_transformers_does(tiny_folder, dir
     checks = {check.name: check for check in verify(model)}
     assert all(check.passed for check in checks.values())
     assert any("a row in a batch" in name for name in checks)
+
+
+def test_a_coefficient_beyond_the_number_format_ends_its_row_alone(engine, directions, answers):
+    sampling = Sampling(max_new_tokens=10)
+    huge = Row(PROMPTS[0], (steer("add", directions["one"], coefficient=1e38, at=2),), sampling)
+    overflowed, plain = engine.generate([huge, Row(PROMPTS[0], (), sampling)])
+    assert overflowed.finish == "overflow" and overflowed.token_ids == ()
+    assert plain.token_ids == answers[0]
