@@ -39,6 +39,7 @@ OPERATORS: dict[str, tuple[int, tuple[str, ...]]] = {
     "rotate": (2, ("deg",)),
     "angular": (2, ("deg",)),
 }
+LARGEST = 1e15
 CLAMPS = ("clamp", "clamp_min", "clamp_max", "ablate")
 SCOPES = ("all", "prompt", "generated", "last", "content", "positions")
 
@@ -159,6 +160,11 @@ class Intervention:
             )
         if not math.isfinite(self.value):
             raise RequestError(f"the coefficient of {self.operator} is {self.value}, not a number")
+        if abs(self.value) > LARGEST:
+            raise RequestError(
+                f"the coefficient of {self.operator} is {self.value:g}; beyond {LARGEST:g} the "
+                "squares in the model's norms overflow and its output would mean nothing"
+            )
         if units and self.unit not in units:
             wanted = " or ".join(unit or "none" for unit in units)
             raise RequestError(f"{self.operator} takes a coefficient with unit {wanted}")
