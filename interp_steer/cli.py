@@ -7,6 +7,7 @@ import typer
 from typer.exceptions import Abort, Exit, TyperException
 
 from interp_steer.errors import SteerError
+from interp_steer.labels.cli import app as labels
 
 app = typer.Typer(
     help="Steer large language models without fine-tuning, and study what steering does.",
@@ -15,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(labels, name="labels")
 
 
 def main() -> None:
