@@ -123,7 +123,7 @@ def _fetch(
                     try:
                         batch = future.result()
                     except RunError as error:
-                        yield file, str(error).removeprefix(f"{file.key}: ")
+                        yield file, str(error).partition(f"{file.key}: ")[2] or str(error)
                         continue
                     if batch:
                         to.commit(file.source, file.key, batch.etag or file.etag, batch.rows)
