@@ -11,6 +11,9 @@ from interp_steer.errors import RequestError, RunError
 
 _MAGIC = 0x6C61626C  # SQLite's application_id of our stores: "labl"
 
+# Words are cut to their stems and lose their accents, in labels and in queries.
+TOKENS = "porter unicode61 remove_diacritics 2"
+
 # Step N takes a store from version N to N + 1; version 0 is an empty file. Never edit a step that
 # has been released: add one.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -33,9 +36,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             score REAL, uid TEXT NOT NULL, text TEXT NOT NULL)""",
         "CREATE INDEX by_feature ON explanation (source_id, feature, best, explainer_id)",
         "CREATE INDEX by_object ON explanation (object_id)",
-        """CREATE VIRTUAL TABLE fts USING fts5 (
-            text, content = 'explanation', content_rowid = 'id',
-            tokenize = 'porter unicode61 remove_diacritics 2')""",
+        f"""CREATE VIRTUAL TABLE fts USING fts5 (
+            text, content = 'explanation', content_rowid = 'id', tokenize = '{TOKENS}')""",
     ),
     (
         """CREATE TABLE feature (          -- features that were fetched, labelled or not

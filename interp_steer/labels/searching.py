@@ -214,18 +214,10 @@ def _respelt(here: Store, asked: Query) -> dict[str, str]:
     for word in asked.words:
         if len(word) < 4 or here.match(_quote(word), None, 1):
             continue
-        low = word.lower()
-        near = range(max(3, len(low) - 3), len(low) + 2)  # the index holds stems, often shorter
-        terms = dict(here.words(low[0], near))
-        close = difflib.get_close_matches(low, terms, n=5, cutoff=0.75)
-        if close:
-            likeness = difflib.SequenceMatcher(b=low)
-
-            def fit(term: str, like: difflib.SequenceMatcher[str] = likeness) -> tuple[float, int]:
-                like.set_seq1(term)
-                return round(like.ratio(), 1), terms[term]  # noqa: B023
-
-            changed[word] = max(close, key=fit)
+        stem = here.stem(word)
+        terms = here.stems(stem[0], len(stem) - 2, len(stem) + 2)
+        if close := difflib.get_close_matches(stem, terms, n=3, cutoff=0.75):
+            changed[word] = close[0]
     return changed
 
 

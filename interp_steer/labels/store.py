@@ -17,7 +17,7 @@ from interp_steer.errors import RequestError, RunError
 from interp_steer.files import cache_dir, explained, whole
 from interp_steer.labels.label import Feature, Label, Source, State, preference
 from interp_steer.labels.rows import Row
-from interp_steer.labels.schema import connect, told
+from interp_steer.labels.schema import TOKENS, connect, told
 
 # The stated rule (see `label.preference`); the object's key settles copies of one explanation.
 _CHOOSE_BEST = """
@@ -362,19 +362,35 @@ class Store:
                 (number,),
             ).fetchall()
 
-    def words(self, start: str, length: range) -> list[tuple[str, int]]:
-        """The index's words (stems) that begin with `start`, with the number of labels of each."""
+    def stem(self, word: str) -> str:
+        """A word as the index has it."""
+        with told(self.path):
+            self._db.execute(
+                "CREATE VIRTUAL TABLE IF NOT EXISTS temp.stemmer "
+                f"USING fts5 (text, tokenize = '{TOKENS}')"
+            )
+            self._db.execute(
+                "CREATE VIRTUAL TABLE IF NOT EXISTS temp.stems "
+                "USING fts5vocab ('temp', 'stemmer', 'row')"
+            )
+            self._db.execute("DELETE FROM temp.stemmer")
+            self._db.execute("INSERT INTO temp.stemmer VALUES (?)", (word,))
+            row = self._db.execute("SELECT term FROM temp.stems").fetchone()
+            return str(row[0]) if row else word
+
+    def stems(self, start: str, shortest: int, longest: int) -> dict[str, int]:
+        """The index's words that begin with `start`, with the number of labels of each."""
         with told(self.path):
             self._db.execute(
                 "CREATE VIRTUAL TABLE IF NOT EXISTS temp.vocabulary "
                 "USING fts5vocab ('main', 'fts', 'row')"
             )
-            return self._db.execute(
-                "SELECT term, doc FROM temp.vocabulary "
-                "WHERE term >= ?1 AND term < ?1 || char(1114111) "
-                "AND length(term) BETWEEN ?2 AND ?3",
-                (start, length.start, length.stop - 1),
-            ).fetchall()
+            found = self._db.execute(
+                "SELECT term, doc FROM temp.vocabulary WHERE term >= ?1 "
+                "AND term < ?1 || char(1114111) AND length(term) BETWEEN ?2 AND ?3",
+                (start, shortest, longest),
+            )
+            return dict(found.fetchall())
 
 
 def _label(row: Sequence[object]) -> Label:

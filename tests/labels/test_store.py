@@ -171,9 +171,11 @@ def test_labels_are_cleaned():
 
 @pytest.mark.parametrize(
     "line",
-    [b"{", b"[]", b"1", b"null", b'"x"', b"\xff\xfe", b'{"modelId": "../x", "layer": "1", "index": 1}',
+    [b"{", b"[]", b"1", b"null", b'"x"', b"\xff\xfe", 
+     b'{"modelId": "../x", "layer": "1", "index": 1}',
      b'{"modelId": "m", "layer": "a/b", "index": 1}', b'{"modelId": "m", "layer": "1"}',
-     b'{"modelId": "m", "layer": "1", "index": true}', b'{"modelId": "m", "layer": "1", "index": -1}',
+     b'{"modelId": "m", "layer": "1", "index": true}',
+     b'{"modelId": "m", "layer": "1", "index": -1}',
      b'{"modelId": "m", "layer": "1", "index": 1.0}',
      b'{"modelId": "m", "layer": "1", "index": 99999999999999999999}', b"[" * 100_000],
 )  # fmt: skip
