@@ -91,7 +91,8 @@ def search(
     Keyword search wants every word (`"a phrase"`, `prefix*`, `-not this`); where no label has them
     all it takes any, and a word that no label has is taken for a misspelling of the nearest that
     some have. It ranks by BM25. Semantic search ranks by cosine similarity to the query's meaning
-    (needs the extra `semantic`), and hybrid fuses the two rankings.
+    (needs the extra `semantic`). Hybrid fuses the two rankings; labels with only some of the words
+    are left to the semantic one, which knows better which of the words matter.
 
     Args:
         sources: releases or `model/source`; everything in the store if empty.
@@ -110,7 +111,7 @@ def search(
         pool = limit if mode == "keyword" else max(limit, 100)
         if mode in ("keyword", "hybrid"):
             try:
-                rankings.append(_keyword(here, query, numbers, pool, note))
+                rankings.append(_keyword(here, query, numbers, pool, note, mode == "keyword"))
             except RequestError:
                 if mode == "keyword":
                     raise  # by meaning, signs alone may still mean something
@@ -185,8 +186,9 @@ def _scope(here: Store, names: Sequence[str], layers: str | None, note: Note) ->
 
 
 def _keyword(
-    here: Store, query: str, numbers: list[int] | None, limit: int, note: Note
+    here: Store, query: str, numbers: list[int] | None, limit: int, note: Note, loose: bool
 ) -> list[Label]:
+    """The keyword ranking; `loose`: where no label has every word, those that have any."""
     asked = Query.parse(query)
     # Several explanations of one feature may match; a few more rows leave enough features.
     rows = 2 * limit + 20
@@ -198,7 +200,7 @@ def _keyword(
             swap = {_quote(word): _quote(instead) for word, instead in changed.items()}
             asked = replace(asked, wanted=tuple(swap.get(w, w) for w in asked.wanted))
             hits = here.match(asked.all(), numbers, rows)
-        if not hits and len(asked.wanted) > 1:
+        if not hits and loose and len(asked.wanted) > 1:
             hits = here.match(asked.any(), numbers, rows)
             if hits:
                 note("no label has all of these words; searched for any of them")

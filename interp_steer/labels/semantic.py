@@ -77,7 +77,7 @@ def _vectors(
     # Labels of like length together, so that little is padded.
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     parts = []
-    with progress("embedding labels", len(texts)) as report:
+    with progress("embedding labels", float(len(texts))) as report:
         for start in range(0, len(texts), _BATCH):
             parts.append(embed([texts[i] for i in order[start : start + _BATCH]]))
             report(start)
@@ -99,7 +99,9 @@ def _embedder() -> Callable[[list[str]], Float[np.ndarray, "label width"]]:
         ) from error
     import torch
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a bar for a quarter of a second
     folder = str(Path(get_model_path()))
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
