@@ -65,7 +65,8 @@ def main() -> None:
         assert batch is not None and batch.etag == file.etag, (batch and batch.etag, file.etag)
         assert client.download(file, batch.etag) is None, "no 304 for an unchanged file"
         kinds = {(row.explainer, row.type) for row in batch.rows}
-        return f"{file.key}: {len(batch.rows)} labels in {batch.size} bytes by {sorted(map(str, kinds))}"
+        made = ", ".join(sorted(f"{explainer} {kind}" for explainer, kind in kinds))
+        return f"{file.key}: {len(batch.rows)} labels in {batch.size} bytes, by {made}"
 
     failed = 0
     checks: list[Callable[[], str]] = [one, many, absent, searched, listed, fetched]

@@ -80,7 +80,7 @@ def _vectors(
     with progress("embedding labels", float(len(texts))) as report:
         for start in range(0, len(texts), _BATCH):
             parts.append(embed([texts[i] for i in order[start : start + _BATCH]]))
-            report(start)
+            report(float(start))
     vectors = np.empty((len(texts), parts[0].shape[1]), np.float16)
     vectors[order] = np.concatenate(parts)
     with whole(kept) as part, part.open("wb") as file:
@@ -101,7 +101,7 @@ def _embedder() -> Callable[[list[str]], Float[np.ndarray, "label width"]]:
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # a bar for a quarter of a second
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a bar for a quarter of a second
     folder = str(Path(get_model_path()))
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModel.from_pretrained(folder, local_files_only=True).eval()

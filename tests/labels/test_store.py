@@ -144,7 +144,10 @@ def test_hostile_labels_are_stored_and_found(cache: Path):
                          ("surrogate", 5), ("drop table", 6), ("markup", 7)):  # fmt: skip
         assert [label.index for label in search(query)] == [index], query
     assert len(show("m/3-res/4").labels[0].label) == 99_999
-    assert {p.name.partition("-")[0] for p in cache.rglob("*") if p.is_file()} == {"labels.db"}
+    assert {p.name.partition("-")[0] for p in cache.rglob("*") if p.is_file()} == {
+        "labels.db",
+        "registry",
+    }
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_a_server_that_keeps_failing_is_given_up(filled, status):
     failing = {"drop": Reply(drop=True), "silent": Reply(pause=30)}
     filled.always["/v1/"] = failing.get(status) or Reply(int(status), b"<Error/>")
     start = time.monotonic()
-    found = sync(NAME, client=Client(patience=1.5))[0]
+    found = sync(NAME, client=Client(patience=1.0))[0]
     assert time.monotonic() - start < 2.5
     assert [why.partition(":")[0] for why in found.missing] == [
         "explanations/batch-3.jsonl.gz", "explanations/batch-77.jsonl.gz"
