@@ -14,8 +14,9 @@ _HOME = {
     "Label": "label",
     "Store": "store",
     "coverage": "searching",
+    "fetch": "syncing",
     "import_files": "syncing",
-    "pack": "store",
+    "pack": "syncing",
     "search": "searching",
     "show": "searching",
     "sync": "syncing",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from interp_steer.labels.searching import show as show
     from interp_steer.labels.store import Coverage as Coverage
     from interp_steer.labels.store import Store as Store
-    from interp_steer.labels.store import pack as pack
+    from interp_steer.labels.syncing import fetch as fetch
     from interp_steer.labels.syncing import import_files as import_files
+    from interp_steer.labels.syncing import pack as pack
     from interp_steer.labels.syncing import sync as sync

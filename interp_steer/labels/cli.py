@@ -127,19 +127,21 @@ def search_command(
 @app.command("show")
 def show_command(
     feature: Annotated[str, typer.Argument(help="model/source/index, or its address.")],
+    fresh: Annotated[bool, typer.Option("--fetch", help="Ask Neuronpedia, and store it.")] = False,
     store: _Store = None,
     as_json: _Json = False,
 ) -> None:
     """Print everything known of one feature."""
     from interp_steer.errors import RunError
-    from interp_steer.labels import show
+    from interp_steer.labels import fetch, show
     from interp_steer.labels.client import Client
     from interp_steer.labels.label import State
 
-    found = show(feature, store=store)
+    found = fetch(feature, store=store)[0] if fresh else show(feature, store=store)
     if found.state is State.UNKNOWN:
         raise RunError(
-            f"{found.id} was never fetched; run `interp-steer labels sync {found.source}`"
+            f"{found.id} was never fetched; run `interp-steer labels sync {found.source}`, "
+            "or add --fetch for this feature alone"
         )
     address = f"{Client(offline=True).url}/{found.id}"
     facts = {
@@ -193,7 +195,7 @@ def _complain(found: "list[Coverage]") -> None:
         _note(f"... and {len(lost) - 20} more")
     from interp_steer.errors import RunError
 
-    raise RunError(f"{len(lost)} files are missing; what arrived is kept: run it again to go on")
+    raise RunError(f"missing files: {len(lost)}; what arrived is kept: run it again to go on")
 
 
 def _print_coverage(found: "list[Coverage]", as_json: bool) -> None:

@@ -358,7 +358,11 @@ def _number(key: str) -> int:
 
 def _address(url: str) -> str:
     """A base address without its closing slash, which would make the server redirect."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+    except ValueError:  # a port that is no number
+        fits = False
+    if not fits:
         raise RequestError(f"{url!r} is not an address: expected https://host")
     return url.rstrip("/")

@@ -5,7 +5,6 @@ Every failure is one typed error; a body is either whole or not there.
 
 import json
 import re
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -68,6 +67,17 @@ class Clock:
     def left(self) -> float:
         """Seconds until patience runs out."""
         return self._last + self.patience - time.monotonic()
+
+
+class _Broken(Exception):
+    """A try that brought no whole answer, and why."""
+
+
+class _Part:
+    """What has arrived of a body that broke off."""
+
+    data = b""
+    etag = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +154,7 @@ class Transport:
         self._session.mount("https://", adapter)
         self._session.mount("http://", adapter)
         self._blocked: dict[str, RateLimited] = {}  # by bucket, while the server would refuse
-        self._lock = threading.Lock()
+        self._due: dict[str, float] = {}  # by bucket, when the next request is welcome
 
     def send(
         self,
@@ -166,16 +176,15 @@ class Transport:
             RateLimited: the limit is used up and `wait` is not set.
             Unreachable: no whole answer within the tries or the clock's patience.
         """
-        part, etag = b"", ""
-        attempt = 0
-        while True:
+        part = _Part()
+        for attempt in range(1, tries + 1):
             self._hold(url, bucket)
-            asked = {"Accept-Encoding": "gzip" if bucket else "identity", **(headers or {})}
-            if part and etag:
-                asked |= {"Range": f"bytes={len(part)}-", "If-Range": etag}
-            attempt += 1
-            answer, part, etag, problem = self._once(method, url, body, asked, clock, part, etag)
-            if answer is not None:
+            try:
+                asked = {"Accept-Encoding": "gzip" if bucket else "identity", **(headers or {})}
+                answer = self._once(method, url, body, asked, clock, part)
+            except _Broken as broken:
+                problem = str(broken)
+            else:
                 if answer.status == 429 or (answer.status == 503 and _after(answer) is not None):
                     self._limited(answer, bucket, attempt < tries, clock)
                     continue
@@ -183,14 +192,14 @@ class Transport:
                     clock.good()
                     self._pace(answer, bucket)
                     return answer
-                if attempt >= tries:
+                if attempt == tries:
                     return answer
                 problem = f"status {answer.status}"
-            left = clock.left
-            if attempt >= tries or left <= 0:
-                tried = "1 try" if attempt == 1 else f"{attempt} tries"
-                raise Unreachable(f"{_plain(url)}: {problem} ({tried})")
+            if attempt == tries or (left := clock.left) <= 0:
+                break
             self._sleep(min(0.5 * 2 ** (attempt - 1), left))
+        tried = "1 try" if attempt == 1 else f"{attempt} tries"
+        raise Unreachable(f"{_plain(url)}: {problem} ({tried})")
 
     def _once(
         self,
@@ -199,45 +208,53 @@ class Transport:
         body: object,
         headers: dict[str, str],
         clock: Clock,
-        part: bytes,
-        etag: str,
-    ) -> tuple[Answer | None, bytes, str, str]:
-        """One try: the answer, or what arrived of it and the problem."""
+        part: "_Part",
+    ) -> Answer:
+        """One try. If it breaks off, what arrived is in `part`, where the next try goes on."""
+        if part.data and part.etag.startswith('"'):  # a weak ETag promises no equal bytes
+            headers = headers | {"Range": f"bytes={len(part.data)}-", "If-Range": part.etag}
         try:
-            for _ in range(6):  # requests would take our key header along to another host
+            for _ in range(6):  # by hand: requests would take our key along to another host
                 limit = max(min(self.timeout, clock.left), 0.05)
                 mine = dict(headers)
                 if self._key and _origin(url) == self._key_origin:
                     mine["x-api-key"] = self._key
                 response = self._session.request(
-                    method, url, json=body, headers=mine, timeout=limit, stream=True,
+                    method,
+                    url,
+                    json=body,
+                    headers=mine,
+                    timeout=limit,
+                    stream=True,
                     allow_redirects=False,
-                )  # fmt: skip
+                )
                 with response:
                     if response.is_redirect and (to := response.headers.get("Location")):
                         url = urljoin(url, to)
                         if response.status_code not in (307, 308) and method != "GET":
                             method, body = "GET", None
                         continue
-                    etag = response.headers.get("ETag", "")
-                    start = part if response.status_code == 206 else b""
-                    told = response.headers.get("Content-Range", f"bytes {len(start)}-")
-                    if response.status_code == 416 or not told.startswith(f"bytes {len(start)}-"):
-                        return None, b"", "", "it cannot go on where it stopped"
-                    pieces = [start]
-                    try:
-                        self._read(response, pieces, clock)
-                    except (OSError, urllib3.exceptions.HTTPError) as error:
-                        keep = b"".join(pieces) if response.status_code in (200, 206) else b""
-                        return None, keep, etag, _reason(error)
-                    status = 200 if response.status_code == 206 else response.status_code
-                    whole = b"".join(pieces)
-                    if self._key and status >= 400:  # some servers repeat what they were sent
-                        whole = whole.replace(self._key.encode(), b"(key)")
-                    return Answer(_plain(url), status, response.headers, whole), b"", "", ""
-            return None, b"", "", "too many redirects"
+                    return self._whole(url, response, clock, part)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            return None, part, etag, _reason(error)
+            raise _Broken(_reason(error)) from error
+        raise _Broken("too many redirects")
+
+    def _whole(self, url: str, response: requests.Response, clock: Clock, part: "_Part") -> Answer:
+        status = response.status_code
+        start = part.data if status == 206 else b""
+        part.data, part.etag = b"", response.headers.get("ETag", "")
+        span = response.headers.get("Content-Range", f"bytes {len(start)}-")
+        if status == 416 or not span.startswith(f"bytes {len(start)}-"):
+            raise _Broken("it cannot go on where it stopped")
+        pieces = [start]
+        try:
+            self._read(response, pieces, clock)
+        finally:
+            data = b"".join(pieces)
+            part.data = data if status in (200, 206) else b""
+        if self._key and status >= 400:  # some servers repeat what they were sent
+            data = data.replace(self._key.encode(), b"(key)")
+        return Answer(_plain(url), 200 if status == 206 else status, response.headers, data)
 
     def _read(self, response: requests.Response, pieces: list[bytes], clock: Clock) -> None:
         """Reads the raw body piece by piece; raises if it stalls or ends early."""
@@ -264,14 +281,14 @@ class Transport:
         """Refuses, or sleeps, before a request that must not or cannot be answered."""
         if self.offline:
             raise RequestError(f"offline: {_plain(url)} was not asked")
+        if self.wait and (early := self._due.pop(bucket, 0.0) - time.monotonic()) > 0:
+            self._sleep(early)
         block = self._blocked.get(bucket)
         if block is None:
             return
         left = (block.reset - datetime.now(UTC)).total_seconds()
         if left > 0:
-            if not self.wait:
-                raise block
-            self._sleep(left)
+            raise block
         self._blocked.pop(bucket, None)
 
     def _limited(self, answer: Answer, bucket: str, again: bool, clock: Clock) -> None:
@@ -301,11 +318,11 @@ class Transport:
         clock.good()  # the server told us to wait: that is not a failure
 
     def _pace(self, answer: Answer, bucket: str) -> None:
-        """Slows down before the wall, where waiting is wanted: a tenth of the limit is left."""
+        """Where waiting is wanted, slows down before the wall: a tenth of the limit is left."""
         remaining = answer.headers.get("x-limit-remaining", "")
         limit = LIMITS.get(bucket, 25_000)
         if self.wait and remaining.isdigit() and int(remaining) < limit // 10:
-            self._sleep(3600 / limit)
+            self._due[bucket] = time.monotonic() + 3600 / limit
 
 
 def _after(answer: Answer) -> float | None:

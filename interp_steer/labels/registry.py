@@ -5,11 +5,12 @@ second to parse, so what label search needs of it is kept as JSON in the cache, 
 """
 
 import json
+from contextlib import suppress
 from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 
-from interp_steer.errors import RequestError, nearest
+from interp_steer.errors import RequestError, RunError, nearest
 from interp_steer.files import cache_dir, whole
 from interp_steer.labels.label import Source
 
@@ -45,7 +46,7 @@ def releases() -> dict[str, dict[str, str]]:
         }
         for release, entry in yaml.load(file.read_text(encoding="utf-8"), Loader=loader).items()
     }
-    with whole(kept) as part:
+    with suppress(RunError), whole(kept) as part:  # a cache that cannot be written costs time only
         part.write_text(json.dumps(found))
     return found
 

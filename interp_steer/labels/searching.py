@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -158,8 +158,8 @@ def _scope(here: Store, names: Sequence[str], layers: str | None, note: Note) ->
         if layers:
             chosen = registry.parse_layers(layers) or set()
             wanted = [source for source in wanted if source.layer in chosen]
-            if lost := sorted(chosen - {source.layer for source in wanted}):
-                note(f"layers {_ranges(lost)} are not synced")
+            if gone := chosen - {source.layer for source in wanted}:
+                note(f"not synced: layers {_ranges(gone)}")
     present = [source for source in wanted if str(source) in known]
     if not present:
         what = ", ".join(names) if names else f"layers {layers}"
@@ -172,16 +172,13 @@ def _scope(here: Store, names: Sequence[str], layers: str | None, note: Note) ->
         for release in {source.release for source in present if source.release}:
             if release in registry.releases():
                 siblings |= {str(source): source for source in registry.of_release(release)}
-    absent: dict[str, list[Source]] = {}
+    absent: dict[tuple[str, str], list[int]] = {}
     for text, source in siblings.items():
-        if text not in known or not known[text][2]:
-            part = " (in part)" if text in known else ""
-            absent.setdefault((source.release or source.model) + part, []).append(source)
-    for group, lost_sources in sorted(absent.items()):
-        release, _, part = group.partition(" ")
-        which = _ranges(s.layer for s in lost_sources if s.layer is not None)
-        state = "are synced only in part" if part else "are not synced"
-        note(f"{release}: layers {which} {state}")
+        if source.layer is not None and not (text in known and known[text][2]):
+            state = "not known to be whole" if text in known else "not synced"
+            absent.setdefault((source.release or source.model, state), []).append(source.layer)
+    for (group, state), lost in sorted(absent.items()):
+        note(f"{group}: {state}: layers {_ranges(lost)}")
     return [known[str(source)][1] for source in present] if names or layers else None
 
 
@@ -239,10 +236,10 @@ def _ordered(sources: dict[Source, tuple[int, bool]]) -> list[Source]:
     return sorted(sources, key=lambda s: (s.model, s.name.partition("-")[2], s.layer or 0))
 
 
-def _ranges(numbers: object) -> str:
+def _ranges(numbers: Iterable[int]) -> str:
     """`1, 2, 3, 7` as `1-3, 7`."""
     runs: list[list[int]] = []
-    for number in sorted(numbers):  # type: ignore[call-overload]
+    for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
         else:

@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
-from interp_steer.errors import RequestError, RunError
-from interp_steer.files import cache_dir, explained, whole
+from interp_steer.errors import RunError
+from interp_steer.files import cache_dir, explained
 from interp_steer.labels.label import Feature, Label, Source, State, preference
 from interp_steer.labels.rows import Row
 from interp_steer.labels.schema import TOKENS, connect, told
@@ -396,40 +396,3 @@ class Store:
 def _label(row: Sequence[object]) -> Label:
     model, name, feature, text, explainer, kind, *rest = row
     return Label(model, name, feature, text, explainer or None, kind or None, *rest[:6])  # type: ignore[arg-type]
-
-
-def pack(
-    out: str | Path, sources: Sequence[Source] = (), *, store: str | Path | None = None
-) -> Path:
-    """Writes a store, or some sources of it, as one file that a colleague opens with `--store`.
-
-    Raises:
-        RequestError: a source is not in the store.
-        RunError: there is no store yet, or the file cannot be written.
-    """
-    with Store(store) as full:
-        here = {str(source): number for source, (number, _) in full.sources().items()}
-        for source in sources:
-            if str(source) not in here:
-                raise RequestError(f"{source} is not in {full.path}")
-        away = [here[name] for name in here if sources and name not in map(str, sources)]
-        with whole(Path(out)) as part, told(Path(out)):
-            part.unlink()  # SQLite wants to make the file itself
-            full._db.execute("VACUUM INTO ?", (str(part),))
-            db = sqlite3.connect(part, isolation_level=None)
-            try:
-                for table in ("explanation", "feature", "object") if away else ():
-                    db.execute(
-                        f"DELETE FROM {table} WHERE source_id IN (SELECT value FROM json_each(?))",
-                        (json.dumps(away),),
-                    )
-                if away:
-                    db.execute(
-                        "DELETE FROM source WHERE id IN (SELECT value FROM json_each(?))",
-                        (json.dumps(away),),
-                    )
-                    db.execute("INSERT INTO fts (fts) VALUES ('rebuild')")
-                    db.execute("VACUUM")
-            finally:
-                db.close()
-    return Path(out)

@@ -1,18 +1,21 @@
-"""`sync`: brings the labels of sources into the store, file by file; `import_files`: from disk."""
+"""`sync` and `import_files` bring labels into the store, file by file; `pack` takes them away."""
 
+import json
+import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
 from interp_steer.console import progress
-from interp_steer.errors import RequestError, RunError
-from interp_steer.files import explained
+from interp_steer.errors import RequestError, RunError, SteerError
+from interp_steer.files import explained, whole
 from interp_steer.labels import registry
 from interp_steer.labels.client import Batch, Client, Export
-from interp_steer.labels.http import Clock
-from interp_steer.labels.label import Source
+from interp_steer.labels.http import Clock, NotFound
+from interp_steer.labels.label import Feature, Source, parse_id
 from interp_steer.labels.rows import Row, read_lines
+from interp_steer.labels.schema import told
 from interp_steer.labels.store import Coverage, Store
 
 
@@ -122,7 +125,7 @@ def _fetch(
                     done += file.size
                     try:
                         batch = future.result()
-                    except RunError as error:
+                    except SteerError as error:
                         yield file, str(error).partition(f"{file.key}: ")[2] or str(error)
                         continue
                     if batch:
@@ -132,6 +135,46 @@ def _fetch(
     finally:
         clock.stop()  # whoever is waiting for another try
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def fetch(
+    *ids: str, store: str | Path | None = None, client: Client | None = None
+) -> list[Feature]:
+    """Asks Neuronpedia's API for single features and stores what it says of each.
+
+    For labels that are newer than the export, and for each feature's density and maximum.
+
+    Raises:
+        RequestError: an id is not one, or Neuronpedia does not have the feature.
+    """
+    asked = [parse_id(text) for text in ids]
+    asked = [(registry.resolve(str(source))[0], index) for source, index in asked]
+    found = (client or Client()).features(asked)
+    for source, index in asked:
+        if (source, index) not in found:
+            raise NotFound(f"Neuronpedia has no feature {source}/{index}")
+    with Store(store, write=True) as to:
+        for (source, index), feature in found.items():
+            row = Row(
+                source.model,
+                source.name,
+                index,
+                density=feature.density,
+                max_activation=feature.max_activation,
+            )
+            said = [
+                replace(
+                    row,
+                    uid=each.uid,
+                    label=each.label,
+                    explainer=each.explainer,
+                    type=each.type,
+                    score=each.label_score,
+                )
+                for each in feature.labels
+            ]
+            to.commit(source, f"api/{index}", None, [row, *said])
+        return [to.feature(source, index) for source, index in asked]
 
 
 def import_files(paths: Iterable[str | Path], *, store: str | Path | None = None) -> list[Coverage]:
@@ -168,3 +211,40 @@ def import_files(paths: Iterable[str | Path], *, store: str | Path | None = None
                 to.commit(source, key, None, part)
                 touched[str(source)] = source
         return [to.coverage(source) for source in touched.values()]
+
+
+def pack(
+    out: str | Path, sources: Sequence[Source] = (), *, store: str | Path | None = None
+) -> Path:
+    """Writes a store, or some sources of it, as one file that a colleague opens with `--store`.
+
+    Raises:
+        RequestError: a source is not in the store.
+        RunError: there is no store yet, or the file cannot be written.
+    """
+    with Store(store) as full:
+        here = {str(source): number for source, (number, _) in full.sources().items()}
+        for source in sources:
+            if str(source) not in here:
+                raise RequestError(f"{source} is not in {full.path}")
+        away = [here[name] for name in here if sources and name not in map(str, sources)]
+        with whole(Path(out)) as part, told(full.path):
+            part.unlink()  # SQLite wants to make the file itself
+            full._db.execute("VACUUM INTO ?", (str(part),))
+            db = sqlite3.connect(part, isolation_level=None)
+            try:
+                for table in ("explanation", "feature", "object") if away else ():
+                    db.execute(
+                        f"DELETE FROM {table} WHERE source_id IN (SELECT value FROM json_each(?))",
+                        (json.dumps(away),),
+                    )
+                if away:
+                    db.execute(
+                        "DELETE FROM source WHERE id IN (SELECT value FROM json_each(?))",
+                        (json.dumps(away),),
+                    )
+                    db.execute("INSERT INTO fts (fts) VALUES ('rebuild')")
+                    db.execute("VACUUM")
+            finally:
+                db.close()
+    return Path(out)

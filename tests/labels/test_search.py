@@ -93,6 +93,6 @@ def test_says_which_layers_of_a_release_are_not_synced():
         notes: list[str] = []
         search("dog", sources, note=notes.append)
         assert notes == [
-            f"{release}: layers 0-11, 14-19, 21-31 are not synced",
-            f"{release}: layers 20 are synced only in part",
+            f"{release}: not known to be whole: layers 20",
+            f"{release}: not synced: layers 0-11, 14-19, 21-31",
         ]

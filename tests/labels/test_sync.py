@@ -8,11 +8,11 @@ import time
 import pytest
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.labels import Client, coverage, import_files, registry, show, sync
+from interp_steer.labels import Client, coverage, fetch, import_files, registry, show, sync
 from interp_steer.labels.label import Source, State
 from interp_steer.labels.store import Store, default_path
 
-from .server import HTML, Neuronpedia, Reply, exported
+from .server import HTML, Neuronpedia, Reply, explanation, exported, neuron
 
 NAME = "llama3.1-8b/15-llamascope-res-32k"
 SOURCE = Source.parse(NAME)
@@ -243,6 +243,22 @@ def test_density_and_maximum_come_with_the_feature_files(server):
     assert show(f"{NAME}/8").state is State.UNLABELLED
     sync(NAME)  # without the numbers: what is here of them stays
     assert show(f"{NAME}/7").density == 0.01
+
+
+def test_a_feature_that_is_newer_than_the_export_is_fetched_alone(filled):
+    sync(NAME)
+    new = neuron(*NAME.split("/"), 9000, explanation("n", "brand new"), maxActApprox=3.0)
+    bare = neuron(*NAME.split("/"), 9001)
+    for each in (new, bare):
+        filled.neurons[SOURCE.model, SOURCE.name, each["index"]] = each
+    found = fetch(f"{NAME}/9000", f"{NAME}/9001")
+    assert [each.state for each in found] == [State.LABELLED, State.UNLABELLED]
+    assert show(f"{NAME}/9000").labels[0].max_activation == 3.0
+    assert show(f"{NAME}/9000").origins[0][0] == "api/9000"
+    sync(NAME)  # which does not take away what did not come from the export
+    assert show(f"{NAME}/9000").state is State.LABELLED
+    with pytest.raises(RequestError, match=r"no feature .*/9002"):
+        fetch(f"{NAME}/9002")
 
 
 def test_import_from_disk(tmp_path):
