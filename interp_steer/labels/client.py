@@ -297,7 +297,7 @@ def _checked(answer: Answer) -> Answer:
         NotFound, RequestError: the server says that the request was wrong.
         Unreachable, BadAnswer: the server is in trouble, or is not Neuronpedia.
     """
-    if answer.status in (200, 304):
+    if answer.status == 200:
         return answer
     said = f"{answer.url}: {answer.said} (status {answer.status})"
     if answer.status >= 500:

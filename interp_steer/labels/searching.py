@@ -162,10 +162,8 @@ def _scope(here: Store, names: Sequence[str], layers: str | None, note: Note) ->
                 note(f"not synced: layers {_ranges(gone)}")
     present = [source for source in wanted if str(source) in known]
     if not present:
-        what = ", ".join(names) if names else f"layers {layers}"
-        raise RunError(
-            f"no labels of {what} here yet; run `interp-steer labels sync {' '.join(names)}`"
-        )
+        what = " ".join(names or ["SOURCE"]) + (f" --layers {layers}" if layers else "")
+        raise RunError(f"none of these labels here yet; run `interp-steer labels sync {what}`")
     # Of a release that is here in part, the reader must know what was not looked at.
     siblings = {str(source): source for source in wanted}
     if not names and not layers:
