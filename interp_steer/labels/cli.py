@@ -2,7 +2,7 @@
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -255,7 +255,7 @@ def _print_labels(found: "list[Label]") -> None:
 def _table(
     names: tuple[str, ...], rows: list[tuple[str, ...]], right: tuple[int, ...] = ()
 ) -> None:
-    """A table on a terminal with room for one, else one line a row with tabs between."""
+    """A table on a terminal with room for one; else a line a row, with tabs between if piped."""
     from interp_steer.console import safe
 
     clean = [tuple(safe(cell).replace("\t", " ").replace("\n", " ") for cell in r) for r in rows]
@@ -268,19 +268,19 @@ def _table(
     from rich.text import Text
 
     console = Console()
-    if console.width < 72:
+    widths = [max(len(row[i]) for row in (names, *clean)) for i in range(len(names))]
+    wide = {i for i, name in enumerate(names) if name in ("label", "explainers")}
+    if console.width < sum(2 + w for i, w in enumerate(widths) if i not in wide) + 24 * len(wide):
         for row in clean:
             print("  ".join(cell for cell in row if cell))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for place, name in enumerate(names):
-        wide = name in ("label", "explainers")
-        table.add_column(
-            name, justify="right" if place in right else "left", no_wrap=place in right,
-            overflow="fold", ratio=1 if wide else None,
-        )  # fmt: skip
+    filled = [i for i in range(len(names)) if any(row[i] for row in clean)]
+    for i in filled:
+        side: Literal["left", "right"] = "right" if i in right else "left"
+        table.add_column(names[i], justify=side, no_wrap=i not in wide, overflow="fold")
     for row in clean:
-        table.add_row(*(Text(cell) for cell in row))  # Text: a label is not markup
+        table.add_row(*(Text(row[i]) for i in filled))  # Text: a label is not markup
     console.print(table)
 
 

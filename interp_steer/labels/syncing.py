@@ -50,8 +50,8 @@ def sync(
     client = client or Client()
     clock = Clock(client.patience)
     missing: dict[Source, list[str]] = {source: [] for source in sources}
+    listed = _list(client, sources, numbers, clock, missing)
     with Store(store, write=True) as to:
-        listed = _list(client, sources, numbers, clock, missing)
         todo: list[tuple[Export, str | None]] = []
         for source, files in listed.items():
             to.add_source(source)
@@ -130,6 +130,7 @@ def _fetch(
                         continue
                     if batch:
                         to.commit(file.source, file.key, batch.etag or file.etag, batch.rows)
+                        clock.good()  # however long the disk took
                         labels += sum(bool(row.label) for row in batch.rows)
                     report(done / 1e6, f"{labels:,} labels")
     finally:

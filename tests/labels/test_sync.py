@@ -206,6 +206,7 @@ def test_unknown_names_are_the_users_mistake(server):
     ):
         with pytest.raises(RequestError, match=told):
             sync(name)
+    assert not default_path().exists()  # and leaves nothing behind
     with pytest.raises(RequestError, match="no layer 40, 41 there"):
         sync("llama_scope_lxr_8x", layers="31,40-41")
     with pytest.raises(RequestError, match="expected numbers and ranges"):
