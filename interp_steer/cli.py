@@ -14,6 +14,7 @@ from typer.exceptions import Abort, Exit, TyperException
 
 from interp_steer.console import progress, safe
 from interp_steer.errors import RequestError, SteerError
+from interp_steer.labels.cli import app as labels
 
 if TYPE_CHECKING:
     from interp_steer.model import SteeringModel
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(labels, name="labels")
 direction = typer.Typer(help="Make and show directions.", no_args_is_help=True)
 app.add_typer(direction, name="direction")
 
