@@ -5,12 +5,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 # C0 and C1 controls (escape codes among them) and the marks that reorder text on a terminal.
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
+@runtime_checkable
 class Report(Protocol):
     """Called with the amount done so far, and perhaps a word on it."""
 

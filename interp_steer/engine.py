@@ -133,6 +133,10 @@ class Engine:
             for number, (row, after) in enumerate(zip(rows, given, strict=True))
         ]
         against = list(reference) if reference is not None else [None] * len(rows)
+        if len(against) != len(rows) or any(not 0 <= (r or 0) < len(rows) for r in against):
+            raise RequestError(
+                f"reference needs a row number 0-{len(rows) - 1} or None for each row"
+            )
         for mine, other in zip(range(len(rows)), against, strict=True):
             if other is None:
                 continue

@@ -296,6 +296,9 @@ def test_score_gives_logprobs_and_kl(tiny, engine, rows, answers):
 def test_a_reference_of_other_tokens_is_refused(engine):
     with pytest.raises(RequestError, match="different tokens"):
         engine.score([Row(PROMPTS[0]), Row(PROMPTS[1])], [(), ()], reference=[None, 0])
+    for wrong in ([None], [None, 2], [-1, None]):
+        with pytest.raises(RequestError, match="row number 0-1"):
+            engine.score([Row(PROMPTS[0])] * 2, [(), ()], reference=wrong)
 
 
 # --- the stepper ---------------------------------------------------------------------------------

@@ -157,6 +157,12 @@ def test_empty_prompts_are_refused(tiny, prompt):
         tiny.encode(prompt)
 
 
+@pytest.mark.parametrize("prompt", [["user", "hi"], [{"role": "user", "content": "hi"}], None, 3])
+def test_what_is_no_prompt_is_refused(tiny, prompt):
+    with pytest.raises(RequestError, match="a prompt is text, or messages"):
+        tiny.encode(prompt)
+
+
 def test_a_prompt_longer_than_the_context_is_refused(tiny):
     with pytest.raises(RequestError, match=r"context of .* holds 512"):
         tiny.encode("fox " * 600)
