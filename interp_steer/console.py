@@ -110,7 +110,7 @@ def side_by_side(pieces: Iterable[tuple[int, str, str | None]], titles: Sequence
 
     def drawn() -> Columns:
         panels = [
-            Panel(Text(safe(text)), title=Text(safe(title)), width=width)
+            Panel(Text.assemble((safe(title) + "\n\n", "bold"), safe(text)), width=width)
             for title, text in zip(titles, texts, strict=True)
         ]
         return Columns(panels, padding=0)

@@ -216,12 +216,15 @@ class Intervention:
         return tuple(self.value for _ in self.sites)
 
     def resolve(self, scale: Scale | None = None) -> tuple["Intervention", ...]:
-        """The same with lengths for coefficients: itself, or one for each length."""
+        """The same with lengths for coefficients: itself, or one for each length.
+
+        Lengths are rounded to six digits, so that the line stays one that a person can read.
+        """
         if self.unit in ("", "deg"):
             return (self,)
         groups: dict[float, list[Site]] = {}
         for site, length in zip(self.sites, self.lengths(scale), strict=True):
-            groups.setdefault(length or 0.0, []).append(site)
+            groups.setdefault(float(f"{length or 0.0:.6g}"), []).append(site)
         return tuple(
             replace(self, value=length, unit="", sites=tuple(sites))
             for length, sites in groups.items()
