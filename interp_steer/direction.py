@@ -54,8 +54,10 @@ class Direction:
                 f"direction {self.name!r} has a unit vector of length {length:.4g} and norm "
                 f"{self.norm:.4g}; use Direction.of(vector, ...) for a vector of any length above 0"
             )
-        unit = self.unit.detach().to("cpu", torch.float32).clone()
+        # + 0.0 copies, and makes -0.0 0.0: equal directions have one sha
+        unit = self.unit.detach().to("cpu", torch.float32) + 0.0
         object.__setattr__(self, "unit", unit)
+        object.__setattr__(self, "norm", float(self.norm))
         object.__setattr__(self, "source", MappingProxyType(dict(self.source)))
 
     @classmethod
@@ -98,6 +100,10 @@ class Direction:
     def label(self) -> str:
         """How lines of text name it: `name@sha8`."""
         return f"{self.name}@{self.sha}"
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:  # a mappingproxy cannot be pickled
+        parts = (self.unit, self.hook_point, self.norm, self.name, dict(self.source))
+        return Direction, (*parts, self.max_activation)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Direction):
