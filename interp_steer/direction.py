@@ -278,8 +278,7 @@ def load(path: str | Path) -> Direction | DirectionSet:
     try:
         with explained(path), safe_open(path, "pt") as file:
             about = file.metadata() or {}
-            if about.get("format") != FORMAT:
-                raise RequestError(f"{path} is a safetensors file but not a direction ({FORMAT})")
+            ours = about.get("format") == FORMAT
             members = [
                 Direction(
                     file.get_tensor(entry["hook_point"]),
@@ -289,13 +288,14 @@ def load(path: str | Path) -> Direction | DirectionSet:
                     entry["source"],
                     entry["max_activation"],
                 )
-                for entry in json.loads(about["members"])
+                for entry in (json.loads(about["members"]) if ours else ())
             ]
+            if ours:
+                one = about["kind"] == "direction" and len(members) == 1
+                return members[0] if one else DirectionSet(members, about["name"])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, RequestError):
-            raise
         raise RunError(f"{path} is damaged or not a safetensors file: {error}") from error
-    return DirectionSet(members, about["name"]) if about["kind"] == "set" else members[0]
+    raise RequestError(f"{path} is a safetensors file but not a direction ({FORMAT})")
 
 
 def _save(path: Path, name: str, members: list[Direction], kind: str) -> Path:
