@@ -195,7 +195,7 @@ class Direction:
         return found
 
 
-class DirectionSet(Sequence[Direction]):
+class DirectionSet:
     """One direction a layer, all at one component. `directions[15]` is block 15's."""
 
     def __init__(self, directions: Iterable[Direction], name: str | None = None) -> None:
@@ -210,7 +210,7 @@ class DirectionSet(Sequence[Direction]):
         _check_name(self.name)
         self._members = tuple(m.named(self.name) for m in members)
 
-    def __getitem__(self, layer: int) -> Direction:  # type: ignore[override]
+    def __getitem__(self, layer: int) -> Direction:
         if layer not in self.layers:
             raise RequestError(
                 f"{self.name} has no direction for layer {layer}; it has layers "
