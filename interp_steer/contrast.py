@@ -236,9 +236,9 @@ def read_prompts(path: str | Path, side: str = "prompt") -> list[Prompt]:
         if path.suffix == ".json":
             entries = json.loads(text)
         elif path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
-            entries = [line for line in text.splitlines() if line.strip()]
+            entries = [line for line in text.split("\n") if line.strip()]
     except ValueError as error:
         raise RequestError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(entries, list) or not entries:
@@ -247,15 +247,18 @@ def read_prompts(path: str | Path, side: str = "prompt") -> list[Prompt]:
 
 
 def _prompt(entry: object, side: str, path: Path) -> Prompt:
+    if isinstance(entry, str):
+        return entry
     if isinstance(entry, dict):
-        if isinstance(entry.get("prompt"), str) and ("answer" in entry or "system" in entry):
-            return chat(entry["prompt"], entry.get("system"), entry.get("answer"))
-        for key in (side, "prompt", "instruction", "question"):
-            if isinstance(entry.get(key), str):
-                return str(entry[key])
-    if not isinstance(entry, str):
-        raise RequestError(f"{path} holds an entry that is no prompt: {str(entry)[:60]}")
-    return entry
+        prompt, system, answer = (entry.get(key) for key in ("prompt", "system", "answer"))
+        if isinstance(prompt, str) and ("answer" in entry or "system" in entry):
+            if all(one is None or isinstance(one, str) for one in (system, answer)):
+                return chat(prompt, system, answer)
+        else:
+            for key in (side, "prompt", "instruction", "question"):
+                if isinstance(entry.get(key), str):
+                    return str(entry[key])
+    raise RequestError(f"{path} holds an entry that is no prompt: {str(entry)[:60]}")
 
 
 def _span(one: Encoded, position: str) -> tuple[int, int]:
