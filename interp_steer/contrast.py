@@ -23,10 +23,11 @@ from interp_steer.prompt import Encoded, Prompt, chat
 
 POSITIONS = ("mean", "last", "answer")
 
-Rows = Float[Tensor, "n d_model"]
+Positive = Float[Tensor, "n_positive d_model"]
+Negative = Float[Tensor, "n_negative d_model"]
 
 
-def mean_difference(positive: Rows, negative: Rows) -> Float[Tensor, " d_model"]:
+def mean_difference(positive: Positive, negative: Negative) -> Float[Tensor, " d_model"]:
     """Mean of the positives minus mean of the negatives.
 
     Rimsky et al. 2024 (CAA, arXiv 2312.06681); DiffMean in AxBench (arXiv 2501.17148).
@@ -34,7 +35,7 @@ def mean_difference(positive: Rows, negative: Rows) -> Float[Tensor, " d_model"]
     return positive.mean(0) - negative.mean(0)
 
 
-def principal_component(positive: Rows, negative: Rows) -> Float[Tensor, " d_model"]:
+def principal_component(positive: Positive, negative: Negative) -> Float[Tensor, " d_model"]:
     """First principal component of the centred pairwise differences (Zou et al. 2023, RepE).
 
     Its sign and length are those of the difference of means along it, so positives project higher.
@@ -51,7 +52,7 @@ def principal_component(positive: Rows, negative: Rows) -> Float[Tensor, " d_mod
     return torch.mul(first, along)
 
 
-def logistic_probe(positive: Rows, negative: Rows) -> Float[Tensor, " d_model"]:
+def logistic_probe(positive: Positive, negative: Negative) -> Float[Tensor, " d_model"]:
     """Weights of a logistic probe on standardised activations, mapped back to residual units.
 
     With z = (x - mean) / sd and logit = w.z + b, the gradient of the logit in x is w / sd. Its
@@ -69,7 +70,7 @@ def logistic_probe(positive: Rows, negative: Rows) -> Float[Tensor, " d_model"]:
     return torch.mul(unit, along)
 
 
-METHODS: dict[str, Callable[[Rows, Rows], Float[Tensor, " d_model"]]] = {
+METHODS: dict[str, Callable[[Positive, Negative], Float[Tensor, " d_model"]]] = {
     "mean-difference": mean_difference,
     "principal-component": principal_component,
     "logistic-probe": logistic_probe,

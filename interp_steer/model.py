@@ -191,8 +191,8 @@ class SteeringModel:
         return out
 
     def rotary(
-        self, x: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "batch pos"]
-    ) -> tuple[Float[Tensor, "batch pos d_head"], Float[Tensor, "batch pos d_head"]]:
+        self, x: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "#batch pos"]
+    ) -> tuple[Float[Tensor, "#batch pos d_head"], Float[Tensor, "#batch pos d_head"]]:
         """Cosines and sines of the rotary embedding at absolute positions."""
         cos, sin = self.hf.model.rotary_emb(x, position_ids=positions)
         return cos, sin
