@@ -53,12 +53,10 @@ def steps_at(interventions: Sequence[Intervention], site: Site) -> list[Step]:
 
 
 def _single(one: Intervention, site: Site) -> Step:
-    if one.unit not in ("", "deg"):
-        one.lengths()  # says that the unit must be resolved first
-        (one,) = one.resolve()
     units = [direction.unit for direction in one.at(site)]
-    if one.operator in ("add", "add_norm_kept"):
-        return Step(one.operator, one.scope, (units[0] * one.value,))
+    length = one.lengths()[one.sites.index(site)]
+    if length is not None:
+        return Step(one.operator, one.scope, (units[0] * length,))
     names = " and ".join(direction.label for direction in one.at(site))
     plane = operators.orthonormal_plane(units[0], units[1], names)
     return Step(one.operator, one.scope, (plane, torch.tensor(math.radians(one.value))))

@@ -23,10 +23,11 @@ from interp_steer.prompt import Encoded, Prompt, chat
 
 POSITIONS = ("mean", "last", "answer")
 
-Rows = Float[Tensor, "n d_model"]
+Positive = Float[Tensor, "n_positive d_model"]
+Negative = Float[Tensor, "n_negative d_model"]
 
 
-def mean_difference(positive: Rows, negative: Rows) -> Float[Tensor, " d_model"]:
+def mean_difference(positive: Positive, negative: Negative) -> Float[Tensor, " d_model"]:
     """Mean of the positives minus mean of the negatives.
 
     Rimsky et al. 2024 (CAA, arXiv 2312.06681); DiffMean in AxBench (arXiv 2501.17148).
@@ -34,7 +35,7 @@ def mean_difference(positive: Rows, negative: Rows) -> Float[Tensor, " d_model"]
     return positive.mean(0) - negative.mean(0)
 
 
-def principal_component(positive: Rows, negative: Rows) -> Float[Tensor, " d_model"]:
+def principal_component(positive: Positive, negative: Negative) -> Float[Tensor, " d_model"]:
     """First principal component of the centred pairwise differences (Zou et al. 2023, RepE).
 
     Its sign and length are those of the difference of means along it, so positives project higher.
@@ -51,7 +52,7 @@ def principal_component(positive: Rows, negative: Rows) -> Float[Tensor, " d_mod
     return torch.mul(first, along)
 
 
-def logistic_probe(positive: Rows, negative: Rows) -> Float[Tensor, " d_model"]:
+def logistic_probe(positive: Positive, negative: Negative) -> Float[Tensor, " d_model"]:
     """Weights of a logistic probe on standardised activations, mapped back to residual units.
 
     With z = (x - mean) / sd and logit = w.z + b, the gradient of the logit in x is w / sd. Its
@@ -69,7 +70,7 @@ def logistic_probe(positive: Rows, negative: Rows) -> Float[Tensor, " d_model"]:
     return torch.mul(unit, along)
 
 
-METHODS: dict[str, Callable[[Rows, Rows], Float[Tensor, " d_model"]]] = {
+METHODS: dict[str, Callable[[Positive, Negative], Float[Tensor, " d_model"]]] = {
     "mean-difference": mean_difference,
     "principal-component": principal_component,
     "logistic-probe": logistic_probe,
@@ -236,9 +237,9 @@ def read_prompts(path: str | Path, side: str = "prompt") -> list[Prompt]:
         if path.suffix == ".json":
             entries = json.loads(text)
         elif path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
-            entries = [line for line in text.splitlines() if line.strip()]
+            entries = [line for line in text.split("\n") if line.strip()]
     except ValueError as error:
         raise RequestError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(entries, list) or not entries:
@@ -247,15 +248,18 @@ def read_prompts(path: str | Path, side: str = "prompt") -> list[Prompt]:
 
 
 def _prompt(entry: object, side: str, path: Path) -> Prompt:
+    if isinstance(entry, str):
+        return entry
     if isinstance(entry, dict):
-        if isinstance(entry.get("prompt"), str) and ("answer" in entry or "system" in entry):
-            return chat(entry["prompt"], entry.get("system"), entry.get("answer"))
-        for key in (side, "prompt", "instruction", "question"):
-            if isinstance(entry.get(key), str):
-                return str(entry[key])
-    if not isinstance(entry, str):
-        raise RequestError(f"{path} holds an entry that is no prompt: {str(entry)[:60]}")
-    return entry
+        prompt, system, answer = (entry.get(key) for key in ("prompt", "system", "answer"))
+        if isinstance(prompt, str) and ("answer" in entry or "system" in entry):
+            if all(one is None or isinstance(one, str) for one in (system, answer)):
+                return chat(prompt, system, answer)
+        else:
+            for key in (side, "prompt", "instruction", "question"):
+                if isinstance(entry.get(key), str):
+                    return str(entry[key])
+    raise RequestError(f"{path} holds an entry that is no prompt: {str(entry)[:60]}")
 
 
 def _span(one: Encoded, position: str) -> tuple[int, int]:

@@ -54,8 +54,10 @@ class Direction:
                 f"direction {self.name!r} has a unit vector of length {length:.4g} and norm "
                 f"{self.norm:.4g}; use Direction.of(vector, ...) for a vector of any length above 0"
             )
-        unit = self.unit.detach().to("cpu", torch.float32).clone()
+        # + 0.0 copies, and makes -0.0 0.0: equal directions have one sha
+        unit = self.unit.detach().to("cpu", torch.float32) + 0.0
         object.__setattr__(self, "unit", unit)
+        object.__setattr__(self, "norm", float(self.norm))
         object.__setattr__(self, "source", MappingProxyType(dict(self.source)))
 
     @classmethod
@@ -98,6 +100,10 @@ class Direction:
     def label(self) -> str:
         """How lines of text name it: `name@sha8`."""
         return f"{self.name}@{self.sha}"
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:  # a mappingproxy cannot be pickled
+        parts = (self.unit, self.hook_point, self.norm, self.name, dict(self.source))
+        return Direction, (*parts, self.max_activation)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Direction):
@@ -189,7 +195,7 @@ class Direction:
         return found
 
 
-class DirectionSet(Sequence[Direction]):
+class DirectionSet:
     """One direction a layer, all at one component. `directions[15]` is block 15's."""
 
     def __init__(self, directions: Iterable[Direction], name: str | None = None) -> None:
@@ -204,7 +210,7 @@ class DirectionSet(Sequence[Direction]):
         _check_name(self.name)
         self._members = tuple(m.named(self.name) for m in members)
 
-    def __getitem__(self, layer: int) -> Direction:  # type: ignore[override]
+    def __getitem__(self, layer: int) -> Direction:
         if layer not in self.layers:
             raise RequestError(
                 f"{self.name} has no direction for layer {layer}; it has layers "
@@ -272,8 +278,7 @@ def load(path: str | Path) -> Direction | DirectionSet:
     try:
         with explained(path), safe_open(path, "pt") as file:
             about = file.metadata() or {}
-            if about.get("format") != FORMAT:
-                raise RequestError(f"{path} is a safetensors file but not a direction ({FORMAT})")
+            ours = about.get("format") == FORMAT
             members = [
                 Direction(
                     file.get_tensor(entry["hook_point"]),
@@ -283,13 +288,14 @@ def load(path: str | Path) -> Direction | DirectionSet:
                     entry["source"],
                     entry["max_activation"],
                 )
-                for entry in json.loads(about["members"])
+                for entry in (json.loads(about["members"]) if ours else ())
             ]
+            if ours:
+                one = about["kind"] == "direction" and len(members) == 1
+                return members[0] if one else DirectionSet(members, about["name"])
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, RequestError):
-            raise
         raise RunError(f"{path} is damaged or not a safetensors file: {error}") from error
-    return DirectionSet(members, about["name"]) if about["kind"] == "set" else members[0]
+    raise RequestError(f"{path} is a safetensors file but not a direction ({FORMAT})")
 
 
 def _save(path: Path, name: str, members: list[Direction], kind: str) -> Path:

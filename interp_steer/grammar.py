@@ -35,7 +35,7 @@ class Reader:
     def only(self, part: "Callable[[Reader], T]") -> T:
         """Reads one part that must be the whole text."""
         found = part(self)
-        if self.peek(r".") is not None:
+        if self.peek(r"\S") is not None:
             self.fail("the end")
         return found
 

@@ -70,6 +70,8 @@ class Scope:
             raise RequestError(f"unknown scope {self.kind!r}{nearest(self.kind, SCOPES)}")
         if not 0 <= self.begin <= self.end:
             raise RequestError(f"positions {self.begin}-{self.end} are not a range")
+        if self.kind != "positions" and self.end:
+            raise RequestError(f"scope {self.kind!r} takes no begin and end; 'positions' does")
 
     def prompt_mask(self, content: Sequence[bool]) -> list[bool]:
         """Which positions of a prompt are steered, given which are content."""
@@ -115,6 +117,9 @@ class Gate:
     def __post_init__(self) -> None:
         if self.site.component not in ("resid_pre", "resid_post"):
             raise RequestError(f"a gate reads resid_pre or resid_post, not {self.site}")
+        if not math.isfinite(self.threshold):
+            raise RequestError(f"the threshold of a gate is {self.threshold}, not a number")
+        object.__setattr__(self, "threshold", float(self.threshold))
 
     @property
     def vector(self) -> Tensor:
@@ -165,6 +170,9 @@ class Intervention:
                 f"the coefficient of {self.operator} is {self.value:g}; beyond {LARGEST:g} the "
                 "squares in the model's norms overflow and its output would mean nothing"
             )
+        object.__setattr__(self, "value", float(self.value))  # 8 and 8.0 are one line of text
+        if not units and (self.value or self.unit):
+            raise RequestError(f"{self.operator} takes no coefficient")
         if units and self.unit not in units:
             wanted = " or ".join(unit or "none" for unit in units)
             raise RequestError(f"{self.operator} takes a coefficient with unit {wanted}")

@@ -28,11 +28,12 @@ def add(x: Stream, delta: PerRow) -> Stream:
 def add_norm_kept(x: Stream, delta: PerRow) -> Stream:
     """x' = x + a v, then x' |x| / |x'|: turns the stream towards v and keeps its length.
 
-    The ratio is formed first, so that a = 0 multiplies by exactly 1.
+    The ratio is formed first, so that a = 0 multiplies by exactly 1; a zero x' stays zero.
     """
     moved = add(x, delta)
     wide = moved.float()
-    ratio = x.float().norm(dim=-1, keepdim=True) / wide.norm(dim=-1, keepdim=True)
+    length = wide.norm(dim=-1, keepdim=True)
+    ratio = torch.where(length > 0, x.float().norm(dim=-1, keepdim=True) / length, 1.0)
     kept: Tensor = (wide * ratio).to(x.dtype)
     return kept
 
