@@ -75,18 +75,10 @@ def run(model: SteeringModel, out: Path) -> None:
         steer("add", eiffel, coefficient=f"{dose} dose", at=layer, on=SCOPE).resolve(scale)
         for layer, dose in grid
     ]
-    tried = _judged(
-        engine, choose, cells, TRIED, f"trying {len(grid)} settings on {len(choose)} prompts"
-    )
+    what = f"trying {len(grid)} settings on {len(choose)} prompts"
+    unsteered, *tried = _judged(engine, choose, [(), *cells], TRIED, what)
     table = pd.DataFrame(
-        {
-            "layer": layer,
-            "dose": dose,
-            "works": sum(j.works for j in judged) / len(judged),
-            "concept": sum(bool(j.concept) for j in judged) / len(judged),
-            "rep3": _mean([j.rep3 for j in judged]),
-            "surprise": _mean([j.surprise for j in judged]),
-        }
+        {"layer": layer, "dose": dose, **_averages(judged)}
         for (layer, dose), judged in zip(grid, tried, strict=True)
     )
     # most answers that work; then most that name the concept; then the gentlest
@@ -99,6 +91,7 @@ def run(model: SteeringModel, out: Path) -> None:
             "rep3": "rep3 (repeated 3-grams)",
             "surprise": "surprise (nats a token)",
         },
+        _averages(unsteered),
         (layer, dose),
         out / "demo.png",
     )
@@ -150,9 +143,19 @@ def _judged(
     return [judged[i : i + len(prompts)] for i in range(0, len(judged), len(prompts))]
 
 
-def _mean(values: list[float | None]) -> float:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else float("nan")
+def _averages(judged: Sequence[Judged]) -> dict[str, float]:
+    """What a setting did, over its prompts."""
+
+    def mean(values: Sequence[float | None]) -> float:
+        known = [v for v in values if v is not None]
+        return sum(known) / len(known) if known else float("nan")
+
+    return {
+        "works": mean([j.works for j in judged]),
+        "concept": mean([bool(j.concept) for j in judged]),
+        "rep3": mean([j.rep3 for j in judged]),
+        "surprise": mean([j.surprise for j in judged]),
+    }
 
 
 def _question(judged: Judged) -> str:
