@@ -6,27 +6,83 @@ The public names, imported when first used, so that `import interp_steer` costs 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-_HOME = {
-    "RequestError": "errors",
-    "RunError": "errors",
-    "SteerError": "errors",
-}
-
-__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from interp_steer.contrast import Contrast, act_add, read_prompts
+    from interp_steer.direction import Direction, Directions, DirectionSet, load
+    from interp_steer.engine import Engine
+    from interp_steer.errors import RequestError, RunError, SteerError
+    from interp_steer.hooks import fwd_hooks, run_with_cache
+    from interp_steer.intervention import Gate, Intervention, Scope, line, parse, steer
+    from interp_steer.metrics import names, rep3, surprise
+    from interp_steer.model import SteeringModel
+    from interp_steer.prompt import Encoded, chat
+    from interp_steer.row import Result, Row, Sampling, Score, record
+    from interp_steer.scale import Scale
+    from interp_steer.site import Site
+    from interp_steer.stepper import Event, Stepper
+
+_HOME = {
+    "contrast": ("Contrast", "act_add", "read_prompts"),
+    "direction": ("Direction", "DirectionSet", "Directions", "load"),
+    "engine": ("Engine",),
+    "errors": ("RequestError", "RunError", "SteerError"),
+    "hooks": ("fwd_hooks", "run_with_cache"),
+    "intervention": ("Gate", "Intervention", "Scope", "line", "parse", "steer"),
+    "metrics": ("names", "rep3", "surprise"),
+    "model": ("SteeringModel",),
+    "prompt": ("Encoded", "chat"),
+    "row": ("Result", "Row", "Sampling", "Score", "record"),
+    "scale": ("Scale",),
+    "site": ("Site",),
+    "stepper": ("Event", "Stepper"),
+}
+_FILE = {name: file for file, members in _HOME.items() for name in members}
+
+__all__ = [
+    "Contrast",
+    "Direction",
+    "DirectionSet",
+    "Directions",
+    "Encoded",
+    "Engine",
+    "Event",
+    "Gate",
+    "Intervention",
+    "RequestError",
+    "Result",
+    "Row",
+    "RunError",
+    "Sampling",
+    "Scale",
+    "Scope",
+    "Score",
+    "Site",
+    "SteerError",
+    "SteeringModel",
+    "Stepper",
+    "act_add",
+    "chat",
+    "fwd_hooks",
+    "line",
+    "load",
+    "names",
+    "parse",
+    "read_prompts",
+    "record",
+    "rep3",
+    "run_with_cache",
+    "steer",
+    "surprise",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"interp_steer.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'interp_steer' has no attribute {name!r}")
+    if name not in _FILE:
+        raise AttributeError(f"module 'interp_steer' has no attribute {name!r}")
+    return getattr(import_module(f"interp_steer.{_FILE[name]}"), name)
 
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
-
-
-if TYPE_CHECKING:
-    from interp_steer.errors import RequestError as RequestError
-    from interp_steer.errors import RunError as RunError
-    from interp_steer.errors import SteerError as SteerError

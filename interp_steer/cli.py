@@ -14,6 +14,7 @@ from typer.exceptions import Abort, Exit, TyperException
 
 from interp_steer.console import progress, safe
 from interp_steer.errors import RequestError, SteerError
+from interp_steer.labels.cli import app as labels
 
 if TYPE_CHECKING:
     from interp_steer.model import SteeringModel
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(labels, name="labels")
 direction = typer.Typer(help="Make and show directions.", no_args_is_help=True)
 app.add_typer(direction, name="direction")
 
@@ -129,12 +131,14 @@ def generate(
     from interp_steer.row import Row, Sampling, record
     from interp_steer.scale import Scale
 
+    known = Directions(named or [])
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
     asked = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     plain = text or not loaded.is_chat
     asked = [chat(p, system) if isinstance(p, str) and not plain else p for p in asked]
-    scale = Scale.of(loaded, [loaded.encode(p) for p in asked])
-    settings = [(), *(parse(line, Directions(named or [])) for line in steer or [])]
+    encoded = [loaded.encode(p) for p in asked]
+    scale = Scale.of(loaded, encoded) if any(len(one.ids) > 1 for one in encoded) else None
+    settings = [(), *(parse(line, known) for line in steer or [])]
     rows = [
         Row(p, tuple(r for one in setting for r in one.resolve(scale)), sampling, seed)
         for p in asked

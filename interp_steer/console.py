@@ -3,14 +3,19 @@
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
 
 # C0 and C1 controls (escape codes among them) and the marks that reorder text on a terminal.
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
-Report = Callable[[float], None]
-"""Called with the amount done so far."""
+
+@runtime_checkable
+class Report(Protocol):
+    """Called with the amount done so far, and perhaps a word on it."""
+
+    def __call__(self, done: float, note: str = "") -> None: ...
 
 
 def safe(text: str) -> str:
@@ -19,12 +24,15 @@ def safe(text: str) -> str:
 
 
 @contextmanager
-def progress(what: str, total: float | None = None, *, every: float = 10.0) -> Iterator[Report]:
+def progress(
+    what: str, total: float | None = None, *, unit: str = "", every: float = 10.0
+) -> Iterator[Report]:
     """Shows how far a long task is: a bar on a terminal, a line every `every` seconds elsewhere.
 
     Args:
         what: the task, in a few words.
         total: the amount of work, or None if unknown.
+        unit: what the amount counts; if given, the amounts are shown too.
 
     Yields:
         A function to call with the amount done so far.
@@ -44,12 +52,17 @@ def progress(what: str, total: float | None = None, *, every: float = 10.0) -> I
             *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
         ) as bar:
             task = bar.add_task(what, total=total)
-            yield lambda done: bar.update(task, completed=done)
+
+            def show(done: float, note: str = "") -> None:
+                said = ", ".join(filter(None, (what, _amount(done, total, unit), note)))
+                bar.update(task, completed=done, description=said)
+
+            yield show
         return
 
     start = said = time.monotonic()
 
-    def report(done: float) -> None:
+    def report(done: float, note: str = "") -> None:
         nonlocal said
         now = time.monotonic()
         if now - said < every:
@@ -57,9 +70,16 @@ def progress(what: str, total: float | None = None, *, every: float = 10.0) -> I
         said = now
         left = f", {(now - start) * (total - done) / done:.0f} s left" if total and done else ""
         share = f"{done / total:.0%}" if total else f"{done:g}"
-        print(f"{what}: {share}{left}", file=sys.stderr, flush=True)
+        parts = ", ".join(filter(None, (share, _amount(done, total, unit), note)))
+        print(f"{what}: {parts}{left}", file=sys.stderr, flush=True)
 
     yield report
+
+
+def _amount(done: float, total: float | None, unit: str) -> str:
+    if not unit:
+        return ""
+    return f"{done:.1f} of {total:.1f} {unit}" if total else f"{done:.1f} {unit}"
 
 
 def side_by_side(pieces: Iterable[tuple[int, str, str | None]], titles: Sequence[str]) -> list[str]:
@@ -90,7 +110,7 @@ def side_by_side(pieces: Iterable[tuple[int, str, str | None]], titles: Sequence
 
     def drawn() -> Columns:
         panels = [
-            Panel(Text(safe(text)), title=Text(safe(title)), width=width)
+            Panel(Text.assemble((safe(title) + "\n\n", "bold"), safe(text)), width=width)
             for title, text in zip(titles, texts, strict=True)
         ]
         return Columns(panels, padding=0)

@@ -63,11 +63,11 @@ class Judged:
 def run(model: SteeringModel, out: Path) -> None:
     """Builds, chooses, shows; writes `demo.png` and `demo.json` into the folder `out`."""
     engine = Engine(model)
-    build = [read_prompts(TEXTS / f"{side}.txt") for side in ("positive", "negative")]
-    choose, show = (
-        [chat(str(q)) for q in read_prompts(TEXTS / f"{part}.txt")] for part in ("choose", "show")
+    positive, negative, for_choosing, for_showing = (
+        read_prompts(TEXTS / f"{part}.txt") for part in ("positive", "negative", "choose", "show")
     )
-    eiffel = Contrast.measure(model, *build).directions(name="eiffel")
+    choose, show = ([chat(str(q)) for q in part] for part in (for_choosing, for_showing))
+    eiffel = Contrast.measure(model, positive, negative).directions(name="eiffel")
     scale = Scale.of(model, [model.encode(p) for p in choose])
 
     grid = list(itertools.product(LAYERS, DOSES))

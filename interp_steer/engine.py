@@ -15,7 +15,6 @@ from interp_steer.console import Report
 from interp_steer.errors import RequestError, RunError
 from interp_steer.forward import run
 from interp_steer.model import SteeringModel
-from interp_steer.prompt import Encoded
 from interp_steer.row import Result, Row, Score
 from interp_steer.site import Site
 from interp_steer.stepper import Admission, Stepper, Taps
@@ -130,10 +129,14 @@ class Engine:
         if len(given) != len(rows):
             raise RequestError(f"{len(rows)} rows need as many continuations, got {len(given)}")
         lives = [
-            self.admission.take(number, row, taps, len(after))
+            self.admission.take(number, row, taps, given=len(after))
             for number, (row, after) in enumerate(zip(rows, given, strict=True))
         ]
         against = list(reference) if reference is not None else [None] * len(rows)
+        if len(against) != len(rows) or any(not 0 <= (r or 0) < len(rows) for r in against):
+            raise RequestError(
+                f"reference needs a row number 0-{len(rows) - 1} or None for each row"
+            )
         for mine, other in zip(range(len(rows)), against, strict=True):
             if other is None:
                 continue
@@ -148,17 +151,12 @@ class Engine:
 
         def work(chunk: list[int]) -> None:
             part = [lives[r] for r in chunk]
-            for live, r in zip(part, chunk, strict=True):  # what the taps slice by
-                live.seen.clear()
-                live.prompt = Encoded(sequences[r], live.prompt.content, live.prompt.answer)
-            prompts = [
-                Encoded(live.prompt.ids[: len(live.prompt.content)], live.prompt.content)
-                for live in part
-            ]
+            for live in part:
+                live.seen.clear()  # of a larger batch that did not fit
             with torch.no_grad():
                 out = run(
                     model,
-                    [(live.steer, prompt) for live, prompt in zip(part, prompts, strict=True)],
+                    [live.steered for live in part],
                     [sequences[r] for r in chunk],
                     watch=Taps(part) if taps else None,
                 )

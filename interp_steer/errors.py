@@ -28,6 +28,7 @@ def nearest(given: object, choices: Iterable[object]) -> str:
     """The choices most like what was given, as the end of an error message: `; nearest: a, b`."""
     names = [str(choice) for choice in choices]
     close = difflib.get_close_matches(str(given), names, n=3, cutoff=0.5)
+    close = close or [name for name in names if str(given) and str(given) in name][:3]
     if close:
         return "; nearest: " + ", ".join(close)
     return "; choices: " + ", ".join(names) if 0 < len(names) <= 12 else ""

@@ -8,7 +8,7 @@ looks at them, and nothing is steered there.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,6 +23,7 @@ Steered = tuple[Sequence[Intervention], Encoded]
 """A row as forward passes see it: resolved interventions, and the prompt."""
 
 
+@runtime_checkable
 class Watch(Protocol):
     """Reads activations on their way, after the interventions there."""
 

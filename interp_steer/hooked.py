@@ -83,7 +83,7 @@ def hooked_view(model: "SteeringModel") -> "HookedTransformer":
                 sin.to(model.device),
                 cos.to(model.device),
             )
-    left = [name for name, p in hooked.named_parameters() if p.device.type == "meta"]
+    left = [name for name, p in hooked.named_parameters() if p.device != model.device]
     if left:
         raise RunError(f"this TransformerLens left {left[0]} without weights; expected 3.9")
     tokenizer = copy.deepcopy(model.tokenizer)

@@ -39,6 +39,7 @@ OPERATORS: dict[str, tuple[int, tuple[str, ...]]] = {
     "rotate": (2, ("deg",)),
     "angular": (2, ("deg",)),
 }
+LARGEST = 1e15
 CLAMPS = ("clamp", "clamp_min", "clamp_max", "ablate")
 SCOPES = ("all", "prompt", "generated", "last", "content", "positions")
 
@@ -164,6 +165,11 @@ class Intervention:
             )
         if not math.isfinite(self.value):
             raise RequestError(f"the coefficient of {self.operator} is {self.value}, not a number")
+        if abs(self.value) > LARGEST:
+            raise RequestError(
+                f"the coefficient of {self.operator} is {self.value:g}; beyond {LARGEST:g} the "
+                "squares in the model's norms overflow and its output would mean nothing"
+            )
         object.__setattr__(self, "value", float(self.value))  # 8 and 8.0 are one line of text
         if not units and (self.value or self.unit):
             raise RequestError(f"{self.operator} takes no coefficient")
@@ -218,12 +224,15 @@ class Intervention:
         return tuple(self.value for _ in self.sites)
 
     def resolve(self, scale: Scale | None = None) -> tuple["Intervention", ...]:
-        """The same with lengths for coefficients: itself, or one for each length."""
+        """The same with lengths for coefficients: itself, or one for each length.
+
+        Lengths are rounded to six digits, so that the line stays one that a person can read.
+        """
         if self.unit in ("", "deg"):
             return (self,)
         groups: dict[float, list[Site]] = {}
         for site, length in zip(self.sites, self.lengths(scale), strict=True):
-            groups.setdefault(length or 0.0, []).append(site)
+            groups.setdefault(float(f"{length or 0.0:.6g}"), []).append(site)
         return tuple(
             replace(self, value=length, unit="", sites=tuple(sites))
             for length, sites in groups.items()

@@ -7,8 +7,8 @@ of TransformerLens. It knows nothing of steering.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from interp_steer.errors import RequestError
 from interp_steer.loading import find_folder, pick_device, pick_dtype, read, refuse_unsupported
-from interp_steer.prompt import Encoded, Prompt, encode
+from interp_steer.prompt import Encoded, Prompt, encode, is_chat
 from interp_steer.site import Site
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class SteeringModel:
         self.hf = hf.eval()
         self.tokenizer = tokenizer
         self.name, self.revision = name, revision
+        # rendering a chat costs a millisecond; a sweep asks for one prompt hundreds of times
+        self._encoded = lru_cache(maxsize=4096)(self._encode)
         config: Any = hf.config  # its fields are typed as optional
         self.n_layers: int = config.num_hidden_layers
         self.d_model: int = config.hidden_size
@@ -164,7 +166,7 @@ class SteeringModel:
             return ()
         return tuple(told) if isinstance(told, list) else (int(told),)
 
-    def encode(self, prompt: Prompt) -> Encoded:
+    def encode(self, prompt: object) -> Encoded:
         """Tokens of a text, or of a chat under the model's template with one BOS.
 
         A chat that ends with an assistant message is left open after it, to be continued.
@@ -173,6 +175,13 @@ class SteeringModel:
             RequestError: the prompt is empty or longer than the context, or the model has no
                 chat template.
         """
+        if not isinstance(prompt, str) and not is_chat(prompt):
+            raise RequestError(
+                f"a prompt is text, or messages as chat(...) makes them, got {str(prompt)[:60]!r}"
+            )
+        return self._encoded(cast(Prompt, prompt))
+
+    def _encode(self, prompt: Prompt) -> Encoded:
         return encode(self.tokenizer, prompt, self.n_ctx, self.name)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -28,6 +28,14 @@ def chat(user: str, system: str | None = None, answer: str | None = None) -> tup
     return tuple((role, content) for role, content in said if content is not None)
 
 
+def is_chat(prompt: object) -> bool:
+    """Whether something is messages: a tuple of (role, content) pairs."""
+    return isinstance(prompt, tuple) and all(
+        isinstance(m, tuple) and len(m) == 2 and all(isinstance(part, str) for part in m)
+        for m in prompt
+    )
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A prompt as token ids, with what is known of every token.
@@ -74,7 +82,8 @@ def encode(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, n_ctx: int, nam
             f"the prompt is {len(ids)} tokens long and the context of {name} holds "
             f"{n_ctx}, the answer included"
         )
-    special_ids = set(tokenizer.all_special_ids)
+    added = tokenizer.added_tokens_decoder.items()
+    special_ids = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
     content = tuple(
         token not in special_ids
         and begin < end

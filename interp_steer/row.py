@@ -81,7 +81,8 @@ class Result:
         row: the row.
         token_ids: generated ids, without the stop id.
         text: their text.
-        finish: "stop" (a stop id), "length" (max_new_tokens) or "cancelled".
+        finish: "stop" (a stop id), "length" (max_new_tokens), "cancelled", or "overflow": the
+            coefficient was too large for the number format and no token could be told.
         taps: activations that were asked for, by site: every position that the model has read
             (the prompt and all generated tokens but the last), after any intervention there.
     """

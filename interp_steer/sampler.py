@@ -89,12 +89,14 @@ class Sampler:
         noise = gumbel(self.seeds, steps, scores.shape[-1])
         return torch.where(sampled, scores + noise, scores)
 
-    def choose(self, logits: Logits, steps: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-        """The next token of every row; marks it as seen."""
-        chosen = self.scores(logits, steps).argmax(-1)
+    def choose(
+        self, logits: Logits, steps: Int[Tensor, " batch"]
+    ) -> tuple[Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
+        """The next token of every row, marked as seen; and whether its score is a number."""
+        best, chosen = self.scores(logits, steps).max(-1)
         if self.seen is not None:
             self.seen.scatter_(1, chosen[:, None], True)
-        return chosen
+        return chosen, best.isfinite()
 
     def _outside(self, scores: Logits) -> Bool[Tensor, "batch d_vocab"]:
         """Tokens that top-k, then top-p, leave out."""

@@ -24,8 +24,8 @@ class Event:
 
     Attributes:
         id: what `add` returned.
-        token_id: the new token; None if the row ended without one (a stop id, or cancelled).
-        finish: None while the row goes on, else "stop", "length" or "cancelled".
+        token_id: the new token; None if the row ended without one.
+        finish: None while the row goes on, else as in `Result`.
     """
 
     id: int
@@ -41,6 +41,7 @@ class Live:
     row: Row
     prompt: Encoded
     taps: tuple[Site, ...]
+    length: int  # of the sequence that is read at once: the prompt, and a given continuation
     steer: tuple[Intervention, ...] = ()  # without those whose gate stayed shut
     tokens: list[int] = field(default_factory=list)
     finish: str | None = None
@@ -68,7 +69,7 @@ class Taps:
                 if (site.component, site.layer) == hook and live.finish is None:
                     mine = x[number if place is None else int(place[number])]
                     if len(mine) > 1:  # a whole sequence, right-aligned: leave the padding out
-                        mine = mine[len(mine) - len(live.prompt.ids) :]
+                        mine = mine[len(mine) - live.length :]
                     if site.head is not None:
                         mine = mine[:, site.head]
                     live.seen.setdefault(site, []).append(mine.cpu().clone())
@@ -83,13 +84,18 @@ class Admission:
 
     def steered(self, row: Row) -> Steered:
         """A row as forward passes take it: checked, without interventions whose gate is shut."""
-        live = self.take(0, row, (), 0)
+        live = self.take(0, row, ())
         self.judge([live])
         return live.steered
 
-    def take(self, id: int, row: Row, taps: Sequence[Site], new: int) -> Live:
-        """Checks a row against the model, before anything runs."""
+    def take(self, id: int, row: Row, taps: Sequence[Site], new: int = 0, given: int = 0) -> Live:
+        """Checks a row against the model, before anything runs.
+
+        Args:
+            new, given: tokens that will be generated, or are given as a continuation.
+        """
         prompt = self.model.encode(row.prompt)
+        new += given
         if len(prompt.ids) + new > self.model.n_ctx:
             raise RequestError(
                 f"the prompt ({len(prompt.ids)} tokens) and {new} new tokens exceed the context "
@@ -103,7 +109,7 @@ class Admission:
                 )
         for site in taps:
             self.model.check(site, self.model.d_model if site.head is None else self.model.d_head)
-        return Live(id, row, prompt, tuple(taps))
+        return Live(id, row, prompt, tuple(taps), len(prompt.ids) + given)
 
     def judge(self, lives: Sequence[Live]) -> None:
         """Judges every gate on its unsteered prompt, once, and drops what stays shut."""
@@ -206,21 +212,24 @@ class Stepper:
             return []
         logits = self._model.unembed(torch.cat(streams))
         steps = torch.tensor([len(live.tokens) for live in self._live], device=logits.device)
-        self._next = self._sampler.choose(logits, steps)
+        self._next, sane = self._sampler.choose(logits, steps)
         stops = self._model.stop_ids
         events = []
-        for live, token in zip(self._live, self._next.tolist(), strict=True):
+        for live, token, good in zip(self._live, self._next.tolist(), sane.tolist(), strict=True):
             if live.finish is not None:
                 continue
-            if token in stops:
+            if not good:
+                live.finish = "overflow"
+            elif token in stops:
                 live.finish = "stop"
             else:
                 live.tokens.append(token)
-                if live.left <= 0:
-                    live.finish = "length"
+                live.finish = "length" if live.left <= 0 else None
             if live.finish:
                 self._ended[live.id] = live
-            events.append(Event(live.id, None if token in stops else token, live.finish))
+            events.append(
+                Event(live.id, token if good and token not in stops else None, live.finish)
+            )
         return events
 
     def _watch(self, lives: Sequence[Live]) -> Taps | None:

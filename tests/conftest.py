@@ -80,6 +80,13 @@ def make_llama(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, 
     return folder
 
 
+def peak_memory() -> int:
+    """Most bytes that this process has had in memory (resident set)."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("tiny"))

@@ -1,0 +1,5 @@
+"""`python -m interp_steer`, the same as `interp-steer`."""
+
+from interp_steer.cli import main
+
+main()

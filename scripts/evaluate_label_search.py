@@ -1,0 +1,93 @@
+"""Judges label search: recall@10 and MRR of keyword, semantic and hybrid, by kind of query.
+
+    python scripts/evaluate_label_search.py [--also FILE]
+
+The queries and the labels that they should find are in tests/labels/relevance.json, written for
+this: labels in the style of Neuronpedia's, queries in the labels' own words, in other forms of
+them, in other words, and misspelt. The labels were written first and the queries after them, by
+one author: read the figures as a comparison of the three searches, not as an estimate of how well
+they do on all the labels of a model. `--also` mixes in other labels that no query asks for: JSON
+lines with `concept` or `description`, such as AxBench's concepts.
+
+Semantic and hybrid need the extra `semantic`; without it they are left out.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+MODES = ("keyword", "semantic", "hybrid")
+RELEVANCE = Path(__file__).parents[1] / "tests" / "labels" / "relevance.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Judges label search.")
+    parser.add_argument("--also", type=Path, help="more labels, for the search to be misled by")
+    args = parser.parse_args()
+    judged = json.loads(RELEVANCE.read_text(encoding="utf-8"))
+    more = []
+    if args.also:
+        rows = map(json.loads, args.also.read_text(encoding="utf-8").splitlines())
+        more = [row.get("concept") or row["description"] for row in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["INTERP_STEER_CACHE"] = folder
+        print(f"{len(judged['labels'])} labels, {len(more)} more, {len(judged['queries'])} queries")
+        fill([*judged["labels"], *more])
+        for mode in MODES:
+            try:
+                report(mode, judge(judged["queries"], mode))
+            except ValueError as error:
+                print(f"{mode}: {error}")
+
+
+def fill(texts: Sequence[str]) -> None:
+    """Makes a store of the labels."""
+    from interp_steer.labels import Store
+    from interp_steer.labels.label import Source
+    from interp_steer.labels.rows import Row
+
+    with Store(write=True) as store:
+        source = Source("m", "0-res")
+        rows = [Row("m", "0-res", i, f"e{i}", text) for i, text in enumerate(texts)]
+        store.commit(source, "a", None, rows)
+        store.finish(source, complete=True)
+
+
+def judge(queries: Sequence[dict], mode: str) -> dict[str, list[tuple[float, float]]]:
+    """(recall@10, reciprocal rank) of every query, by kind."""
+    from interp_steer.labels import search
+
+    scores: dict[str, list[tuple[float, float]]] = {}
+    for query in queries:
+        expected = set(query["expected"])
+        ranked = [label.index for label in search(query["query"], mode=mode, limit=10)]
+        recall = len(expected & set(ranked)) / len(expected)
+        place = next((i for i, index in enumerate(ranked, 1) if index in expected), None)
+        scores.setdefault(query["kind"], []).append((recall, 1 / place if place else 0.0))
+    return scores
+
+
+def report(mode: str, scores: dict[str, list[tuple[float, float]]]) -> None:
+    """Prints a line a kind of query, and one for all, with a 95 % interval over queries."""
+    scores = {**scores, "all": [pair for pairs in scores.values() for pair in pairs]}
+    for kind, pairs in scores.items():
+        recall, mrr = (interval([pair[i] for pair in pairs]) for i in (0, 1))
+        print(f"{mode:<9} {kind:<9} n = {len(pairs):<3} recall@10 {recall}  MRR {mrr}")
+
+
+def interval(
+    values: Sequence[float], of: Callable[[Sequence[float]], float] = statistics.fmean
+) -> str:
+    """The mean with its bootstrap interval."""
+    dice = random.Random(0)
+    means = sorted(of(dice.choices(values, k=len(values))) for _ in range(1000))
+    return f"{of(values):.2f} [{means[25]:.2f}, {means[974]:.2f}]"
+
+
+if __name__ == "__main__":
+    main()

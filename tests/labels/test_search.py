@@ -1,0 +1,98 @@
+"""Search: what the query's signs mean, what is said beside the results, and how little it loads."""
+
+import pytest
+
+from interp_steer.errors import RequestError, RunError
+from interp_steer.labels import Store, registry, search
+from interp_steer.labels.label import Source
+from interp_steer.labels.rows import Row
+
+LABELS = [
+    "references to the Golden Gate Bridge",
+    "gate and golden retrievers",
+    "bridges in San Francisco",
+    "dogs and puppies",
+    "expressions of jealousy",
+    "cafés in Paris",
+    "golden ratio",
+]
+
+
+@pytest.fixture(autouse=True)
+def filled() -> None:
+    with Store(write=True) as store:
+        for layer in (3, 4):
+            source = Source("m", f"{layer}-res")
+            made = [Row("m", source.name, i, f"{layer}.{i}", text) for i, text in enumerate(LABELS)]
+            store.commit(source, "a", "1", made)
+            store.finish(source, complete=True)
+
+
+def found(query: str, **more) -> list[int]:
+    return [label.index for label in search(query, layers="3", **more)]
+
+
+def test_words_phrases_prefixes_and_negation():
+    assert set(found("golden gate")) == {0, 1}
+    assert found('"golden gate"') == [0]
+    assert set(found("gold*")) == {0, 1, 6}
+    assert found("golden -gate") == [6]
+    assert found('golden -"gate bridge" -ratio') == [1]
+    assert set(found("bridge")) == {0, 2}  # the stem is what counts
+    assert found("cafe") == [5] == found("CAFÉ")
+    assert found("zzzz") == []
+
+
+def test_any_word_where_no_label_has_all_and_spelling():
+    notes: list[str] = []
+    assert found("golden puppies", note=notes.append)[0] == 3
+    assert notes == ["no label has all of these words; searched for any of them"]
+    notes.clear()
+    assert set(found("brigde", note=notes.append)) == {0, 2}
+    assert found("jelousy") == [4]
+    assert notes == ["no label has 'brigde'; searched for 'bridg'"]
+
+
+def test_ranked_by_relevance_then_place_and_limited():
+    labels = search("golden")
+    assert len(labels) == 6 and [label.id for label in labels[:2]] == ["m/3-res/6", "m/4-res/6"]
+    scores = [label.score for label in labels]
+    assert scores == sorted(scores, reverse=True) and scores[0] > 0
+    assert len(search("golden", limit=2)) == 2
+    assert labels[0].as_json() == {
+        "id": "m/3-res/6", "label": "golden ratio", "layer": 3, "index": 6, "explainer": None,
+        "score": scores[0],
+    }  # fmt: skip
+
+
+def test_a_feature_comes_once_with_the_label_that_matches_best():
+    with Store(write=True) as store:
+        store.commit(Source("m", "3-res"), "b", "1", [Row("m", "3-res", 3, "x", "small dogs dogs")])
+    assert found("dogs") == [3]
+
+
+def test_sources_and_layers():
+    assert {label.source for label in search("dogs", ["m/4-res"])} == {"4-res"}
+    assert {label.layer for label in search("dogs", layers="3-4")} == {3, 4}
+    with pytest.raises(RunError, match="labels sync m/5-res"):
+        search("dogs", ["m/5-res"])
+    with pytest.raises(RequestError, match="nearest: llama_scope_lxr_8x"):
+        search("dogs", ["llama_scope_lxr8x"])
+    with pytest.raises(RequestError, match="limit 0"):
+        search("dogs", limit=0)
+
+
+def test_says_which_layers_of_a_release_are_not_synced():
+    release = "llama_scope_lxr_8x"
+    with Store(write=True) as store:
+        for layer in (12, 13, 20):
+            source = next(s for s in registry.of_release(release) if s.layer == layer)
+            store.commit(source, "a", "1", [Row(source.model, source.name, 1, "e", "a dog")])
+            store.finish(source, complete=layer != 20)
+    for sources in ((), (release,)):
+        notes: list[str] = []
+        search("dog", sources, note=notes.append)
+        assert notes == [
+            f"{release}: not known to be whole: layers 20",
+            f"{release}: not synced: layers 0-11, 14-19, 21-31",
+        ]

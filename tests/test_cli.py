@@ -1,0 +1,255 @@
+"""The command line as a person meets it; what prints runs in a process of its own."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from interp_steer import cli
+
+DATA = Path(__file__).parents[1] / "interp_steer" / "demo_data"
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "interp_steer", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=300,
+    )
+
+
+def one_line(code: int, *words: str) -> str:
+    """The error of a command that must end with one clear line and nothing on stdout."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        patch.setattr(sys, "argv", ["interp-steer", *words])
+        cli.main()
+    assert ended.value.code == code, err.getvalue()
+    assert out.getvalue() == ""
+    said = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and said[0] == err.getvalue().splitlines()[-1]
+    return said[0]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_folder, tmp_path_factory) -> tuple[str, str]:
+    """A direction made by the command line: (model folder, file)."""
+    file = tmp_path_factory.mktemp("made") / "tower.safetensors"
+    done = run(
+        "direction", "make", "--model", str(tiny_folder), "--name", "tower", "--out", str(file),
+        "--positive", str(DATA / "positive.txt"), "--negative", str(DATA / "negative.txt"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "tower@" in done.stdout and str(file) in done.stdout
+    return str(tiny_folder), str(file)
+
+
+def test_help_is_quick():
+    run("--help")
+    begun = time.monotonic()
+    done = run("--help")
+    # the bar is 0.5 s on an idle machine; a heavy import would cost 5
+    assert time.monotonic() - begun < 2
+    assert "demo" in done.stdout and "verify" in done.stdout
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom interp_steer import cli\nsys.argv = ['interp-steer', '--help']\n"
+        "try:\n    cli.main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'transformer_lens', 'sae_lens', 'pandas', 'requests'}\n"
+        "print('LOADED', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+
+
+def test_generate_prints_records(made):
+    model, file = made
+    done = run(
+        "generate", "--model", model, "--direction", f"tower={file}", "--json",
+        "--prompt", "Name three fruits.", "--prompt", "The quick brown fox",
+        "--steer", "add(tower, 0.5 dose) at 2-3; ablate(tower) at 5",
+        "--steer", "clamp(tower, 2) at 1", "--max-new-tokens", "6",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    records = json.loads(done.stdout)
+    assert len(records) == 6
+    for i in (0, 3):  # each prompt's unsteered row comes first
+        assert records[i]["steer"] is records[i]["coefficient"] is records[i]["dose"] is None
+    for record in records:
+        assert set(record) == {
+            "prompt", "steer", "text", "tokens", "token_ids", "coefficient", "dose",
+        }  # fmt: skip
+        assert record["tokens"] == len(record["token_ids"]) <= 6
+    steered = records[1]
+    assert steered["dose"] == pytest.approx([0.5, 0.5, 0.0])
+    assert steered["coefficient"][0] != steered["coefficient"][1]  # each layer has its own scale
+    assert steered["steer"].count("tower@") == 3
+    assert records[2]["coefficient"] == [2.0] and records[2]["dose"][0] > 0
+    assert [r["prompt"] for r in records[::3]] == ["Name three fruits.", "The quick brown fox"]
+
+
+def test_a_record_runs_again_from_its_own_line(made, tmp_path):
+    model, file = made
+    words = ["generate", "--model", model, "--direction", f"tower={file}", "--json"]
+    words += ["--prompt", "The fox", "--max-new-tokens", "5", "--temperature", "0.9", "--seed", "4"]
+    first = json.loads(run(*words, "--steer", "add(tower, 0.7 dose) at 1").stdout)
+    again = json.loads(run(*words, "--steer", first[1]["steer"]).stdout)
+    assert again == first
+
+
+def test_generate_writes_a_file(made, tmp_path):
+    model, file = made
+    out = tmp_path / "out.json"
+    done = run(
+        "generate", "--model", model, "--prompts", str(DATA / "choose.txt"),
+        "--steer", f"add({file}, 1) at 1", "--max-new-tokens", "3", "--out", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(out.read_text())) == 16
+    assert os.listdir(tmp_path) == ["out.json"]
+
+
+def test_direction_show(made):
+    _, file = made
+    assert "mean-difference" in run("direction", "show", file).stdout
+    shown = json.loads(run("direction", "show", file, "--json").stdout)
+    assert [m["hook_point"] for m in shown] == [f"blocks.{n}.hook_resid_post" for n in range(6)]
+
+
+def test_verify_passes_on_a_llama_31_shape(tiny_folder):
+    done = run("verify", "--model", str(tiny_folder), "--json")
+    assert done.returncode == 0, done.stdout
+    found = json.loads(done.stdout)
+    assert found["passed"] and found["model"] == str(tiny_folder)
+    assert len(found["checks"]) >= 15
+    for check in found["checks"]:
+        assert set(check) == {"name", "passed", "difference", "tolerance"}
+
+
+def test_chat_answers_and_goes_on_after_a_mistake(made):
+    model, file = made
+    done = subprocess.run(
+        [sys.executable, "-m", "interp_steer", "chat", "--model", model, "--max-new-tokens", "4",
+         "--direction", f"tower={file}", "--steer", "add(tower, 2) at 2"],
+        input="Name three fruits.\n/steer add(tower, 2) at 77\n/nonsense\nAnd now?\n/quit\n",
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("[unsteered]") == 2 and done.stdout.count("[add(tower@") == 2
+    assert "layers 0-5" in done.stderr and "/nonsense" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steer", "add(tower, 1) at 6"], "layers 0-5"),
+        (["--steer", "add(narrow, 1) at 2"], "is 63 wide"),
+        (["--steer", "add(tower, nan) at 2"], "nan, not a number"),
+        (["--steer", "add(tower, 1) a 2"], "at column 15: expected 'at'"),
+        (["--steer", "add(towr, 1) at 2"], "nearest: tower"),
+        (["--steer", "add(tower, 1 dose) at z 1h1"], "dose"),
+        (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", "fox " * 600], "context"),
+        (["--prompts", "/none.txt"], "no prompt file"),
+        (["--model", "startr"], "nearest: starter"),
+        (["--temperature", "-1"], "temperature is -1"),
+        (["--temperature", "warm"], "--temperature"),
+        (["--nonsense", "1"], "--nonsense"),
+        (["--max-new-tokens", "4000"], "exceed the context"),
+        (["--direction", "tower"], "expected NAME=FILE"),
+        (
+            ["--direction", "tower=/none.safetensors", "--steer", "add(tower,1) at 1"],
+            "no direction",
+        ),
+        (["--device", "cuda:9"], "not available"),
+        (["--out", "/none/x.json"], "no folder"),
+    ],
+)
+def test_wrong_requests_are_one_line_and_exit_2(made, tmp_path, words, said):
+    import torch
+
+    from interp_steer.direction import Direction
+
+    model, file = made
+    Direction.of(torch.ones(63), "blocks.0.hook_resid_post", "narrow").save(
+        tmp_path / "n.safetensors"
+    )
+    fixed = ["--prompt", "Hello"] if not words[0].startswith("--prompt") else []
+    fixed += [] if "--model" in words else ["--model", model]
+    if "--direction" not in words:
+        fixed += ["--direction", f"tower={file}", "--direction", f"narrow={tmp_path}/n.safetensors"]
+    assert said in one_line(2, "generate", *fixed, *words)
+
+
+def test_other_wrong_requests(made, tmp_path):
+    model, _ = made
+    sides = ["--positive", str(DATA / "positive.txt"), "--negative", str(DATA / "negative.txt")]
+    make = ["direction", "make", "--model", model]
+    assert "nearest: mean-difference" in one_line(2, *make, *sides, "--method", "mean-diff")
+    assert "layers 0-5" in one_line(2, *make, *sides, "--layer", "9")
+    assert "unknown position" in one_line(2, *make, *sides, "--position", "first")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    assert "no prompts" in one_line(2, *make, "--positive", str(empty), *sides[2:])
+    assert "not a direction" in one_line(2, "direction", "show", f"{model}/model.safetensors")
+    assert "unknown model" in one_line(2, "verify", "--model", str(tmp_path / "none"))
+    assert "steer" in one_line(2, "steer")
+
+
+def test_an_error_is_one_line_in_a_process_of_its_own(made):
+    done = run(
+        "generate", "--model", made[0], "--prompt", "x", "--steer", f"add({made[1]}, 1) at 99"
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert "layers 0-5" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_failures_exit_1(made, tmp_path):
+    _, file = made
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(Path(file).read_bytes()[:200])
+    assert "damaged" in one_line(1, "direction", "show", str(damaged))
+    assert "no network" in one_line(1, "verify", "--model", "someone/model")
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    """On a file system of 64 kB, where the system lets us make one."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(small)]).returncode:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        import torch
+
+        from interp_steer.direction import Direction, DirectionSet
+        from interp_steer.errors import RunError
+
+        many = DirectionSet(
+            Direction.of(torch.randn(4096), f"blocks.{n}.hook_resid_post") for n in range(32)
+        )
+        with pytest.raises(RunError, match="the disk is full"):
+            many.save(small / "big.safetensors")
+        assert os.listdir(small) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_reader_that_leaves_early_is_no_error(made):
+    code = f"{sys.executable} -m interp_steer direction show {made[1]} | head -n 1"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
