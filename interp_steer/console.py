@@ -68,7 +68,9 @@ def progress(
         if now - said < every:
             return
         said = now
-        left = f", {(now - start) * (total - done) / done:.0f} s left" if total and done else ""
+        # the first few percent say little about the rest
+        told = total and done >= 0.05 * total
+        left = f", {(now - start) * (total - done) / done:.0f} s left" if total and told else ""
         share = f"{done / total:.0%}" if total else f"{done:g}"
         parts = ", ".join(filter(None, (share, _amount(done, total, unit), note)))
         print(f"{what}: {parts}{left}", file=sys.stderr, flush=True)

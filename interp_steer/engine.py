@@ -48,7 +48,7 @@ class Engine:
             taps: sites whose activations every row returns.
             batch: rows at once; None fits it to the free memory. A batch that still runs out of
                 memory is halved.
-            report: called with the number of rows done.
+            report: called with the number of rows done, rows in work counted by their tokens.
 
         Raises:
             RequestError: an empty prompt, one that does not fit the context, or an intervention
@@ -74,8 +74,8 @@ class Engine:
                     if event.finish:
                         done += 1
                         results[ids[event.id]] = stepper.pop(event.id)
-                        if report:
-                            report(done)
+                if report:
+                    report(done + stepper.share)
 
         self._in_batches(order, longest, batch, work)
         return [results[r] for r in range(len(rows))]

@@ -159,6 +159,12 @@ class Stepper:
         """Whether a step would do anything."""
         return bool(self._waiting) or any(live.finish is None for live in self._live)
 
+    @property
+    def share(self) -> float:
+        """How much of the rows in work is done, in rows, if none stops early."""
+        going = (live for live in self._live if live.finish is None)
+        return sum(len(live.tokens) / live.row.sampling.max_new_tokens for live in going)
+
     def add(self, row: Row, taps: Sequence[Site] = ()) -> int:
         """Takes a row in; its prompt is read in the next step.
 

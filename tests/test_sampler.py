@@ -268,3 +268,12 @@ def test_settings_that_mean_nothing_are_refused(wrong):
     (name,) = wrong
     with pytest.raises(RequestError, match=f"{name} is .*, expected "):
         Sampling(**wrong)
+
+
+def test_a_row_of_numbers_that_are_none_is_told_apart():
+    logits = torch.randn(4, 30)
+    logits[1] = torch.nan
+    logits[2, 5] = torch.inf
+    logits[3, :29] = -torch.inf
+    sampler = Sampler([Sampling()] * 2 + [Sampling(1.0)] * 2, [0] * 4, None, CPU)
+    assert sampler.choose(logits, steps(4))[1].tolist() == [True, False, False, True]
