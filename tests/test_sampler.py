@@ -136,14 +136,6 @@ def test_what_was_chosen_counts_as_seen():
     assert chosen == [[0, 0], [1, 0], [0, 0], [0, 0]]  # 2.0, then 1.5, then 1.0 against .75
 
 
-@pytest.mark.parametrize("how", [Sampling(), Sampling(0.7, top_p=0.9)])
-def test_a_row_without_a_best_number_is_told_apart(how):
-    logits = random_logits(4)
-    logits[1, 5], logits[2], logits[3, 5] = torch.nan, -torch.inf, -torch.inf
-    _, good = Sampler([how] * 4, [0] * 4, None, CPU).choose(logits, steps(4))
-    assert good.tolist() == [True, False, False, True]
-
-
 # --- draws ------------------------------------------------------------------------------------
 
 
