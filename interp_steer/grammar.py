@@ -30,7 +30,9 @@ class Reader:
     """Reads one text from left to right."""
 
     def __init__(self, text: str, directions: Mapping[str, Vector] | None = None) -> None:
-        self.text, self.directions, self.cursor = text, directions or {}, 0
+        # not `directions or {}`: a mapping of files may list none and still find one by its path
+        self.directions = {} if directions is None else directions
+        self.text, self.cursor = text, 0
 
     def only(self, part: "Callable[[Reader], T]") -> T:
         """Reads one part that must be the whole text."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from interp_steer.direction import FORMAT, Direction, Directions, DirectionSet, is_name, load
 from interp_steer.errors import RequestError, RunError
+from interp_steer.intervention import parse
 
 HOME = "blocks.3.hook_resid_post"
 WIDTH = 16
@@ -530,6 +531,13 @@ def test_names_are_given_or_files_or_in_the_cache(tmp_path, cache):
     assert found[str(tmp_path / "file.safetensors")] == made(3)
     assert list(found) == ["both", "kept"]
     assert len(found) == 2
+
+
+def test_a_line_finds_a_file_by_its_path_in_an_empty_cache(tmp_path, cache):
+    path = made(1).save(tmp_path / "file.safetensors")
+    assert len(Directions()) == 0
+    (one,) = parse(f"add({path}, 1) at 3", Directions())
+    assert one.directions == (made(1),)
 
 
 @pytest.mark.parametrize("name", ["none", "../cache/directions/kept", "", "."])

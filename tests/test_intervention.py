@@ -261,6 +261,7 @@ def test_errors_name_the_column_and_what_was_expected(text, expected):
         ("add(joy, nan) at 3", "the coefficient of add is nan, not a number"),
         ("add(joy, -inf dose) at 3", "the coefficient of add is -inf"),
         ("add(joy, 1e999) at 3", "the coefficient of add is inf"),
+        ("add(joy, -1e16) at 3", r"the coefficient of add is -1e\+16; beyond 1e\+15"),
         ("add(joy, 1) at 5-3", "layers 5-3 are not a range"),
         ("add(joy, 1) at 3,3", "add needs sites, each once"),
         ("add(joy, 1) at 2-4,3", "add needs sites, each once"),
