@@ -39,6 +39,8 @@ def principal_component(positive: Positive, negative: Negative) -> Float[Tensor,
     """First principal component of the centred pairwise differences (Zou et al. 2023, RepE).
 
     Its sign and length are those of the difference of means along it, so positives project higher.
+    Centring removes what all pairs have in common: where every pair differs in the same way, that
+    is the concept itself, and `mean_difference` is the method to use.
     """
     if len(positive) != len(negative) or len(positive) < 3:
         raise RequestError(
@@ -200,7 +202,7 @@ def act_add(
     layers = torch.stack([x[0] - x[1] for layer, x, _ in model.residuals(pair) if layer >= 0])
     source = {"model": model.name, "method": "actadd", "positive": repr(positive)}
     source |= {"negative": repr(negative), "fingerprint": model.fingerprint}
-    return [
+    made = [
         DirectionSet(
             Direction.of(
                 layers[layer, position].float(),
@@ -213,6 +215,9 @@ def act_add(
         for position in range(1, lengths[0])
         if layers[:, position].any(-1).all()  # equal tokens before the first difference
     ]
+    if not made:
+        raise RequestError("the two prompts of ActAdd have the same tokens: nothing differs")
+    return made
 
 
 def read_prompts(path: str | Path, side: str = "prompt") -> list[Prompt]:
@@ -230,7 +235,7 @@ def read_prompts(path: str | Path, side: str = "prompt") -> list[Prompt]:
         raise RequestError(f"no prompt file {path}")
     with explained(path):
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise RequestError(f"{path} is not UTF-8 text (byte {error.start})") from error
     try:

@@ -74,6 +74,10 @@ class Direction:
         Raises:
             RequestError: the vector is zero or holds NaN or infinity.
         """
+        if vector.ndim != 1:
+            raise RequestError(
+                f"direction {name!r} has shape {list(vector.shape)}, expected one axis"
+            )
         exact = vector.detach().to("cpu", torch.float64)
         norm = exact.norm().item()
         if not math.isfinite(norm) or norm == 0:

@@ -105,9 +105,10 @@ class Reader:
         try:
             found = self.directions[name]
         except KeyError:
-            self.cursor = start
+            column = len(self.text) - len(self.text[start:].lstrip()) + 1
             raise RequestError(
-                f"unknown direction {name!r} in {self.text!r}{nearest(name, self.directions)}"
+                f"unknown direction {name!r} in {self.text!r} at column {column}"
+                f"{nearest(name, self.directions)}"
             ) from None
         if sha and found.sha != sha:
             raise RequestError(f"{written} is asked for, but the {name} at hand is {found.label}")
@@ -142,6 +143,8 @@ class Reader:
         if self.take("h"):
             return [Site(component, first, int(self.need(r"\d+", "a head")))]
         last = int(self.need(r"\d+", "a layer")) if self.take("-") else first
+        if last - first >= 1000:
+            raise RequestError(f"layers {first}-{last} are more than any model has")
         if last < first:
             raise RequestError(f"layers {first}-{last} are not a range: give the lower one first")
         return [Site(component, layer) for layer in range(first, last + 1)]

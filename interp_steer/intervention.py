@@ -265,7 +265,7 @@ def steer(
     operator: str,
     *directions: Vector,
     coefficient: float | str = 0.0,
-    at: int | str | Sequence[Site],
+    at: int | str | Sequence[int | Site],
     on: str = "all",
     gate: Gate | None = None,
 ) -> Intervention:
@@ -275,7 +275,7 @@ def steer(
         operator: a key of `OPERATORS`.
         directions: one; two for `rotate` and `angular`.
         coefficient: a number, or text with a unit: `"0.35 dose"`, `"2 max"`, `"30 deg"`.
-        at: a layer, sites as text (`"14-16"`, `"z 15h3"`), or `Site`s.
+        at: a layer, sites as text (`"14-16"`, `"z 15h3"`), or several layers or `Site`s.
         on: the scope as text.
         gate: a condition on the prompt.
 
@@ -285,7 +285,10 @@ def steer(
     from interp_steer.grammar import Reader
 
     value, unit = Reader(str(coefficient)).only(Reader.coefficient)
-    sites = Reader(str(at)).only(Reader.sites) if isinstance(at, (int, str)) else tuple(at)
+    if isinstance(at, (int, str)):
+        sites = Reader(str(at)).only(Reader.sites)
+    else:
+        sites = tuple(s if isinstance(s, Site) else Site("resid_post", s) for s in at)
     return Intervention(
         operator, directions, value, unit, sites, Reader(on).only(Reader.scope), gate
     )

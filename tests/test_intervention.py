@@ -530,3 +530,20 @@ def test_strengths_shows_every_form_at_every_site():
 def test_clamping_operators_have_lengths(operator):
     given = {} if operator == "ablate" else {"coefficient": 2}
     assert steer(operator, JOY, at=1, **given).lengths() == (2.0 if given else 0.0,)
+
+
+def test_several_layers_may_be_numbers():
+    assert steer("add", JOY, coefficient=1, at=[3, 5]).sites == (
+        Site("resid_post", 3),
+        Site("resid_post", 5),
+    )
+
+
+def test_a_range_that_no_model_has_is_refused():
+    with pytest.raises(RequestError, match="more than any model has"):
+        parse("add(joy, 1) at 0-99999999", {"joy": JOY})
+
+
+def test_an_unknown_name_says_where():
+    with pytest.raises(RequestError, match="column 25"):
+        parse("add(joy, 1) at 3; add(  jy, 1) at 3", {"joy": JOY})
