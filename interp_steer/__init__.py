@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from interp_steer.engine import Engine
     from interp_steer.errors import RequestError, RunError, SteerError
     from interp_steer.hooks import fwd_hooks, run_with_cache
-    from interp_steer.intervention import Gate, Intervention, Scope, line, parse, steer
+    from interp_steer.intervention import (
+        Gate,
+        Intervention,
+        Scope,
+        line,
+        parse,
+        resolve,
+        steer,
+    )
     from interp_steer.metrics import names, rep3, surprise
     from interp_steer.model import SteeringModel
     from interp_steer.prompt import Encoded, chat
@@ -29,7 +37,7 @@ _HOME = {
     "engine": ("Engine",),
     "errors": ("RequestError", "RunError", "SteerError"),
     "hooks": ("fwd_hooks", "run_with_cache"),
-    "intervention": ("Gate", "Intervention", "Scope", "line", "parse", "steer"),
+    "intervention": ("Gate", "Intervention", "Scope", "line", "parse", "resolve", "steer"),
     "metrics": ("names", "rep3", "surprise"),
     "model": ("SteeringModel",),
     "prompt": ("Encoded", "chat"),
@@ -72,6 +80,7 @@ __all__ = [
     "read_prompts",
     "record",
     "rep3",
+    "resolve",
     "run_with_cache",
     "steer",
     "surprise",

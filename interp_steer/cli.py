@@ -126,7 +126,7 @@ def generate(
     from interp_steer.direction import Directions
     from interp_steer.engine import Engine
     from interp_steer.files import whole
-    from interp_steer.intervention import parse
+    from interp_steer.intervention import parse, resolve
     from interp_steer.prompt import chat
     from interp_steer.row import Row, Sampling, record
     from interp_steer.scale import Scale
@@ -139,11 +139,7 @@ def generate(
     encoded = [loaded.encode(p) for p in asked]
     scale = Scale.of(loaded, encoded) if any(len(one.ids) > 1 for one in encoded) else None
     settings = [(), *(parse(line, known) for line in steer or [])]
-    rows = [
-        Row(p, tuple(r for one in setting for r in one.resolve(scale)), sampling, seed)
-        for p in asked
-        for setting in settings
-    ]
+    rows = [Row(p, resolve(setting, scale), sampling, seed) for p in asked for setting in settings]
     engine = Engine(loaded)
     if len(rows) <= 3 and len(asked) == 1 and sys.stdout.isatty() and not as_json and not out:
         side_by_side(engine.stream(rows), [_title(row, scale) for row in rows])

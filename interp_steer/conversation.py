@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from interp_steer.console import safe, side_by_side
 from interp_steer.engine import Engine
 from interp_steer.errors import RequestError, SteerError
-from interp_steer.intervention import Intervention, Vector, parse
+from interp_steer.intervention import Intervention, Vector, parse, resolve
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import Message
 from interp_steer.row import Row, Sampling
@@ -45,7 +45,7 @@ def hold(
             asked = [(*history, ("user", said)) for history in histories]
             # a dose is measured on the conversation so far
             scale = Scale.of(model, [model.encode(messages) for messages in asked])
-            steer = tuple(r for one in interventions for r in one.resolve(scale))
+            steer = resolve(interventions, scale)
             rows = [Row(asked[0], (), sampling, seed)]
             rows += [Row(asked[1], steer, sampling, seed)] if steer else []
             titles = ["unsteered", "; ".join(str(one) for one in interventions)][: len(rows)]

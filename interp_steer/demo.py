@@ -30,8 +30,8 @@ WORDS = ("Eiffel", "Paris", "France")
 LAYERS = (11, 13, 15, 17)
 DOSES = (0.4, 0.5, 0.6, 0.7)
 # The prompt alone is steered: the answer is then written by an unsteered model that has read a
-# steered prompt. On `choose`, steering the answer too names the concept as often but at a surprise
-# of 2 and more, where text begins to break.
+# steered prompt. With scope "all" the doses that work are about half as large, and the answers less
+# likely as text.
 SCOPE = "prompt"
 # Greedy, with the article's repetition penalty: without it a model of this size loops.
 TRIED = Sampling(temperature=0, repetition_penalty=1.1, max_new_tokens=64)

@@ -311,6 +311,13 @@ def parse(text: str, directions: Mapping[str, Vector]) -> tuple[Intervention, ..
     return Reader(text, directions).only(Reader.interventions)
 
 
+def resolve(
+    interventions: Sequence[Intervention], scale: Scale | None = None
+) -> tuple[Intervention, ...]:
+    """Interventions with lengths in place of doses and multiples; raises as `lengths` does."""
+    return tuple(part for one in interventions for part in one.resolve(scale))
+
+
 def line(interventions: Sequence[Intervention]) -> str:
     """The text of interventions, which `parse` reads back; "" for none."""
     return "; ".join(str(one) for one in interventions)
