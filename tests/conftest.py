@@ -80,11 +80,10 @@ def make_llama(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, 
     return folder
 
 
-def peak_memory() -> int:
-    """Most bytes that this process has had in memory (resident set)."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory(entry: str) -> int:
+    """Bytes that this process has in memory (`VmRSS`), or had at its peak (`VmHWM`)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(entry))
 
 
 @pytest.fixture(scope="session")
