@@ -3,6 +3,7 @@
 Heavy imports wait inside the commands, so that `--help` answers at once.
 """
 
+import io
 import json
 import os
 import sys
@@ -45,19 +46,26 @@ Named = Annotated[
 
 def main() -> None:
     """Runs the command line; every expected error is one line on stderr and an exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 gets question marks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except SteerError as error:
         code = fail(str(error), error.exit_code)
     except TyperException as error:
         code = fail(error.format_message(), 2)
     except Exit as error:
-        code = error.exit_code
+        code = fail("stopped", 130) if error.exit_code == 130 else error.exit_code
     except (Abort, KeyboardInterrupt):
         code = fail("stopped", 130)
     except BrokenPipeError:  # the reader (`head`, a pager) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        code = fail(f"cannot write the output: {error.strerror or error}", 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -65,6 +73,16 @@ def fail(message: str, code: int) -> int:
     """Says in one line what went wrong."""
     print("error: " + safe(" ".join(message.split())), file=sys.stderr)
     return code
+
+
+def _writable(out: Path | None) -> None:
+    """Refuses what cannot be a file, before any work is done."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise RequestError(f"--out {out} is a folder; give a file")
+    if not out.resolve().parent.is_dir():
+        raise RequestError(f"--out {out}: there is no folder {out.resolve().parent}")
 
 
 def _load(name: str, dtype: str | None, device: str | None) -> "SteeringModel":
@@ -119,8 +137,9 @@ def generate(
 
     if not prompt and not prompts:
         raise RequestError("nothing to answer: give --prompt or --prompts")
-    if out and not out.resolve().parent.is_dir():
-        raise RequestError(f"--out {out}: there is no folder {out.resolve().parent}")
+    _writable(out)
+    if batch is not None and batch < 1:
+        raise RequestError(f"batch is {batch}, expected at least 1")
     loaded = _load(model, dtype, device)
     from interp_steer.contrast import read_prompts
     from interp_steer.direction import Directions
@@ -228,6 +247,7 @@ def make(
     from interp_steer.direction import is_name
     from interp_steer.scale import Scale
 
+    _writable(out)
     if not is_name(name):
         raise RequestError(f"{name!r} cannot name a direction: use letters, digits, '_', '.', '-'")
     sides = read_prompts(positive, "positive"), read_prompts(negative, "negative")

@@ -352,12 +352,14 @@ class Directions(Mapping[str, Direction | DirectionSet]):
     def __getitem__(self, name: str) -> Direction | DirectionSet:
         if name in self._files:
             return load(self._files[name])
-        for path in (Path(name).expanduser(), Path(f"{name}.safetensors").expanduser()):
-            if path.is_file():
-                return load(path)
-        path = cache_dir("directions") / f"{name}.safetensors"
-        if path.parent == cache_dir("directions") and path.is_file():
-            return load(path)
+        kept = cache_dir("directions")
+        for path in (name, f"{name}.safetensors", kept / f"{name}.safetensors"):
+            try:
+                file = Path(path).expanduser()
+                if file.is_file() and (file.parent == kept or kept not in file.parents):
+                    return load(file)
+            except (OSError, RuntimeError):  # a name too long for a file, or an unknown ~user
+                continue
         raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:

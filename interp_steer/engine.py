@@ -15,6 +15,7 @@ from interp_steer.console import Report
 from interp_steer.errors import RequestError, RunError
 from interp_steer.forward import run
 from interp_steer.model import SteeringModel
+from interp_steer.prompt import readable
 from interp_steer.row import Result, Row, Score
 from interp_steer.site import Site
 from interp_steer.stepper import Admission, Stepper, Taps
@@ -192,8 +193,14 @@ class Engine:
 
     def _ids(self, continuation: Sequence[int] | str) -> tuple[int, ...]:
         if isinstance(continuation, str):
-            return tuple(self.model.tokenizer(continuation, add_special_tokens=False)["input_ids"])
-        return tuple(int(i) for i in continuation)
+            text = readable(continuation)
+            return tuple(self.model.tokenizer(text, add_special_tokens=False)["input_ids"])
+        for token in continuation:
+            if type(token) is not int or not 0 <= token < self.model.d_vocab:
+                raise RequestError(
+                    f"{token!r} is no token id of {self.model.name}: 0-{self.model.d_vocab - 1}"
+                )
+        return tuple(continuation)
 
     def _in_batches(
         self,
@@ -203,6 +210,8 @@ class Engine:
         work: Callable[[list[int]], None],
     ) -> None:
         """Does `work` on as many rows at once as memory holds; halves what does not fit."""
+        if batch is not None and batch < 1:
+            raise RequestError(f"batch is {batch}, expected at least 1")
         at = 0
         while at < len(order):
             size = batch or self._rows_that_fit(max(lengths[r] for r in order[at:]))

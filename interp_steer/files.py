@@ -21,7 +21,7 @@ def cache_dir(*parts: str) -> Path:
     """
     checkout = Path(__file__).resolve().parents[1]
     if told := os.environ.get("INTERP_STEER_CACHE"):
-        root = Path(told).expanduser()
+        root = Path(os.path.expanduser(told))
     elif (checkout / "pyproject.toml").is_file():
         root = checkout / "cache"
     else:

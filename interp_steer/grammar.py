@@ -139,10 +139,10 @@ class Reader:
         return written or "resid_post"
 
     def layers(self, component: str) -> list[Site]:
-        first = int(self.need(r"\d+", "a layer"))
+        first = int(self.need(r"\d{1,9}", "a layer"))
         if self.take("h"):
-            return [Site(component, first, int(self.need(r"\d+", "a head")))]
-        last = int(self.need(r"\d+", "a layer")) if self.take("-") else first
+            return [Site(component, first, int(self.need(r"\d{1,9}", "a head")))]
+        last = int(self.need(r"\d{1,9}", "a layer")) if self.take("-") else first
         if last - first >= 1000:
             raise RequestError(f"layers {first}-{last} are more than any model has")
         if last < first:
@@ -156,8 +156,8 @@ class Reader:
             self.fail("a scope: " + ", ".join(SCOPES))
         begin = end = 0
         if kind == "positions":
-            begin = int(self.need(r"\d+", "a position"))
-            end = int(self.need(r"\d+", "a position")) if self.take("-") else begin
+            begin = int(self.need(r"\d{1,9}", "a position"))
+            end = int(self.need(r"\d{1,9}", "a position")) if self.take("-") else begin
         return Scope(kind, begin, end, self.take(r"\+\s*first\b") is not None)
 
     def gate(self) -> Gate:

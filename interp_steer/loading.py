@@ -37,6 +37,8 @@ def pick_dtype(told: torch.dtype | str | None, device: torch.device) -> torch.dt
 
 def find_folder(name: str, revision: str | None) -> tuple[Path, str]:
     """The folder with the files of a model, fetched if need be, and its commit."""
+    if not name.strip():
+        raise RequestError("the model's name is empty; expected 'starter', a folder or a hub id")
     if name == "starter":
         from interp_steer import starter
 

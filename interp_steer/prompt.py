@@ -36,6 +36,17 @@ def is_chat(prompt: object) -> bool:
     )
 
 
+def readable(text: str) -> str:
+    """The text itself; raises RequestError if it is no Unicode text (broken bytes)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"character {error.start + 1} of the text is no Unicode character; is it UTF-8?"
+        ) from error
+    return text
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A prompt as token ids, with what is known of every token.
@@ -70,7 +81,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, n_ctx: int, nam
     if not "".join(text[start:end] for start, end in spans).strip():
         raise RequestError("the prompt is empty")
     tokens = tokenizer(
-        text,
+        readable(text),
         add_special_tokens=special,
         return_offsets_mapping=True,
         return_special_tokens_mask=True,

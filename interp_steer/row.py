@@ -38,7 +38,7 @@ class Sampling:
         limits = {
             "temperature": (self.temperature, 0 <= self.temperature < math.inf, "at least 0"),
             "top_p": (self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            "top_k": (self.top_k, self.top_k >= 0, "at least 0"),
+            "top_k": (self.top_k, 0 <= self.top_k < 2**31, "at least 0"),
             "repetition_penalty": (
                 self.repetition_penalty,
                 0 < self.repetition_penalty < math.inf,
@@ -84,7 +84,8 @@ class Result:
         finish: "stop" (a stop id), "length" (max_new_tokens), "cancelled", or "overflow": the
             coefficient was too large for the number format and no token could be told.
         taps: activations that were asked for, by site: every position that the model has read
-            (the prompt and all generated tokens but the last), after any intervention there.
+            (the prompt and the generated tokens, the last one only before a stop id), after any
+            intervention there.
     """
 
     row: Row

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -37,7 +38,10 @@ def folder() -> Path:
     """
     home = cache_dir("models") / f"starter-{GGUF_SHA256[:8]}"
     if not _is_whole(home):
-        with tempfile.TemporaryDirectory(dir=home.parent, prefix=".starter-") as scratch:
+        _sweep(home.parent)
+        with explained(home.parent):
+            scratch_folder = tempfile.TemporaryDirectory(dir=home.parent, prefix=".starter-")
+        with scratch_folder as scratch:
             built = _dequantise(_fetch(Path(scratch)), Path(scratch) / "model")
             with explained(home):
                 if home.exists():  # damaged, or left by an older version
@@ -48,6 +52,13 @@ def folder() -> Path:
                     if not _is_whole(home):  # unless another process was faster
                         raise
     return home
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what processes left that were killed while unpacking, an hour ago or more."""
+    for left in folder.glob(".starter-*"):
+        if time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _is_whole(home: Path) -> bool:

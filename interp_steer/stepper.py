@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from interp_steer.bank import Hook
+from interp_steer.bank import Hook, steps_at
 from interp_steer.errors import RequestError
 from interp_steer.forward import Steered, Stream, begins_late
 from interp_steer.intervention import Gate, Intervention
@@ -107,6 +106,8 @@ class Admission:
                 raise RequestError(
                     f"{one} has no length yet: resolve it with .resolve(Scale.of(model, prompts))"
                 )
+        for site in {site for one in row.steer for site in one.sites}:
+            steps_at(row.steer, site)  # refuses what cannot be joined there
         for site in taps:
             self.model.check(site, self.model.d_model if site.head is None else self.model.d_head)
         return Live(id, row, prompt, tuple(taps), len(prompt.ids) + given)
@@ -209,11 +210,13 @@ class Stepper:
     def step(self) -> list[Event]:
         """Reads waiting prompts, gives every row in work its next token; says what happened."""
         self._drop_ended()
+        # what can fail for one row's sake comes first: the batch has not moved yet
+        arrived = self._read_waiting()
         streams = []
         if self._stream is not None and self._next is not None:
             streams.append(self._stream.step(self._next, self._watch(self._live)))
-        if self._waiting:
-            streams += self._admit()
+        if arrived:
+            streams += self._join(arrived)
         if not streams or self._sampler is None:
             return []
         logits = self._model.unembed(torch.cat(streams))
@@ -241,23 +244,32 @@ class Stepper:
     def _watch(self, lives: Sequence[Live]) -> Taps | None:
         return Taps(lives) if any(live.taps for live in lives) else None
 
-    def _admit(self) -> list[Float[Tensor, "batch d_model"]]:
-        """Reads the waiting prompts and joins them to the batch."""
+    def _read_waiting(self) -> list[tuple[list[Live], Stream, Tensor]]:
+        """Reads the waiting prompts, those that are steered late apart from the others."""
         self._admission.judge(self._waiting)
-        room = max(live.left for live in [*self._live, *self._waiting])
-        streams = []
+        read = []
         for late in (False, True):
             group = [live for live in self._waiting if begins_late(live.steered) == late]
-            if not group:
-                continue
-            rows = [live.steered for live in group]
-            stream, x = Stream.prefill(self._model, rows, room, self._watch(group))
-            streams.append(x)
+            if group:
+                for live in group:
+                    live.seen.clear()  # of a try that failed
+                rows, room = [live.steered for live in group], self._room()
+                read.append((group, *Stream.prefill(self._model, rows, room, self._watch(group))))
+        return read
+
+    def _join(self, arrived: list[tuple[list[Live], Stream, Tensor]]) -> list[Tensor]:
+        """Joins rows that were read to the batch."""
+        room = self._room()
+        for group, stream, _ in arrived:
             self._stream = stream if self._stream is None else self._stream.joined(stream, room)
             self._live += group
         self._waiting = []
         self._settle()
-        return streams
+        return [x for _, _, x in arrived]
+
+    def _room(self) -> int:
+        """Slots that the longest row still needs."""
+        return max(live.left for live in [*self._live, *self._waiting])
 
     def _drop_ended(self) -> None:
         """Ended rows leave once they are a quarter of the batch: leaving copies the others."""

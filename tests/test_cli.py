@@ -174,6 +174,13 @@ def test_chat_answers_and_goes_on_after_a_mistake(made):
         (["--direction", "tower"], "expected NAME=FILE"),
         (["--device", "cuda:9"], "not available"),
         (["--out", "/none/x.json"], "no folder"),
+        (["--out", "/tmp"], "is a folder"),
+        (["--batch", "-1"], "batch is -1"),
+        (["--top-k", "99999999999999999999"], "top_k is"),
+        (["--steer", f"add({'x' * 300}, 1) at 1"], "unknown direction"),
+        (["--steer", "add(~nobody-of-that-name/a, 1) at 1"], "unknown direction"),
+        (["--steer", f"add(tower, 1) at {'9' * 5000}"], "column"),
+        (["--prompt", "bad \udcff byte"], "no Unicode character"),
     ],
 )
 def test_wrong_requests_are_one_line_and_exit_2(made, tmp_path, words, said):
@@ -251,6 +258,14 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
         assert os.listdir(small) == []
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_one_line(made):
+    code = f"{sys.executable} -m interp_steer direction show {made[1]} > /dev/full"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "cannot write the output" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_reader_that_leaves_early_is_no_error(made):

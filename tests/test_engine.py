@@ -455,3 +455,48 @@ def test_a_coefficient_beyond_the_number_format_ends_its_row_alone(tiny_folder, 
     assert plain.token_ids == engine.generate([Row(PROMPTS[0], (), sampling)])[0].token_ids
     with pytest.raises(RequestError, match="overflow"):
         steer("add", directions["one"], coefficient=1e16, at=2)
+
+
+def test_a_row_that_cannot_run_does_not_disturb_the_others(engine, directions, answers):
+    stepper = engine.stepper()
+    good = stepper.add(Row(PROMPTS[0], (), Sampling(max_new_tokens=10)))
+    stepper.step()
+    clash = parse("clamp(one, 1) at 2; clamp(two, 1) at 2 on last", directions)
+    with pytest.raises(RequestError, match="different scopes"):
+        stepper.add(Row(PROMPTS[1], clash))
+    while stepper.busy:
+        stepper.step()
+    assert stepper.pop(good).token_ids == answers[0]
+
+
+def test_a_failed_prefill_leaves_the_running_rows_where_they_were(engine, answers, monkeypatch):
+    stepper = engine.stepper()
+    good = stepper.add(Row(PROMPTS[0], (), Sampling(max_new_tokens=10)))
+    stepper.step()
+    late = stepper.add(Row(PROMPTS[1], (), Sampling(max_new_tokens=10)))
+    with monkeypatch.context() as patch:
+        patch.setattr(forward.Stream, "prefill", classmethod(lambda *_: 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            stepper.step()
+    while stepper.busy:
+        stepper.step()
+    assert stepper.pop(good).token_ids == answers[0]
+    assert stepper.pop(late).token_ids == answers[len(LINES)]
+
+
+@pytest.mark.parametrize("ids", [[-1], [10**9], [1.5], [True], [None]])
+def test_what_is_no_token_id_is_refused(engine, ids):
+    check = getattr(Engine._ids, "__wrapped__", Engine._ids)  # past the tests' own type checks
+    with pytest.raises(RequestError, match="no token id"):
+        check(engine, ids)
+
+
+def test_a_batch_below_one_and_broken_text_are_refused(engine):
+    with pytest.raises(RequestError, match="batch is -1"):
+        engine.generate([Row(PROMPTS[0])], batch=-1)
+    for broken in (
+        lambda: engine.generate([Row("a \udcff")]),
+        lambda: engine.score([Row("a b")], ["\udcff"]),
+    ):
+        with pytest.raises(RequestError, match="no Unicode character"):
+            broken()
