@@ -138,8 +138,6 @@ def generate(
     if not prompt and not prompts:
         raise RequestError("nothing to answer: give --prompt or --prompts")
     _writable(out)
-    if batch is not None and batch < 1:
-        raise RequestError(f"batch is {batch}, expected at least 1")
     loaded = _load(model, dtype, device)
     from interp_steer.contrast import read_prompts
     from interp_steer.direction import Directions

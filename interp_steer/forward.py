@@ -47,11 +47,6 @@ class Cache:
         )
         self.length = 0
 
-    @property
-    def capacity(self) -> int:
-        """How many slots there are."""
-        return int(self.keys[0].shape[2])
-
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
         """What a block calls: stores the newest slot, gives all up to it."""
         end = self.length

@@ -80,6 +80,18 @@ def make_llama(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, 
     return folder
 
 
+def hf_streams(model: SteeringModel, ids: tuple[int, ...]) -> list[torch.Tensor]:
+    """The stream [1, pos, d_model] before block 0 and after each block, from Hugging Face alone."""
+    last = []
+    hook = model.hf.model.layers[-1].register_forward_hook(
+        lambda _m, _i, out: last.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        states = model.hf(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    hook.remove()
+    return [*states[:-1], last[0]]  # Hugging Face's last one is after the final norm
+
+
 def memory(entry: str) -> int:
     """Bytes that this process has in memory (`VmRSS`), or had at its peak (`VmHWM`)."""
     lines = Path("/proc/self/status").read_text().splitlines()

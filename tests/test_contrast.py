@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import hf_streams
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -26,14 +27,7 @@ SAD = ["I hate the rain.", "no, sad and lazy dog", "What is sad? Name three frui
 
 def streams(model, ids: tuple[int, ...]) -> np.ndarray:
     """resid_post [layer, pos, d_model] of one prompt on its own, from Hugging Face."""
-    last = []
-    hook = model.hf.model.layers[-1].register_forward_hook(
-        lambda _m, _i, out: last.append(out[0] if isinstance(out, tuple) else out)
-    )
-    with torch.no_grad():
-        states = model.hf(torch.tensor([ids]), output_hidden_states=True).hidden_states
-    hook.remove()
-    return torch.cat([*states[1:-1], last[0][None] if last[0].ndim == 2 else last[0]]).numpy()
+    return torch.cat(hf_streams(model, ids)[1:]).numpy()
 
 
 def close(got: torch.Tensor, want: np.ndarray) -> bool:

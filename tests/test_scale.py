@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-import torch
+from conftest import hf_streams
 
 from interp_steer.errors import RequestError
 from interp_steer.prompt import Encoded
@@ -17,15 +17,7 @@ TEXTS = [
 
 def reference(model, ids: tuple[int, ...]) -> list[np.ndarray]:
     """Residual lengths [pos] before block 0 and after each block, of one prompt on its own."""
-    last = []
-    hook = model.hf.model.layers[-1].register_forward_hook(
-        lambda _m, _i, out: last.append(out[0] if isinstance(out, tuple) else out)
-    )
-    with torch.no_grad():
-        states = model.hf(torch.tensor([ids]), output_hidden_states=True).hidden_states
-    hook.remove()
-    streams = [*states[:-1], last[0]]  # Hugging Face's last one is after the final norm
-    return [np.sqrt((x[0].double().numpy() ** 2).sum(-1)) for x in streams]
+    return [np.sqrt((x[0].double().numpy() ** 2).sum(-1)) for x in hf_streams(model, ids)]
 
 
 def lower_median(values: np.ndarray) -> float:
