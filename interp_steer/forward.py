@@ -47,7 +47,9 @@ class Cache:
         )
         self.length = 0
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, **_: object
+    ) -> tuple[Tensor, Tensor]:
         """What a block calls: stores the newest slot, gives all up to it."""
         end = self.length
         self.keys[layer][:, :, end - keys.shape[2] : end] = keys
@@ -87,7 +89,9 @@ class _Capture:
     keys: Tensor
     values: Tensor
 
-    def update(self, keys: Tensor, values: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, **_: object
+    ) -> tuple[Tensor, Tensor]:
         self.keys, self.values = keys, values
         return keys, values
 

@@ -216,12 +216,11 @@ class SteeringModel:
     ) -> Float[Tensor, "batch pos d_model"]:
         """One block. `mask` is True where a query may look; None means plain causal.
 
-        `cache` needs one method, `update(keys, values, layer)`, which returns the keys and values
-        to attend to.
+        `cache` needs one method, `update(keys, values, layer, **_)`, which returns the keys and
+        values to attend to.
         """
-        out: Tensor = self.hf.model.layers[layer](
-            x, attention_mask=mask, position_embeddings=rotary, past_key_values=cache
-        )
+        # by position: transformers 5.24 renamed `past_key_values` to `cache`
+        out: Tensor = self.hf.model.layers[layer](x, mask, None, cache, position_embeddings=rotary)
         return out
 
     def unembed(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
