@@ -18,6 +18,7 @@ from interp_steer import operators
 from interp_steer.errors import RequestError
 from interp_steer.intervention import CLAMPS, Intervention, Scope
 from interp_steer.prompt import Encoded
+from interp_steer.sae import Sae
 from interp_steer.site import Site
 
 Hook = tuple[str, int]
@@ -31,21 +32,26 @@ class Step:
     kind: str
     scope: Scope
     operands: tuple[Tensor, ...]
+    sae: Sae | None = None
 
 
 def steps_at(interventions: Sequence[Intervention], site: Site) -> list[Step]:
     """A row's operators at one site, in order; its clamps become one joint clamp, at the place of
-    the last of them.
+    the last of them, and so do its latent clamps.
 
     Raises:
-        RequestError: clamps that cannot be joined: different scopes, one-sided targets, or nearly
-            parallel directions.
+        RequestError: clamps that cannot be joined: different scopes, one-sided targets, nearly
+            parallel directions, latents of different SAEs; or an SAE that has no latent clamp.
     """
     here = [one for one in interventions if site in one.sites]
     clamps = [one for one in here if one.operator in CLAMPS]
+    latents = [one for one in here if one.operator == "latent_clamp"]
     steps = []
     for one in here:
-        if one.operator not in CLAMPS:
+        if one.operator == "latent_clamp":
+            if one is latents[-1]:
+                steps.append(_latents(latents, site))
+        elif one.operator not in CLAMPS:
             steps.append(_single(one, site))
         elif one is clamps[-1]:
             steps.append(_joint(clamps, site))
@@ -70,11 +76,7 @@ def _joint(clamps: list[Intervention], site: Site) -> Step:
                 f"{sided[0]} cannot be joined with another clamp at {site}: which targets hold at "
                 "once has no closed form; clamp both sides, or use another site"
             )
-        if len({one.scope for one in clamps}) > 1:
-            raise RequestError(
-                f"clamps at {site} have different scopes ({clamps[0].scope}, {clamps[1].scope}); "
-                "one site needs one scope for all of them"
-            )
+    _one_scope(clamps, site)
     values = [one.lengths()[one.sites.index(site)] or 0.0 for one in clamps]
     low = [
         -math.inf if c.operator == "clamp_max" else v for c, v in zip(clamps, values, strict=True)
@@ -86,6 +88,40 @@ def _joint(clamps: list[Intervention], site: Site) -> Step:
     names = " and ".join(one.at(site)[0].label for one in clamps)
     dual = operators.dual_basis(directions, names)
     return Step("clamp", clamps[0].scope, (directions, dual, torch.tensor(low), torch.tensor(high)))
+
+
+def _one_scope(clamps: list[Intervention], site: Site) -> None:
+    if len(scopes := list(dict.fromkeys(str(one.scope) for one in clamps))) > 1:
+        raise RequestError(
+            f"clamps at {site} have different scopes ({', '.join(scopes)}); one site needs one "
+            "scope for all of them"
+        )
+
+
+def _latents(clamps: list[Intervention], site: Site) -> Step:
+    _one_scope(clamps, site)
+    features = [one.at(site)[0] for one in clamps]
+    saes = [Sae.of(feature) for feature in features]
+    sae = saes[0]
+    if any(other is not sae for other in saes):
+        raise RequestError(
+            f"latents of different SAEs at {site} ({sae.name}, {saes[-1].name}): each would encode "
+            "what the other has changed; use one SAE, or two sites"
+        )
+    sae.check_clampable()
+    index = torch.tensor([int(feature.source["index"]) for feature in features])
+    if len(set(index.tolist())) < len(index):
+        raise RequestError(f"latent_clamp names one latent twice at {site}")
+    rows = sae.rows(index)
+    for feature, row in zip(features, rows, strict=True):
+        adds = feature.unit * feature.activation_unit
+        if not torch.allclose(adds, row, rtol=1e-4, atol=1e-5 * feature.activation_unit):
+            raise RequestError(
+                f"{feature.label} is not the decoder row of {sae.name} any more: the SAE's files "
+                "have changed since; make the feature again"
+            )
+    targets = [one.lengths()[one.sites.index(site)] for one in clamps]
+    return Step("latent_clamp", clamps[0].scope, (index, rows, torch.tensor(targets)), sae)
 
 
 @dataclass
@@ -100,6 +136,7 @@ class Stage:
     in_prompt: Bool[Tensor, "n prompt_pos"]
     begin: Float[Tensor, "n 1"]
     end: Float[Tensor, "n 1"]
+    sae: Sae | None = None
 
     def steered(self, positions: Int[Tensor, "n pos"]) -> Bool[Tensor, "n pos"]:
         """Whether each absolute position is in scope; negative positions are padding."""
@@ -111,7 +148,11 @@ class Stage:
     def moved(self, x: Float[Tensor, "n pos d"]) -> Float[Tensor, "n pos d"]:
         """The operator on these rows, at every position."""
         function: Any = getattr(operators, self.kind)
-        out: Tensor = function(x, *self.operands)
+        if self.sae:
+            index, *operands = self.operands
+            out: Tensor = function(x, self.sae.latents(x, index), *operands)
+        else:
+            out = function(x, *self.operands)
         return out
 
 
@@ -174,14 +215,15 @@ def compile_banks(
     rows: Sequence[tuple[Sequence[Intervention], Encoded]], device: torch.device
 ) -> dict[Hook, Bank]:
     """Banks for a batch of rows, each given by its (resolved) interventions and its prompt."""
-    slots: dict[tuple[Hook, int, str], list[tuple[int, int | None, Step]]] = {}
+    # one SAE a stage: `id` tells SAEs apart, `kind` comes first for a stable order
+    slots: dict[tuple[Hook, int, str, int], list[tuple[int, int | None, Step]]] = {}
     for index, (steer, _) in enumerate(rows):
         for site in sorted({site for one in steer for site in one.sites}):
             for order, step in enumerate(steps_at(steer, site)):
-                slot = ((site.component, site.layer), order, step.kind)
+                slot = ((site.component, site.layer), order, step.kind, id(step.sae))
                 slots.setdefault(slot, []).append((index, site.head, step))
     stages: dict[Hook, list[Stage]] = {}
-    for (hook, _, kind), members in sorted(slots.items(), key=lambda item: item[0]):
+    for (hook, _, kind, _), members in sorted(slots.items(), key=lambda item: item[0]):
         stages.setdefault(hook, []).append(_stack(kind, members, rows, device))
     return {hook: Bank(parts, len(rows)) for hook, parts in stages.items()}
 
@@ -202,10 +244,11 @@ def _stack(
         for prompt, (_, _, step) in zip(prompts, members, strict=True)
     ]
     operands = [step.operands for _, _, step in members]
-    if kind == "clamp":  # fewer directions than the longest: add ones that move nothing
+    if kind in ("clamp", "latent_clamp"):  # fewer than the longest: add ones that move nothing
         widest = max(len(one[0]) for one in operands)
         operands = [tuple(_padded(part, widest) for part in one) for one in operands]
     heads = [head for _, head, _ in members]
+    sae = members[0][2].sae
     return Stage(
         kind=kind,
         rows=torch.tensor([index for index, _, _ in members], device=device),
@@ -215,6 +258,7 @@ def _stack(
         in_prompt=in_prompt.to(device),
         begin=torch.tensor([[float(a)] for a, _ in after], device=device),
         end=torch.tensor([[float(b)] for _, b in after], device=device),
+        sae=sae.on(device) if sae else None,
     )
 
 

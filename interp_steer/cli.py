@@ -8,17 +8,17 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
 from interp_steer.console import progress, safe
 from interp_steer.errors import RequestError, SteerError
+from interp_steer.feature_cli import app as features
+from interp_steer.feature_cli import saes
 from interp_steer.labels.cli import app as labels
-
-if TYPE_CHECKING:
-    from interp_steer.model import SteeringModel
+from interp_steer.options import Device, Dtype, Json, Model, load
 
 app = typer.Typer(
     help="Steer large language models without fine-tuning, and study what steering does.",
@@ -28,13 +28,11 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(labels, name="labels")
+app.add_typer(features, name="features")
+app.add_typer(saes, name="sae")
 direction = typer.Typer(help="Make and show directions.", no_args_is_help=True)
 app.add_typer(direction, name="direction")
 
-Model = Annotated[str, typer.Option(help="'starter', a folder, or a hub id.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, ...")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Named = Annotated[
     list[str] | None,
     typer.Option(
@@ -85,21 +83,12 @@ def _writable(out: Path | None) -> None:
         raise RequestError(f"--out {out}: there is no folder {out.resolve().parent}")
 
 
-def _load(name: str, dtype: str | None, device: str | None) -> "SteeringModel":
-    # Spinning OpenMP threads make short decoding steps up to 30 times slower on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with progress("starting", every=5):
-        from interp_steer.model import SteeringModel
-
-    return SteeringModel.load(name, dtype=dtype, device=device)
-
-
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="Folder for the plot and the records.")] = None,
 ) -> None:
     """Talk about the Eiffel Tower: builds a direction, chooses its strength, shows what it does."""
-    model = _load("starter", None, None)
+    model = load("starter", None, None)
     from interp_steer import demo as show
     from interp_steer.files import cache_dir
 
@@ -138,7 +127,7 @@ def generate(
     if not prompt and not prompts:
         raise RequestError("nothing to answer: give --prompt or --prompts")
     _writable(out)
-    loaded = _load(model, dtype, device)
+    loaded = load(model, dtype, device)
     from interp_steer.contrast import read_prompts
     from interp_steer.direction import Directions
     from interp_steer.engine import Engine
@@ -208,7 +197,7 @@ def chat(
     device: Device = None,
 ) -> None:
     """Talk to the steered model beside its unsteered self. `/steer LINE`, `/reset`, `/quit`."""
-    loaded = _load(model, dtype, device)
+    loaded = load(model, dtype, device)
     from interp_steer import conversation
     from interp_steer.direction import Directions
     from interp_steer.row import Sampling
@@ -249,7 +238,7 @@ def make(
     if not is_name(name):
         raise RequestError(f"{name!r} cannot name a direction: use letters, digits, '_', '.', '-'")
     sides = read_prompts(positive, "positive"), read_prompts(negative, "negative")
-    loaded = _load(model, dtype, device)
+    loaded = load(model, dtype, device)
     if layer is not None and not 0 <= layer < loaded.n_layers:
         raise RequestError(
             f"layer {layer} is out of range: {loaded.name} has layers 0-{loaded.n_layers - 1}"
@@ -296,9 +285,10 @@ def make(
 @direction.command("show")
 def show(file: Path, as_json: Json = False) -> None:
     """What a direction file holds, and where it came from."""
-    from interp_steer.direction import Direction, load
+    from interp_steer.direction import Direction
+    from interp_steer.direction import load as read
 
-    found = load(file)
+    found = read(file)
     members = [found] if isinstance(found, Direction) else list(found)
     if as_json:
         print(
@@ -330,7 +320,7 @@ def verify(
     model: Model = "starter", as_json: Json = False, dtype: Dtype = None, device: Device = None
 ) -> None:
     """Check the toolkit's contract on your own model; exit 1 if a check fails."""
-    loaded = _load(model, dtype, device)
+    loaded = load(model, dtype, device)
     from interp_steer.verify import CHECKS
     from interp_steer.verify import verify as run
 

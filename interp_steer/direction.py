@@ -90,6 +90,17 @@ class Direction:
         return Site.parse(self.hook_point)
 
     @property
+    def is_feature(self) -> bool:
+        """Whether it is a decoder row whose SAE is known, so that it has an encoder too."""
+        return "release" in self.source and "index" in self.source
+
+    @property
+    def activation_unit(self) -> float:
+        """Of a feature: the length in the residual stream that one unit of its activation adds."""
+        rescaled = self.source.get("rescale_acts_by_decoder_norm")  # the SAE divides by the norm
+        return 1.0 if rescaled else self.norm
+
+    @property
     def vector(self) -> Float[Tensor, " d_model"]:
         """The vector at its original length."""
         return self.unit * self.norm

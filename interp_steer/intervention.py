@@ -7,12 +7,14 @@ results. A few that say what the grammar can:
     add(eiffel@3f2a91bc, 0.35 dose) at 14-16 on generated
     clamp(paris, 8.5) at 15; clamp(tower, 4) at 15            # joined: both targets hold
     clamp_min(eiffel, 2 max) at resid_post 11,15
+    latent_clamp(f13-4711, 40) at 13; latent_clamp(f13-12, 0) at 13
     ablate(refusal) at resid_pre 0-29 + attn_out 0-29 + mlp_out 0-29 on all+first
     rotate(happy, sad, 30 deg) at 12 on positions 4-9
     add(head_vector, 3) at z 15h3,15h7 if cos(refusal, resid_post 12) > 0.2
 
 A coefficient is a length in the residual stream; `dose` makes it a share of the median residual
 length at the site, `max` a multiple of the feature's largest activation. Ranges include both ends.
+`latent_clamp` alone takes the units of its SAE's activations, and only features as directions.
 """
 
 import math
@@ -36,6 +38,7 @@ OPERATORS: dict[str, tuple[int, tuple[str, ...]]] = {
     "clamp_min": (1, LENGTHS),
     "clamp_max": (1, LENGTHS),
     "ablate": (1, ()),
+    "latent_clamp": (1, ("", "max")),
     "rotate": (2, ("deg",)),
     "angular": (2, ("deg",)),
 }
@@ -178,6 +181,9 @@ class Intervention:
             raise RequestError(f"{self.operator} takes a coefficient with unit {wanted}")
         if not self.sites or len(set(self.sites)) < len(self.sites):
             raise RequestError(f"{self.operator} needs sites, each once")
+        if self.operator == "latent_clamp":
+            for site in self.sites:
+                self._check_latent(site)
 
     def __str__(self) -> str:
         names = ", ".join(one.label for one in self.directions)
@@ -186,6 +192,19 @@ class Intervention:
         if self.scope != Scope():
             line += f" on {self.scope}"
         return line + (f" if {self.gate}" if self.gate else "")
+
+    def _check_latent(self, site: Site) -> None:
+        direction = self.at(site)[0]
+        if not direction.is_feature:
+            raise RequestError(
+                f"latent_clamp needs a feature of an SAE, and {direction.label} is none; make it "
+                "with feature(release, sae_id, index), or use clamp"
+            )
+        if direction.site != site:
+            raise RequestError(
+                f"the SAE of {direction.label} encodes {direction.site}: latent_clamp works there, "
+                f"not at {site}"
+            )
 
     def at(self, site: Site) -> tuple[Direction, ...]:
         """The directions used at one site."""
@@ -200,7 +219,8 @@ class Intervention:
             model.check(self.gate.site, len(self.gate.vector))
 
     def lengths(self, scale: Scale | None = None) -> tuple[float | None, ...]:
-        """The coefficient at each site as a length in the residual stream; None for angles.
+        """The coefficient at each site as a length in the residual stream (of `latent_clamp` in
+        units of its SAE's activations); None for angles.
 
         Raises:
             RequestError: a dose without a scale, or `max` of a direction that has no maximum.
@@ -214,7 +234,7 @@ class Intervention:
                 )
             return tuple(self.value * scale.at(site) for site in self.sites)
         if self.unit == "max":
-            peaks = [self.at(site)[0].max_activation for site in self.sites]
+            peaks = [self.peak(site) for site in self.sites]
             if None in peaks:
                 raise RequestError(
                     f"{self.directions[0].label} has no maximum activation, as features of an SAE "
@@ -222,6 +242,13 @@ class Intervention:
                 )
             return tuple(self.value * (peak or 0.0) for peak in peaks)
         return tuple(self.value for _ in self.sites)
+
+    def peak(self, site: Site) -> float | None:
+        """The feature's largest activation in the coefficient's own units, None if not known."""
+        direction = self.at(site)[0]
+        if direction.max_activation is None or self.operator != "latent_clamp":
+            return direction.max_activation
+        return direction.max_activation / direction.activation_unit
 
     def resolve(self, scale: Scale | None = None) -> tuple["Intervention", ...]:
         """The same with lengths for coefficients: itself, or one for each length.
@@ -242,9 +269,11 @@ class Intervention:
         """Every form of the coefficient at each site: length, dose, multiple of the maximum."""
         shown = []
         for site, length in zip(self.sites, self.lengths(scale), strict=True):
-            peak = self.at(site)[0].max_activation
+            peak = self.peak(site)
             dose = None
-            if length is not None and scale is not None and site.component != "z":
+            # the length of a latent clamp's step differs from position to position
+            steady = self.operator != "latent_clamp" and site.component != "z"
+            if length is not None and scale is not None and steady:
                 dose = length / scale.at(site)
             shown.append(
                 {

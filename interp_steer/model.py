@@ -5,7 +5,7 @@ of TransformerLens. It knows nothing of steering.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, cast
@@ -192,6 +192,10 @@ class SteeringModel:
             )
         )
 
+    def decode_token(self, id: int) -> str:
+        """The text of one token, its leading space included, special tokens by their names."""
+        return str(self.tokenizer.decode([id], clean_up_tokenization_spaces=False))
+
     # --- the forward pass, a block at a time ----------------------------------------------------
 
     def embed(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
@@ -229,7 +233,9 @@ class SteeringModel:
         return out
 
     @contextmanager
-    def inside(self, changes: dict[tuple[str, int], Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    def inside(
+        self, changes: Mapping[tuple[str, int], Callable[[Tensor], Tensor]]
+    ) -> Iterator[None]:
         """Passes `attn_out`, `mlp_out` `[batch pos d_model]` or `z` `[batch pos head d_head]` of
         the named (component, layer) through a function, until the block ends, however it ends.
         """
@@ -285,6 +291,54 @@ class SteeringModel:
             for layer in range(self.n_layers):
                 x = self.block(layer, x, rotary, None)
                 yield layer, x, real
+
+    def read(
+        self, site: Site, encoded: Sequence[Encoded]
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"]]:
+        """Unsteered activations at one site of prompts as one right-padded batch, and which
+        positions are real. Later blocks are not computed.
+
+        Raises:
+            RequestError: the site is a head's `z`.
+        """
+        if site.component == "z":
+            raise RequestError(f"activations are read a stream at a time, not at {site}")
+        seen: list[Tensor] = []
+
+        def keep(x: Tensor) -> Tensor:
+            seen.append(x)
+            return x
+
+        between = site.component in ("resid_pre", "resid_post")
+        last = site.layer - (site.component == "resid_pre")
+        with self.inside({} if between else {(site.component, site.layer): keep}):
+            passes = self.residuals(encoded)
+            x, real = next((x, real) for layer, x, real in passes if layer == last)
+        return (x if between else seen[0]), real
+
+    def cross_entropy(
+        self, one: Encoded, site: Site, change: Callable[[Tensor], Tensor] | None = None
+    ) -> Float[Tensor, " predicted"]:
+        """-ln p of every token after the first, in nats, with the activations at one site (the
+        first position's kept) passed through a function.
+        """
+
+        def changed(x: Tensor) -> Tensor:
+            return x if change is None else torch.cat([x[:, :1], change(x[:, 1:]).to(x.dtype)], 1)
+
+        between = site.component in ("resid_pre", "resid_post")
+        at = site.layer + (site.component == "resid_post")
+        ids = torch.tensor([one.ids], device=self.device)
+        hooks = {} if between else {(site.component, site.layer): changed}
+        with torch.no_grad(), self.inside(hooks):
+            x = self.embed(ids)
+            rotary = self.rotary(x, torch.arange(len(one.ids), device=self.device)[None])
+            for layer in range(self.n_layers):
+                x = changed(x) if between and layer == at else x
+                x = self.block(layer, x, rotary, None)
+            x = changed(x) if between and at == self.n_layers else x
+            logprobs = self.unembed(x[0, :-1]).float().log_softmax(-1)
+        return -logprobs.gather(1, ids[0, 1:, None])[:, 0]
 
     # --- the second view ------------------------------------------------------------------------
 

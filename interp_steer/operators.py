@@ -58,6 +58,22 @@ def clamp(
     return x + step.to(x.dtype)
 
 
+def latent_clamp(
+    x: Stream,
+    latents: Float[Tensor, "batch pos k"],
+    rows: Float[Tensor, "batch k d_model"],
+    targets: Float[Tensor, "batch k"],
+) -> Stream:
+    """x + sum_i (c_i - f_i(x)) d_i: as if SAE latent i had the value c_i (Templeton et al. 2024).
+
+    `latents` are f_i(x), `rows` the decoder rows d_i at their own length, c in activation units.
+    What the SAE does not reconstruct stays in x, so no error term is added. Not the projection
+    clamp: f_i is 0 almost everywhere, and encoding the result again need not give c.
+    """
+    step = torch.einsum("bpk,bkd->bpd", targets[:, None] - latents, rows)
+    return x + step.to(x.dtype)
+
+
 def rotate(
     x: Stream, plane: Float[Tensor, "batch two d_model"], angle: Float[Tensor, " batch"]
 ) -> Stream:

@@ -70,6 +70,17 @@ class Row:
             "sampling": asdict(self.sampling),
             "seed": self.seed,
         }
+        # a latent clamp uses an encoder too, which the decoder row's sha does not see
+        if saes := sorted(
+            {
+                "{release}/{sae_id}@{revision}".format_map({"revision": "", **dict(d.source)})
+                for one in self.steer
+                if one.operator == "latent_clamp"
+                for site in one.sites
+                for d in one.at(site)
+            }
+        ):
+            content["saes"] = saes
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,15 +1,14 @@
-"""SAELens's registry of pretrained autoencoders, read from its file without importing SAELens.
+"""The Neuronpedia sources of SAELens's registry, and the names that people give them.
 
-`import sae_lens` loads torch; the registry is one YAML file inside the package. It takes most of a
-second to parse, so what label search needs of it is kept as JSON in the cache, by version.
+A label search must not wait for the whole registry, so the sources alone are kept apart as JSON in
+the cache, by version of SAELens.
 """
 
 import json
 from contextlib import suppress
 from functools import cache
-from importlib import metadata, util
-from pathlib import Path
 
+from interp_steer import registry
 from interp_steer.errors import RequestError, RunError, nearest
 from interp_steer.files import cache_dir, whole
 from interp_steer.labels.label import Source
@@ -19,36 +18,20 @@ from interp_steer.labels.label import Source
 def releases() -> dict[str, dict[str, str]]:
     """The Neuronpedia source of every SAE that has one: `{release: {sae_id: "model/source"}}`.
 
-    Empty where SAELens is not installed: sources can still be named as model/source.
+    The starter's alone where SAELens is not installed: sources can still be named as model/source.
     """
-    try:
-        version = metadata.version("sae-lens")
-    except metadata.PackageNotFoundError:
-        return {}
+    version = registry.version()
+    if version is None:
+        return registry.with_starter({})
     kept = cache_dir("labels") / f"registry-sae-lens-{version}.json"
     try:
-        read: dict[str, dict[str, str]] = json.loads(kept.read_text())
-        return read
+        return registry.with_starter(json.loads(kept.read_text()))
     except (OSError, ValueError):  # not there yet, or damaged: make it again
         pass
-    spec = util.find_spec("sae_lens")  # finds the folder, imports nothing
-    folder = Path(spec.origin).parent if spec and spec.origin else None
-    if folder is None or not (file := folder / "pretrained_saes.yaml").is_file():
-        return {}
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    found = {
-        str(release): {
-            str(sae["id"]): str(sae["neuronpedia"])
-            for sae in entry.get("saes", [])
-            if sae.get("neuronpedia")
-        }
-        for release, entry in yaml.load(file.read_text(encoding="utf-8"), Loader=loader).items()
-    }
+    found = registry.sources()
     with suppress(RunError), whole(kept) as part:  # a cache that cannot be written costs time only
         part.write_text(json.dumps(found))
-    return found
+    return registry.with_starter(found)
 
 
 def of_release(release: str) -> list[Source]:

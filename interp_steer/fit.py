@@ -1,0 +1,229 @@
+"""Whether an SAE fits a model: how much of the model's own activations it gives back."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp_steer.console import Report
+from interp_steer.errors import RequestError
+from interp_steer.model import SteeringModel
+from interp_steer.prompt import Encoded
+from interp_steer.sae import Sae
+
+# An SAE that needs its input scaled by more than this to work was loaded with a wrong scale.
+SCALES = tuple(2.0**power for power in range(-6, 7))
+INSTRUCT = ("instruct", "chat", "-it", "_it")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What an SAE does to a model's activations; the first position and padding left out.
+
+    Attributes:
+        tokens, texts: how much was read.
+        explained_variance: 1 - sum |x - x^|^2 / sum |x - mean x|^2, over all tokens at once.
+        l0: mean number of latents that are not 0.
+        norm_ratio: median of |x^| / |x|.
+        cosine: mean of cos(x, x^).
+        silent: share of latents that were 0 at every token.
+        ce, ce_spliced, ce_ablated: cross-entropy of the next token in nats: of the model, with x^
+            in place of x, with 0 in place of x (the first position kept); None if not asked for.
+        ce_score: (ablated - spliced) / (ablated - model); None where ablation does no harm, as the
+            score would mean nothing.
+        best_scale: the factor on activations that gives the best explained variance; far from 1
+            the SAE was loaded with a wrong scale.
+        warnings: what a reader of the other numbers should know.
+    """
+
+    tokens: int
+    texts: int
+    explained_variance: float
+    l0: float
+    norm_ratio: float
+    cosine: float
+    silent: float
+    ce: float | None
+    ce_spliced: float | None
+    ce_ablated: float | None
+    ce_score: float | None
+    best_scale: float
+    warnings: tuple[str, ...]
+
+    def as_json(self) -> dict[str, object]:
+        """All fields, for programs."""
+        return asdict(self)
+
+
+class Tally:
+    """Sums over tokens from which the numbers of a `Fit` follow; may run over several texts sets.
+
+    Attributes:
+        fired: [d_sae] at how many tokens each latent was not 0.
+        peak: [d_sae] the largest value of each latent.
+    """
+
+    def __init__(self, d_model: int, d_sae: int) -> None:
+        self.tokens = self.texts = 0
+        self.fired = torch.zeros(d_sae, dtype=torch.float64)
+        self.peak = torch.zeros(d_sae)
+        self._sum = torch.zeros(d_model, dtype=torch.float64)
+        self._square = self._error = self._cosine = 0.0
+        self._ratios: list[Tensor] = []
+
+    def add(
+        self,
+        x: Float[Tensor, "pos d_model"],
+        latents: Float[Tensor, "pos d_sae"],
+        back: Float[Tensor, "pos d_model"],
+    ) -> None:
+        """Counts one text: activations, latents, reconstruction."""
+        self.tokens += len(x)
+        self.texts += 1
+        self.fired += (latents > 0).sum(0).cpu()
+        self.peak = torch.maximum(self.peak, latents.amax(0).cpu())
+        wide = x.double()
+        self._sum += wide.sum(0).cpu()
+        self._square += wide.square().sum().item()
+        self._error += (wide - back.double()).square().sum().item()
+        self._cosine += torch.cosine_similarity(x, back, dim=-1).sum().item()
+        self._ratios.append((back.norm(dim=-1) / x.norm(dim=-1)).cpu())
+
+    @property
+    def explained_variance(self) -> float:
+        """See `Fit`."""
+        total = self._square - (self._sum.square().sum() / self.tokens).item()
+        return 1 - self._error / total
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The numbers of a `Fit` that need no second pass."""
+        return {
+            "explained_variance": self.explained_variance,
+            "l0": (self.fired.sum() / self.tokens).item(),
+            "norm_ratio": torch.cat(self._ratios).median().item(),
+            "cosine": self._cosine / self.tokens,
+            "silent": (self.fired == 0).double().mean().item(),
+        }
+
+
+def check(
+    sae: Sae,
+    model: SteeringModel,
+    encoded: Sequence[Encoded],
+    *,
+    loss_texts: int = 32,
+    tally: Tally | None = None,
+    report: Report | None = None,
+) -> Fit:
+    """Reads texts through the model and the SAE.
+
+    Args:
+        encoded: texts or chats of the kind that the SAE will be used on.
+        loss_texts: for so many of them the cross-entropies are measured too; 0 for none.
+        tally: continues an earlier count of fired latents (`silent` is then of both).
+        report: called with the number of texts done, the losses' texts included.
+
+    Raises:
+        RequestError: the SAE does not fit the model, or no text is two tokens long.
+    """
+    encoded = [one for one in encoded if len(one.ids) > 1]
+    if not encoded:
+        raise RequestError("no text is two tokens long: there is nothing to check the SAE on")
+    sae.check(model)
+    own = sae.on(model.device)
+    mine = Tally(sae.d_model, sae.d_sae)
+    sample: list[Tensor] = []
+    for number, (x, latents) in enumerate(own.over(model, encoded), start=1):
+        mine.add(x, latents, own.decode(latents))
+        if sum(map(len, sample)) < 2048:
+            sample.append(x)
+        if report:
+            report(number)
+    numbers = mine.numbers
+    if tally is not None:
+        tally.fired += mine.fired
+        tally.peak = torch.maximum(tally.peak, mine.peak)
+        tally.tokens += mine.tokens
+    losses = _losses(own, model, encoded[:loss_texts], len(encoded), report)
+    scale = _best_scale(own, torch.cat(sample))
+    ce, spliced, ablated = losses or (None, None, None)
+    score = None
+    if ce is not None and spliced is not None and ablated is not None and ablated > ce:
+        score = (ablated - spliced) / (ablated - ce)
+    return Fit(
+        mine.tokens,
+        mine.texts,
+        **numbers,
+        ce=ce,
+        ce_spliced=spliced,
+        ce_ablated=ablated,
+        ce_score=score,
+        best_scale=scale,
+        warnings=tuple(_warnings(sae, model, numbers, scale, losses is not None and score is None)),
+    )
+
+
+def _warnings(
+    sae: Sae, model: SteeringModel, numbers: dict[str, float], scale: float, pointless: bool
+) -> list[str]:
+    said = []
+    trained = sae.trained_on.rpartition("/")[2].casefold()
+    here = model.name.rpartition("/")[2].casefold()
+    base = trained and not any(mark in trained for mark in INSTRUCT)
+    if base and model.is_chat:
+        said.append(
+            f"the SAE was trained on {sae.trained_on}, a base model, and {model.name} is tuned for "
+            "chat: what is reconstructed badly here was not seen in training"
+        )
+    elif trained and here != "starter" and trained not in (here, here.replace("meta-", "")):
+        said.append(f"the SAE was trained on {sae.trained_on}; this is {model.name}")
+    if scale != 1:
+        said.append(
+            f"it reconstructs best when activations are multiplied by {scale:g}: its weights are "
+            "probably in other units than this model's stream (a scaling not folded in)"
+        )
+    elif not 0.7 < numbers["norm_ratio"] < 1.3:
+        said.append(
+            f"reconstructions are {numbers['norm_ratio']:.2f} times as long as what they stand for"
+        )
+    if numbers["explained_variance"] < 0.5:
+        said.append("less than half of the variance is explained: do not trust its features here")
+    if pointless:
+        said.append("the model predicts no worse without this site: there is no CE-loss score")
+    return said
+
+
+def _best_scale(sae: Sae, x: Float[Tensor, "pos d_model"]) -> float:
+    """The factor s for which decode(encode(s x)) / s is closest to x; 1 where that is good enough
+    or no other leaves less than half of the error.
+    """
+    errors = {
+        s: (sae.decode(sae.encode(x * s)) / s - x).square().sum().item() for s in (1.0, *SCALES)
+    }
+    best = min(errors, key=errors.__getitem__)
+    poor = errors[1.0] > 0.2 * (x - x.mean(0)).square().sum().item()
+    return best if poor and errors[best] < errors[1.0] / 2 else 1.0
+
+
+def _losses(
+    sae: Sae, model: SteeringModel, encoded: Sequence[Encoded], done: int, report: Report | None
+) -> tuple[float, float, float] | None:
+    """Mean cross-entropy as it is, with the reconstruction spliced in, and with zeros."""
+    changes: tuple[Callable[[Tensor], Tensor] | None, ...] = (
+        None,
+        lambda x: sae.decode(sae.encode(x)),
+        torch.zeros_like,
+    )
+    if not encoded:
+        return None
+    sums, tokens = [0.0, 0.0, 0.0], 0
+    for number, one in enumerate(encoded, start=1):
+        tokens += len(one.ids) - 1
+        for i, change in enumerate(changes):
+            sums[i] += model.cross_entropy(one, sae.site, change).sum().item()
+        if report:
+            report(done + number)
+    return sums[0] / tokens, sums[1] / tokens, sums[2] / tokens

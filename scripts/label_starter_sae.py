@@ -1,0 +1,101 @@
+# %% [markdown]
+# Labels of the starter SAE's features, without a language model: the tokens a feature fires on, the
+# tokens it promotes, and the place where it fires most, in the row format of Neuronpedia's exports.
+#
+#     python scripts/label_starter_sae.py --texts cache/starter_sae/chats.jsonl ...
+#
+# `interp-steer labels import` reads both files.
+
+# %%
+import argparse
+import gzip
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+from interp_steer import SteeringModel
+from interp_steer.console import progress
+from interp_steer.contexts import Context, top_contexts, windows
+from interp_steer.fit import Tally
+from interp_steer.sae import Sae
+from interp_steer.screen import promoted
+
+CONTEXTS = 10  # a label names the tokens of so many
+
+
+# %%
+def label(contexts: list[Context], tokens: list[str]) -> str:
+    """`Paris, French (promotes: France, Louvre): the capital of [[France]], Paris, is`."""
+    seen = Counter(word for c in contexts if (word := c.token.strip()))
+    fires = ", ".join(word for word, _ in seen.most_common(4)) or "whitespace"
+    words = dict.fromkeys(t.strip() for t in tokens if len(t.strip()) > 1)
+    up = ", ".join(list(words)[:5])
+    best = contexts[0]
+    place = " ".join(f"{best.before}[[{best.token.strip()}]]{best.after}".split())
+    return f"{fires} (promotes: {up}): {place}"
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> None:
+    """A gzipped .jsonl file, the same bytes for the same rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(lines.encode(), 9, mtime=0))
+
+
+# %%
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Labels the starter SAE.")
+    parser.add_argument("--texts", type=Path, nargs="+", required=True, help=".jsonl files")
+    parser.add_argument("--sae", default="starter")
+    parser.add_argument("--out", type=Path, default=Path("interp_steer/starter_data"))
+    parser.add_argument("--most", type=int, default=3000, help="pieces of 256 tokens of each file")
+    given = parser.parse_args()
+
+    model = SteeringModel.load("starter", dtype="bfloat16")
+    sae = Sae.load(given.sae)
+    encoded = []
+    for file in given.texts:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        pieces = windows(model, [json.loads(line)["text"] for line in lines], 256)
+        encoded += pieces[:: max(1, len(pieces) // given.most)]
+    with progress("contexts", len(encoded)) as report:
+        contexts = top_contexts(sae, model, encoded, k=CONTEXTS, report=report)
+    tally = Tally(sae.d_model, sae.d_sae)
+    with progress("densities", len(encoded)) as report:
+        for number, (x, latents) in enumerate(sae.over(model, encoded), start=1):
+            tally.add(x, latents, x)
+            report(number)
+    with progress("promoted tokens"):
+        _, tokens = promoted(model, sae.rows(torch.arange(sae.d_sae)))
+
+    model_id, _, source = str(sae.where.neuronpedia).partition("/")
+    place = {"modelId": model_id, "layer": source}
+    explanations, features = [], []
+    for index in range(sae.d_sae):
+        features.append(
+            {
+                **place,
+                "index": str(index),
+                "frac_nonzero": round(tally.fired[index].item() / tally.tokens, 8),
+                "maxActApprox": round(tally.peak[index].item(), 4),
+            }
+        )
+        if contexts[index]:
+            explanations.append(
+                {
+                    "id": f"starter-{index}",
+                    **place,
+                    "index": str(index),
+                    "description": label(contexts[index], tokens[index]),
+                    "typeName": "top-tokens-and-logits",
+                    "explanationModelName": "interp-steer",
+                }
+            )
+    write(given.out / "explanations" / "batch-0.jsonl.gz", explanations)
+    write(given.out / "features" / "batch-0.jsonl.gz", features)
+    print(f"{len(explanations)} labels of {sae.d_sae} features, from {tally.tokens:,} tokens")
