@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from interp_steer.direction import Direction, Directions, DirectionSet, load
     from interp_steer.engine import Engine
     from interp_steer.errors import RequestError, RunError, SteerError
+    from interp_steer.features import feature
     from interp_steer.hooks import fwd_hooks, run_with_cache
     from interp_steer.intervention import (
         Gate,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from interp_steer.model import SteeringModel
     from interp_steer.prompt import Encoded, chat
     from interp_steer.row import Result, Row, Sampling, Score, record
+    from interp_steer.sae import Sae
     from interp_steer.scale import Scale
     from interp_steer.site import Site
     from interp_steer.stepper import Event, Stepper
@@ -36,12 +38,14 @@ _HOME = {
     "direction": ("Direction", "DirectionSet", "Directions", "load"),
     "engine": ("Engine",),
     "errors": ("RequestError", "RunError", "SteerError"),
+    "features": ("feature",),
     "hooks": ("fwd_hooks", "run_with_cache"),
     "intervention": ("Gate", "Intervention", "Scope", "line", "parse", "resolve", "steer"),
     "metrics": ("names", "rep3", "surprise"),
     "model": ("SteeringModel",),
     "prompt": ("Encoded", "chat"),
     "row": ("Result", "Row", "Sampling", "Score", "record"),
+    "sae": ("Sae",),
     "scale": ("Scale",),
     "site": ("Site",),
     "stepper": ("Event", "Stepper"),
@@ -62,6 +66,7 @@ __all__ = [
     "Result",
     "Row",
     "RunError",
+    "Sae",
     "Sampling",
     "Scale",
     "Scope",
@@ -72,6 +77,7 @@ __all__ = [
     "Stepper",
     "act_add",
     "chat",
+    "feature",
     "fwd_hooks",
     "line",
     "load",

@@ -1,7 +1,9 @@
 """The demo: the starter model talks about the Eiffel Tower beside its unsteered self.
 
+It is steered by a contrastive direction, and by a feature of the starter SAE found by its label.
 Three sets of texts play three parts, and no prompt plays two: sentences build the direction,
-`choose` prompts pick layer and dose from a grid run as one batch, `show` prompts are only shown.
+`choose` prompts pick feature, layer and dose from a grid run as one batch, `show` prompts are only
+shown.
 """
 
 import itertools
@@ -15,20 +17,28 @@ import pandas as pd
 
 from interp_steer.console import progress, safe
 from interp_steer.contrast import Contrast, read_prompts
+from interp_steer.direction import Direction
 from interp_steer.engine import Engine
+from interp_steer.features import feature
 from interp_steer.files import whole
-from interp_steer.intervention import Intervention, steer
+from interp_steer.intervention import Intervention, Vector, steer
+from interp_steer.labels import import_files, search
 from interp_steer.metrics import names, rep3, surprise
 from interp_steer.model import SteeringModel
 from interp_steer.plots import dose_response
 from interp_steer.prompt import Prompt, chat
 from interp_steer.row import Result, Row, Sampling, record
+from interp_steer.registry import STARTER
 from interp_steer.scale import Scale
+from interp_steer.screen import screen
 
 TEXTS = Path(__file__).with_name("demo_data")
 WORDS = ("Eiffel", "Paris", "France")
+KINDS = ("contrast", "add", "clamp")
 LAYERS = (11, 13, 15, 17)
-DOSES = (0.4, 0.5, 0.6, 0.7)
+DOSES = (0.5, 0.6, 0.7)
+FEATURES = 2  # the best-screened of those whose labels name a concept word
+FEATURE_DOSES = (0.5, 0.6, 0.7)
 # The prompt alone is steered: the answer is then written by an unsteered model that has read a
 # steered prompt. With scope "all" the doses that work are about half as large, and the answers less
 # likely as text.
@@ -60,6 +70,16 @@ class Judged:
         )
 
 
+@dataclass(frozen=True)
+class Setting:
+    """One way to steer: what (contrast, or a feature added or clamped), where and how strongly."""
+
+    kind: str
+    line: str
+    dose: float
+    steer: tuple[Intervention, ...]
+
+
 def run(model: SteeringModel, out: Path) -> None:
     """Builds, chooses, shows; writes `demo.png` and `demo.json` into the folder `out`."""
     engine = Engine(model)
@@ -68,22 +88,32 @@ def run(model: SteeringModel, out: Path) -> None:
     )
     choose, show = ([chat(str(q)) for q in part] for part in (for_choosing, for_showing))
     eiffel = Contrast.measure(model, positive, negative).directions(name="eiffel")
+    features = _features(model)
     scale = Scale.of(model, [model.encode(p) for p in choose])
 
-    grid = list(itertools.product(LAYERS, DOSES))
-    cells = [
-        steer("add", eiffel, coefficient=f"{dose} dose", at=layer, on=SCOPE).resolve(scale)
-        for layer, dose in grid
+    settings = [
+        Setting("contrast", f"contrast, block {layer}", dose, _steer("add", eiffel, dose, layer, scale))
+        for layer, dose in itertools.product(LAYERS, DOSES)
     ]
-    what = f"trying {len(grid)} settings on {len(choose)} prompts"
-    unsteered, *tried = _judged(engine, choose, [(), *cells], TRIED, what)
+    settings += [
+        Setting(
+            operator,
+            f"{row.name}, {operator}",
+            dose,
+            _steer(operator, row, dose, row.site.layer, scale),
+        )
+        for row, operator, dose in itertools.product(features, ("add", "clamp"), FEATURE_DOSES)
+    ]
+    what = f"trying {len(settings)} settings on {len(choose)} prompts"
+    unsteered, *tried = _judged(engine, choose, [(), *(s.steer for s in settings)], TRIED, what)
     table = pd.DataFrame(
-        {"layer": layer, "dose": dose, **_averages(judged)}
-        for (layer, dose), judged in zip(grid, tried, strict=True)
+        {"kind": one.kind, "line": one.line, "dose": one.dose, **_averages(judged)}
+        for one, judged in zip(settings, tried, strict=True)
     )
-    # most answers that work; then most that name the concept; then the gentlest
-    best = table.sort_values(["works", "concept", "dose"], ascending=[False, False, True]).iloc[0]
-    layer, dose = int(best["layer"]), float(best["dose"])
+    # of each kind: most answers that work; then most that name the concept; then the gentlest
+    ranked = table.sort_values(["works", "concept", "dose"], ascending=[False, False, True])
+    best = ranked.groupby("kind", sort=False).head(1).index
+    chosen = sorted((settings[i] for i in best), key=lambda one: KINDS.index(one.kind))
     plot = dose_response(
         table,
         {
@@ -92,35 +122,62 @@ def run(model: SteeringModel, out: Path) -> None:
             "surprise": "surprise (nats a token)",
         },
         _averages(unsteered),
-        (layer, dose),
+        [(one.line, one.dose) for one in chosen],
         out / "demo.png",
     )
 
-    chosen = cells[grid.index((layer, dose))]
-    plain, steered = _judged(
-        engine, show, [(), chosen], SHOWN, f"answering {len(show)} new prompts"
-    )
-    for number, (before, after) in enumerate(zip(plain, steered, strict=True), start=1):
-        print(f"\n{number}. {_question(before)}")
+    what = f"answering {len(show)} new prompts"
+    plain, *steered = _judged(engine, show, [(), *(one.steer for one in chosen)], SHOWN, what)
+    for number, before in enumerate(plain):
+        print(f"\n{number + 1}. {_question(before)}")
         print(_shown("unsteered", before))
-        print(_shown("steered", after))
-    strength = chosen[0].value
-    label = f"block {layer}, a {strength:.1f}, dose {dose}"
-    print(f"\nchosen on other prompts: {chosen[0]}, dose {dose} of |x| {strength / dose:.1f}\n")
-    print(f"{'':<34}{'tokens':>7}{'rep3':>7}{'surprise':>10}  concept words")
-    for before, after in zip(plain, steered, strict=True):
+        for one, answers in zip(chosen, steered, strict=True):
+            print(_shown(one.kind, answers[number]))
+    print("\nchosen on other prompts:")
+    for one in chosen:
+        print(f"  {one.kind:<9} {one.steer[0]}, dose {one.dose}")
+    print(f"\n{'':<34}{'tokens':>7}{'rep3':>7}{'surprise':>10}  concept words")
+    for number, before in enumerate(plain):
         print(_question(before)[:60])
         print(_measured("unsteered", before))
-        print(_measured(label, after))
-    works = sum(a.works and not b.concept for b, a in zip(plain, steered, strict=True))
+        for one, answers in zip(chosen, steered, strict=True):
+            label = f"{one.kind}, block {one.steer[0].sites[0].layer}, a {one.steer[0].value:.1f}"
+            print(_measured(label, answers[number]))
     print(
-        f"\n{works} of {len(show)} prompts: 40 tokens or more, names {', '.join(WORDS[:-1])} or "
-        f"{WORDS[-1]} where the unsteered answer does not, rep3 below 0.2, surprise below 2.0"
+        f"\nof {len(show)} prompts, answers of 40 tokens or more that name {', '.join(WORDS[:-1])} "
+        f"or {WORDS[-1]} where the unsteered\nanswer does not, with rep3 below 0.2 and surprise "
+        "below 2.0:"
     )
-    records = [record(j.result, scale) for pair in zip(plain, steered, strict=True) for j in pair]
+    for one, answers in zip(chosen, steered, strict=True):
+        works = sum(a.works and not b.concept for b, a in zip(plain, answers, strict=True))
+        print(f"  {one.kind:<9} {works}")
+    columns = zip(plain, *steered, strict=True)
+    records = [record(j.result, scale) for column in columns for j in column]
     with whole(out / "demo.json") as part:
         part.write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
     print(f"plot and records: {plot}, {out / 'demo.json'}")
+
+
+def _features(model: SteeringModel) -> list[Direction]:
+    """Features of the starter SAE whose labels name the concept, those most likely to steer."""
+    with progress("loading the starter SAE", every=5):
+        from interp_steer.sae import Sae
+
+        sae = Sae.load("starter", device=model.device)
+    import_files([STARTER])
+    hits = {hit.index: hit for hit in search(" ".join(WORDS), [STARTER], limit=20)}
+    scored = sorted(screen(sae, model, list(hits)), key=lambda one: -one.output_score)
+    print(f"features whose label answers {' '.join(WORDS)!r}, of {sae.d_sae}, by output score:")
+    for one in scored[:5]:
+        print(f"  {one.output_score:.4f}  {one.index:>5}  {safe(hits[one.index].label)[:80]}")
+    return [feature(hits[one.index]) for one in scored[:FEATURES]]
+
+
+def _steer(
+    operator: str, vector: Vector, dose: float, layer: int, scale: Scale
+) -> tuple[Intervention, ...]:
+    one = steer(operator, vector, coefficient=f"{dose} dose", at=layer, on=SCOPE)
+    return one.resolve(scale)
 
 
 def _judged(

@@ -16,6 +16,7 @@ from interp_steer.options import Device, Dtype, Json, Model, load
 if TYPE_CHECKING:
     from interp_steer.model import SteeringModel
     from interp_steer.prompt import Encoded
+    from interp_steer.labels.label import Label
     from interp_steer.sae import Sae
 
 app = typer.Typer(
@@ -54,7 +55,7 @@ def _texts(model: "SteeringModel", paths: list[Path], length: int) -> "list[Enco
     return windows(model, [p for path in paths for p in read_prompts(path, "text")], length)
 
 
-def _labels(sae: "Sae") -> dict[int, str]:
+def _labels(sae: "Sae") -> "dict[int, Label]":
     """What the label store knows of an SAE's features; nothing where there is none."""
     from interp_steer.labels import Store
     from interp_steer.labels.label import Source
@@ -66,6 +67,10 @@ def _labels(sae: "Sae") -> dict[int, str]:
             return store.best(Source.parse(sae.where.neuronpedia))
     except RunError:
         return {}
+
+
+def _text(labels: "dict[int, Label]", index: int) -> str | None:
+    return labels[index].label if index in labels else None
 
 
 @app.command()
@@ -131,7 +136,7 @@ def top(
     said = prompt if text or not loaded.is_chat else chat(prompt)
     found = top_features(whole, loaded, loaded.encode(said), limit)
     labels = _labels(whole)
-    rows = [{**asdict(one), "label": labels.get(one.index)} for one in found]
+    rows = [{**asdict(one), "label": _text(labels, one.index)} for one in found]
     _show(rows, as_json, "index activation position token label")
 
 
@@ -195,7 +200,7 @@ def find(
     with progress("reading texts", len(up) + len(down)) as report:
         found = search(whole, loaded, up, down, limit, by, report)
     labels = _labels(whole)
-    rows = [{**asdict(one), "label": labels.get(one.index)} for one in found]
+    rows = [{**asdict(one), "label": _text(labels, one.index)} for one in found]
     _show(rows, as_json, "index auroc difference positive negative share label")
 
 
@@ -240,15 +245,16 @@ def rank(
         encoded = _texts(loaded, texts, length)
         with progress("reading texts", len(encoded)) as report:
             known = top_contexts(whole, loaded, encoded, chosen, report=report)
-    with progress("screening", len(chosen)) as report:
-        scored = screen(whole, loaded, chosen, contexts=known, report=report)
-    scored.sort(key=lambda one: -one.output_score)
     labels = _labels(whole)
+    density = {i: share for i, one in labels.items() if (share := one.density) is not None}
+    with progress("screening", len(chosen)) as report:
+        scored = screen(whole, loaded, chosen, contexts=known, density=density, report=report)
+    scored.sort(key=lambda one: -one.output_score)
     rows = [
-        {**one.as_json(), "label": labels.get(one.index), "promoted": list(one.promoted)}
+        {**one.as_json(), "label": _text(labels, one.index), "promoted": list(one.promoted)}
         for one in scored[:limit]
     ]
-    _show(rows, as_json, "index output_score input_score confidence norm promoted label")
+    _show(rows, as_json, "index output_score input_score confidence norm density promoted label")
 
 
 @saes.command()
@@ -315,7 +321,7 @@ def _show(rows: list[dict[str, Any]], as_json: bool, columns: str) -> None:
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.3f}"
+        return f"{value:.3f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
     if isinstance(value, list):
         return safe(" ".join(repr(v)[1:-1].strip() for v in value[:6]))
     text = "" if value is None else safe(str(value)).strip().replace("\n", "\\n")

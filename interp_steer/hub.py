@@ -49,8 +49,11 @@ class LocalFile:
 
     def read(self, start: int, count: int) -> bytes:
         """See `Bytes.read`."""
-        with explained(Path(self.name)):
+        try:  # not `with explained`, which would be most of the time of a column
             return os.pread(self._file.fileno(), count, start)
+        except OSError as error:
+            with explained(Path(self.name)):
+                raise error
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
@@ -65,13 +68,13 @@ class RemoteFile:
 
     def __init__(self, repo: str, name: str) -> None:
         import requests
-        from huggingface_hub import constants, get_token, hf_hub_url
+        from huggingface_hub import get_token, hf_hub_url
 
         self.name = f"{repo}/{name}"
         self.size: int | None = None
         self.revision = ""
         self._etag = ""
-        self._url = hf_hub_url(repo, name, endpoint=constants.ENDPOINT)
+        self._url = hf_hub_url(repo, name)
         self._token = get_token()
         self._session = requests.Session()
 
@@ -188,10 +191,10 @@ class Repo:
         if here := self.cached(name):
             return here
         self._connect(name)
-        from huggingface_hub import constants, hf_hub_download
+        from huggingface_hub import hf_hub_download
 
         try:
-            return Path(hf_hub_download(self.repo, name, endpoint=constants.ENDPOINT))
+            return Path(hf_hub_download(self.repo, name))
         except Exception as error:  # of a dozen kinds, those of its HTTP library among them
             raise RunError(f"cannot fetch {self.repo}/{name}: {why(error)}") from error
 

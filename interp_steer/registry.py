@@ -20,6 +20,10 @@ from interp_steer.files import cache_dir, whole
 STARTER = "starter"
 STARTER_DATA = Path(__file__).parent / "starter_data"
 """Where the starter's SAE lies, as SAELens saves one: cfg.json and sae_weights.safetensors."""
+STARTER_LABELS = tuple(
+    STARTER_DATA / kind / "batch-0.jsonl.gz" for kind in ("explanations", "features")
+)
+"""Its labels, as Neuronpedia exports them."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ _STARTER = Entry(
     "",
     "sae_lens",
     "starter",
-    "smollm2-135m-instruct/13-starter-res-8k",
+    "smollm2-135m-instruct/13-starter-res-6k",
     None,
 )
 

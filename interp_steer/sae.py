@@ -156,6 +156,13 @@ class Sae:
             )
         return index
 
+    def split(
+        self, x: Float[Tensor, "*rows d_model"]
+    ) -> tuple[Float[Tensor, "*rows d_sae"], Float[Tensor, "*rows d_model"]]:
+        """Latents, and the error term: decode(latents) + error is x."""
+        latents = self.encode(x)
+        return latents, x.float() - self.decode(latents)
+
     def rows(self, index: Int[Tensor, "*which"]) -> Float[Tensor, "*which d_model"]:
         """What one unit of each latent adds to the reconstruction: its decoder row."""
         rows: Tensor = self.inner.W_dec.detach()[index]

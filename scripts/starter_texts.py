@@ -3,6 +3,7 @@
 #
 #     python scripts/starter_texts.py chats --chats 1000
 #     python scripts/starter_texts.py docs FOLDER ... --name docs
+#     python scripts/starter_texts.py docs WORDNET --name glosses --most 10000000
 #
 # Chats: left alone after the template's "user" mark, an instruction-tuned model writes a user's
 # message (Magpie, Xu et al. 2024, arXiv 2406.08464), then its answer, then the next message, until
@@ -99,7 +100,7 @@ def chats(out: Path, wanted: int, first_seed: int) -> None:
 
 # %%
 PAGE = 6000
-PROSE = (".html", ".htm", ".xhtml", ".txt", ".noun", ".verb", ".adj", ".adv")
+PROSE = (".html", ".htm", ".xhtml", ".txt", ".noun")
 
 
 def prose(path: Path) -> list[str]:

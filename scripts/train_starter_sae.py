@@ -27,7 +27,9 @@ from interp_steer.prompt import Encoded
 
 LAYER = 13
 LENGTH = 256  # tokens a row; the first one is an attention sink and left out
-D_SAE, K = 8192, 32
+D_SAE, K = 6144, 48
+# file of `starter_texts.py`, how often in a round, at most so many rows
+KINDS = (("chats", 4, 4000), ("docs", 1, 1500), ("glosses", 1, 4000))
 BATCH = 4096  # activations a training step
 LEARNING_RATE = 8e-4
 # Silent for so many steps counts as dead: the auxiliary loss then revives it. SAELens's 1000 is
@@ -119,9 +121,10 @@ def save(sae: TopKTrainingSAE, out: Path, tokens: int) -> None:
     sae.cfg.metadata.seqpos_slice = (1, None)
     sae.cfg.metadata.prepend_bos = False
     sae.cfg.metadata.training_tokens = tokens
-    sae.cfg.metadata.neuronpedia_id = "smollm2-135m-instruct/13-starter-res-8k"
+    sae.cfg.metadata.neuronpedia_id = "smollm2-135m-instruct/13-starter-res-6k"
     sae.cfg.dtype = "float16"
-    sae.half().save_inference_model(out)
+    for path in sae.half().save_inference_model(out):
+        path.chmod(0o644)
 
 
 # %%
@@ -129,14 +132,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Trains the starter SAE.")
     parser.add_argument("--texts", type=Path, default=Path("cache/starter_sae"))
     parser.add_argument("--out", type=Path, default=Path("cache/starter_sae/sae"))
-    parser.add_argument("--tokens", type=int, default=6_000_000)
-    parser.add_argument("--chat-rounds", type=int, default=4, help="chats for one of documents")
-    parser.add_argument("--most-rows", type=int, help="fewer rows of each kind, for a trial")
+    parser.add_argument("--tokens", type=int, default=3_300_000)
     given = parser.parse_args()
 
     model = SteeringModel.load("starter", dtype="bfloat16")
-    chats = rows(model, given.texts / "chats.jsonl")[: given.most_rows]
-    docs = rows(model, given.texts / "docs.jsonl")[: given.most_rows]
-    parts = [(activations(model, chats), given.chat_rounds), (activations(model, docs), 1)]
-    print(f"{len(parts[0][0]):,} activations of chats, {len(parts[1][0]):,} of documents")
+    parts = []
+    for name, times, most in KINDS:
+        found = rows(model, given.texts / f"{name}.jsonl")
+        found = found[:: -(-len(found) // most)]
+        parts.append((activations(model, found), times))
+        print(f"{name}: {len(parts[-1][0]):,} activations, {times} times a round")
     save(train(batches(parts, seed=0), given.tokens), given.out, given.tokens)

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import struct
@@ -31,17 +32,16 @@ SOURCE = "llama3.1-8b/15-llamascope-res-32k"
 
 
 @pytest.fixture(scope="module")
-def kept_registry(tmp_path_factory: pytest.TempPathFactory) -> str:
+def kept_registry(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The registry's file in the cache: reading SAELens's own takes a second, so once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INTERP_STEER_CACHE", str(tmp_path_factory.mktemp("kept")))
         registry._releases.cache_clear()
         registry.entry(*SCOPE)
-    return "read"
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_registry: str) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_registry: None) -> Path:
     """Our cache and the hub's, of this test alone; and no pauses between tries."""
     monkeypatch.setenv("INTERP_STEER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -140,12 +140,14 @@ def put_temporal(dtype=torch.float32) -> Path:
     )
     state = {key: value.to(dtype).contiguous() for key, value in sae.state_dict().items()}
     state |= {"D": state.pop("W_dec"), "b": state.pop("b_dec")}
-    stored(TEMPORAL, "conf.yaml").write_text(textwrap.dedent(f"""
+    stored(TEMPORAL, "conf.yaml").write_text(
+        textwrap.dedent(f"""
         llm: {{dimin: {D_IN}}}
         sae: {{exp_factor: 2.0, n_heads: 1, n_attn_layers: 1, bottleneck_factor: 2, kval_topk: 4,
               sae_diff_type: topk, tied_weights: true, scaling_factor: 0.029}}
         data: {{dtype: float32}}
-    """))
+    """)
+    )
     save_file(state, stored(TEMPORAL, "latest_ckpt.safetensors"))
     return stored(TEMPORAL, "latest_ckpt.safetensors")
 
@@ -397,7 +399,9 @@ def test_the_default_name_can_be_written_in_a_line():
 def test_the_starter_has_an_sae_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "STARTER_DATA", tmp_path / "absent")
     for ask in (lambda: locate("starter"), lambda: feature("starter", 3)):
-        with pytest.raises(RunError, match=r"^the starter's SAE is not part .* no cfg\.json; [^\n]*"):
+        with pytest.raises(
+            RunError, match=r"^the starter's SAE is not part .* no cfg\.json; [^\n]*"
+        ):
             ask()
     hook = "blocks.13.hook_resid_post"
     monkeypatch.setattr(registry, "STARTER_DATA", saved(tmp_path / "data", hook=hook))
@@ -562,9 +566,8 @@ def test_offline_without_the_files_says_what_to_do(names, monkeypatch):
 def test_damaged_files_are_one_line(names, put, damage, monkeypatch):
     file = put(monkeypatch)
     data = file.read_bytes()
-    # W_dec is the second tensor in name order, D the first: both reach into the last half
-    cut = {"cut": data[: len(data) // 4], "noise": b"\xff" * 999, "empty": b""}[damage]
-    file.write_bytes(cut)
+    left = {"cut": data[: len(data) // 4], "noise": b"\xff" * 999, "empty": b""}[damage]
+    file.write_bytes(left)
     with pytest.raises(RunError, match="is damaged") as error:
         feature(*names, D_SAE - 1)
     assert "\n" not in str(error.value) and str(file) in str(error.value)
@@ -667,7 +670,10 @@ class Hub:
 
             def head(self, status, length=0, more=None, **headers) -> None:
                 self.send_response(status)
-                common = {"ETag": '"abc"', "X-Repo-Commit": COMMIT, "Content-Length": str(length)}
+                etag = f'"{hashlib.sha256(self.path.encode()).hexdigest()}"'  # one for each file
+                common = {"ETag": etag, "X-Repo-Commit": COMMIT, "Content-Length": str(length)}
+                if status == 404:
+                    common["X-Error-Code"] = "EntryNotFound"
                 for name, value in {**common, **(more or {}), **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
@@ -700,10 +706,17 @@ class Hub:
         self.server.server_close()
 
 
+def endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """What HF_ENDPOINT does as huggingface_hub is imported."""
+    pattern = "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + pattern)
+
+
 @pytest.fixture
 def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     world = Hub(tmp_path / "served")
-    monkeypatch.setattr(constants, "ENDPOINT", world.url)
+    endpoint(monkeypatch, world.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
@@ -746,7 +759,7 @@ def test_a_row_on_the_hub_costs_a_few_kilobytes(online):
     asked = len(online.log)
     assert feature(*OLD, 9999) == got and len(online.log) == asked
     online.mode = "404"
-    with pytest.raises(RunError, match="cannot read a part of .*: there is no such file"):
+    with pytest.raises(RunError, match=r"cannot read a part of .*: there is no such file"):
         feature(*OLD, 9998)
 
 
@@ -780,7 +793,6 @@ def test_a_passing_fault_is_tried_again(online):
 )
 def test_servers_that_misbehave_are_one_line(mode, said, online):
     served(online)
-    locate(*OLD)
     hub.Repo(registry.entry(*OLD).repo).path(f"{registry.entry(*OLD).path}/cfg.json")
     online.mode, online.sent = mode, 0
     with pytest.raises(RunError, match=rf"^cannot read a part of jbloom/.*: .*{said}") as error:
@@ -792,7 +804,7 @@ def test_servers_that_misbehave_are_one_line(mode, said, online):
 def test_no_server_is_one_line(online, monkeypatch):
     served(online)
     hub.Repo(registry.entry(*OLD).repo).path(f"{registry.entry(*OLD).path}/cfg.json")
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    endpoint(monkeypatch, "http://127.0.0.1:9")
     with pytest.raises(RunError, match=r"the connection broke off \(3 tries\)"):
         feature(*OLD, 9999)
 
@@ -824,7 +836,7 @@ def test_a_column_layout_is_downloaded_whole_and_kept(online):
     assert len(online.log) == asked
     assert got.source["revision"] == COMMIT
     online.mode = "404"
-    with pytest.raises(RunError, match="cannot fetch .*: there is no such file"):
+    with pytest.raises(RunError, match=r"cannot fetch .*: there is no such file"):
         feature(*ANDY, 1)
 
 

@@ -67,6 +67,8 @@ def test_it_encodes_and_decodes_as_saelens_does(folder: Path):
     assert (mine.site, mine.d_sae, mine.d_model) == (Site("resid_post", LAYER), LATENTS, WIDTH)
     assert torch.equal(mine.encode(x), latents)
     assert torch.equal(mine.decode(latents), theirs.decode(latents))
+    split, error = mine.split(x)
+    torch.testing.assert_close(theirs.decode(split) + error, x)
     assert 0 < (latents > 0).float().mean() < 1  # else the next tests say nothing
 
 

@@ -117,7 +117,9 @@ def test_the_demo_works_on_prompts_it_was_not_tuned_on(tmp_path):
         [sys.executable, "-m", "interp_steer", "demo", "--out", str(tmp_path)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    works = int(done.stdout.split(" of 8 prompts:")[0].split()[-1])
-    assert works >= 3
+    told = done.stdout.split("and surprise below 2.0:")[1].splitlines()[1:4]
+    works = {line.split()[0]: int(line.split()[1]) for line in told}
+    assert works["contrast"] >= 3 and max(works["add"], works["clamp"]) >= 3
     assert (tmp_path / "demo.png").stat().st_size > 10_000
     assert done.stdout.count("unsteered |") == 8 and all(word in done.stdout for word in WORDS)
+    assert "features whose label answers 'Eiffel Paris France'" in done.stdout

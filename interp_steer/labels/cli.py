@@ -54,7 +54,7 @@ def sync_command(
 
 @app.command("import")
 def import_command(
-    files: Annotated[list[str], typer.Argument(help="Export files, .jsonl or .jsonl.gz.")],
+    files: Annotated[list[str], typer.Argument(help="Export files, .jsonl or .jsonl.gz; or 'starter'.")],
     store: _Store = None,
     as_json: _Json = False,
 ) -> None:

@@ -325,14 +325,11 @@ class Store:
         ordered = tuple(reversed(unique.values()))
         return Feature(known, index, state, ordered, density, highest, tuple(origins))
 
-    def best(self, source: Source) -> dict[int, str]:
+    def best(self, source: Source) -> dict[int, Label]:
         """The best label of every labelled feature of a source."""
         with told(self.path):
-            found = self._db.execute(
-                "SELECT feature, text FROM explanation WHERE source_id = ? AND best",
-                (self._number(source),),
-            )
-            return dict(found.fetchall())
+            found = self._labels("WHERE e.source_id = ? AND e.best", (self._number(source),))
+            return {label.index: label for label in found}
 
     def match(
         self, query: str, numbers: Sequence[int] | None, limit: int

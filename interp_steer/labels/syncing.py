@@ -17,6 +17,7 @@ from interp_steer.labels.label import Feature, Source, parse_id
 from interp_steer.labels.rows import Row, read_lines
 from interp_steer.labels.schema import told
 from interp_steer.labels.store import Coverage, Store
+from interp_steer.registry import STARTER, STARTER_LABELS
 
 
 def sync(
@@ -182,15 +183,21 @@ def import_files(paths: Iterable[str | Path], *, store: str | Path | None = None
     """Brings files of labels that are on disk into the store: export files, gzipped or not.
 
     A file's rows say which source they belong to. A file of the same name replaces what that
-    file gave before; each file is stored whole or not at all.
+    file gave before; each file is stored whole or not at all. "starter" stands for the files of the
+    starter SAE, which ship with this package.
 
     Raises:
         RequestError: a file does not exist.
         RunError: a file cannot be read, or is damaged.
     """
     touched: dict[str, Source] = {}
+    listed = [
+        path
+        for given in map(Path, paths)
+        for path in (STARTER_LABELS if str(given) == STARTER and not given.exists() else [given])
+    ]
     with Store(store, write=True) as to:
-        for path in map(Path, paths):
+        for path in listed:
             if not path.is_file():
                 raise RequestError(f"{path}: no such file")
             with explained(path):
