@@ -227,6 +227,7 @@ class Safetensors:
             self._tensors = dict(json.loads(head[8 : 8 + length]))
         except (ValueError, TypeError, RecursionError) as error:
             raise self._damaged("its header is not JSON") from error
+        self._tensors.pop("__metadata__", None)
         self._start = 8 + length
 
     @property
@@ -281,12 +282,14 @@ class Safetensors:
             first, last = entry["data_offsets"]
             right = all(type(n) is int and n >= 0 for n in (*shape, first, last))
             right = right and last - first == math.prod(shape) * dtype.itemsize
-        except (KeyError, TypeError, ValueError) as error:
+            end = max(each["data_offsets"][1] for each in self._tensors.values())
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise self._damaged(f"its header says nothing sensible of {key}") from error
         if not right:
             raise self._damaged(f"its header contradicts itself about {key}")
-        if self._start + last > (self._file.size or 0):
-            raise self._damaged(f"{self._file.size:,} bytes, and its header speaks of more")
+        # a file cut short is refused even where the part that is asked for is there
+        if self._start + end > (self._file.size or 0):
+            raise self._damaged(f"{self._file.size or 0:,} bytes, and its header speaks of more")
         return dtype, shape, self._start + first
 
     def _damaged(self, reason: str) -> RunError:

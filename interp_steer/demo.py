@@ -27,8 +27,8 @@ from interp_steer.metrics import names, rep3, surprise
 from interp_steer.model import SteeringModel
 from interp_steer.plots import dose_response
 from interp_steer.prompt import Prompt, chat
-from interp_steer.row import Result, Row, Sampling, record
 from interp_steer.registry import STARTER
+from interp_steer.row import Result, Row, Sampling, record
 from interp_steer.scale import Scale
 from interp_steer.screen import screen
 
@@ -92,7 +92,9 @@ def run(model: SteeringModel, out: Path) -> None:
     scale = Scale.of(model, [model.encode(p) for p in choose])
 
     settings = [
-        Setting("contrast", f"contrast, block {layer}", dose, _steer("add", eiffel, dose, layer, scale))
+        Setting(
+            "contrast", f"contrast, block {layer}", dose, _steer("add", eiffel, dose, layer, scale)
+        )
         for layer, dose in itertools.product(LAYERS, DOSES)
     ]
     settings += [

@@ -14,9 +14,9 @@ from interp_steer.errors import RequestError, RunError
 from interp_steer.options import Device, Dtype, Json, Model, load
 
 if TYPE_CHECKING:
+    from interp_steer.labels.label import Label
     from interp_steer.model import SteeringModel
     from interp_steer.prompt import Encoded
-    from interp_steer.labels.label import Label
     from interp_steer.sae import Sae
 
 app = typer.Typer(
@@ -95,9 +95,10 @@ def get(
     *names, last = feature_of
     if names and not (last.isascii() and last.isdigit()):
         raise RequestError(f"{last!r} is not the index of a feature: expected a whole number")
-    row = feature(*names, int(last), name=name, offline=offline) if names else feature(
-        last, name=name, offline=offline
-    )  # fmt: skip
+    if names:
+        row = feature("/".join(names), int(last), name=name, offline=offline)
+    else:
+        row = feature(last, name=name, offline=offline)
     path = row.save(out or cache_dir("directions") / f"{row.name}.safetensors")
     facts = {
         "name": row.name, "sha": row.sha, "hook_point": row.hook_point, "norm": row.norm,

@@ -108,20 +108,35 @@ def test_check(folder, tiny_folder, texts):
     [
         (["features", "get", "{sae}", "256"], "has features 0-255"),
         (["features", "get", "{sae}", "first"], "'first' is not the index of a feature"),
-        (["features", "get", "llama-3.1-8b-instruct-andyrdr", "x", "1"], "llama-3.1-8b-instruct-andyrdt"),
+        (
+            ["features", "get", "llama-3.1-8b-instruct-andyrdr", "x", "1"],
+            "llama-3.1-8b-instruct-andyrdt",
+        ),
         (["features", "get", "llama_scope_lxr_8x", "l15r_16x", "1"], "l15r_8x"),
         (["features", "get", "llama3.1-8b/15-llamascope-res-33k/1"], "15-llamascope-res-32k"),
         (["features", "get", "nonsense"], "nonsense"),
         (["sae", "check", "nonsense"], "nonsense"),
         (["sae", "check", "{sae}", "--model", "starter"], "64 wide; starter is 576 wide"),
         (["sae", "check", "{sae}", "--texts", "nowhere.txt"], "no prompt file nowhere.txt"),
-        (["features", "find", "{sae}", "--positive", "nowhere.txt", "--negative", "n"], "nowhere.txt"),
-        (["features", "find", "{sae}", "--positive", "n", "--negative", "n", "--by", "size"], "'size'"),
+        (
+            ["features", "find", "{sae}", "--positive", "nowhere.txt", "--negative", "n"],
+            "nowhere.txt",
+        ),
+        (
+            ["features", "find", "{sae}", "--positive", "n", "--negative", "n", "--by", "size"],
+            "'size'",
+        ),
         (["features", "rank", "{sae}", "--model", "{model}"], "--features 12,4711 or --search"),
-        (["features", "rank", "{sae}", "--model", "{model}", "--features", "a"], "expected indices"),
-        (["features", "rank", "{sae}", "--model", "{model}", "--search", "x"], "no Neuronpedia source"),
+        (
+            ["features", "rank", "{sae}", "--model", "{model}", "--features", "a"],
+            "expected indices",
+        ),
+        (
+            ["features", "rank", "{sae}", "--model", "{model}", "--search", "x"],
+            "no Neuronpedia source",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_requests_are_one_line(folder, tiny_folder, words, error):
     given = [word.format(sae=folder, model=tiny_folder) for word in words]
     assert error in one_line(2, *given)

@@ -405,7 +405,7 @@ def test_the_starter_has_an_sae_of_its_own(tmp_path, monkeypatch):
             ask()
     hook = "blocks.13.hook_resid_post"
     monkeypatch.setattr(registry, "STARTER_DATA", saved(tmp_path / "data", hook=hook))
-    source = "smollm2-135m-instruct/13-starter-res-8k"
+    source = registry.entry("starter").neuronpedia  # its width is chosen by training
     got = feature("starter", 3)
     for again in (feature("starter", hook, 3), feature(f"{source}/3")):
         assert again == got and again.source == got.source

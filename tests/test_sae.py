@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from interp_steer.features import feature
 from sae_lens import (
     GatedSAE,
     GatedSAEConfig,
@@ -18,6 +17,7 @@ from sae_lens import (
 )
 
 from interp_steer import Engine, RequestError, Row, Sampling, chat, parse, steer
+from interp_steer.features import feature
 from interp_steer.hooks import run_with_cache
 from interp_steer.intervention import line
 from interp_steer.sae import Sae

@@ -54,7 +54,9 @@ def sync_command(
 
 @app.command("import")
 def import_command(
-    files: Annotated[list[str], typer.Argument(help="Export files, .jsonl or .jsonl.gz; or 'starter'.")],
+    files: Annotated[
+        list[str], typer.Argument(help="Export files, .jsonl or .jsonl.gz; or 'starter'.")
+    ],
     store: _Store = None,
     as_json: _Json = False,
 ) -> None:
