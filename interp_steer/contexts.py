@@ -11,6 +11,7 @@ from torch import Tensor
 
 from interp_steer.console import Report
 from interp_steer.errors import RequestError
+from interp_steer.fit import Tally
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import Encoded, Prompt, is_chat, readable
 from interp_steer.sae import Sae
@@ -91,6 +92,7 @@ def top_contexts(
     features: Sequence[int] | None = None,
     k: int = 10,
     width: int = 12,
+    tally: Tally | None = None,
     report: Report | None = None,
 ) -> dict[int, list[Context]]:
     """The texts in which features fire most, one place a text, best first.
@@ -98,6 +100,7 @@ def top_contexts(
     Args:
         features: which; None for all.
         width: tokens shown on either side.
+        tally: counts all features' latents on the way.
 
     Raises:
         RequestError: a feature that the SAE does not have.
@@ -108,6 +111,8 @@ def top_contexts(
     best = torch.zeros(k, len(chosen))
     places = torch.full((k, len(chosen)), -1)  # text * PLACES + position
     for number, (_, latents) in enumerate(sae.over(model, encoded)):
+        if tally:
+            tally.count(latents)
         mine = latents if features is None else latents[:, index.to(latents.device)]
         peaks, at = mine.cpu().max(0)
         better = (peaks > best[-1]).nonzero()[:, 0]

@@ -58,7 +58,8 @@ class Fit:
 
 
 class Tally:
-    """Sums over tokens from which the numbers of a `Fit` follow; may run over several texts sets.
+    """Sums over tokens from which the numbers of a `Fit` follow; may go on over several sets of
+    texts.
 
     Attributes:
         fired: [d_sae] at how many tokens each latent was not 0.
@@ -80,16 +81,20 @@ class Tally:
         back: Float[Tensor, "pos d_model"],
     ) -> None:
         """Counts one text: activations, latents, reconstruction."""
-        self.tokens += len(x)
-        self.texts += 1
-        self.fired += (latents > 0).sum(0).cpu()
-        self.peak = torch.maximum(self.peak, latents.amax(0).cpu())
+        self.count(latents)
         wide = x.double()
         self._sum += wide.sum(0).cpu()
         self._square += wide.square().sum().item()
         self._error += (wide - back.double()).square().sum().item()
         self._cosine += torch.cosine_similarity(x, back, dim=-1).sum().item()
         self._ratios.append((back.norm(dim=-1) / x.norm(dim=-1)).cpu())
+
+    def count(self, latents: Float[Tensor, "pos d_sae"]) -> None:
+        """Counts one text's latents alone."""
+        self.tokens += len(latents)
+        self.texts += 1
+        self.fired += (latents > 0).sum(0).cpu()
+        self.peak = torch.maximum(self.peak, latents.amax(0).cpu())
 
     @property
     def explained_variance(self) -> float:

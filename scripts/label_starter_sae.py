@@ -53,7 +53,7 @@ if __name__ == "__main__":
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help=".jsonl files")
     parser.add_argument("--sae", default="starter")
     parser.add_argument("--out", type=Path, default=Path("interp_steer/starter_data"))
-    parser.add_argument("--most", type=int, default=3000, help="pieces of 256 tokens of each file")
+    parser.add_argument("--most", type=int, default=1500, help="pieces of 256 tokens of each file")
     given = parser.parse_args()
 
     model = SteeringModel.load("starter", dtype="bfloat16")
@@ -63,13 +63,9 @@ if __name__ == "__main__":
         lines = file.read_text(encoding="utf-8").splitlines()
         pieces = windows(model, [json.loads(line)["text"] for line in lines], 256)
         encoded += pieces[:: max(1, len(pieces) // given.most)]
-    with progress("contexts", len(encoded)) as report:
-        contexts = top_contexts(sae, model, encoded, k=CONTEXTS, report=report)
     tally = Tally(sae.d_model, sae.d_sae)
-    with progress("densities", len(encoded)) as report:
-        for number, (x, latents) in enumerate(sae.over(model, encoded), start=1):
-            tally.add(x, latents, x)
-            report(number)
+    with progress("contexts", len(encoded)) as report:
+        contexts = top_contexts(sae, model, encoded, k=CONTEXTS, tally=tally, report=report)
     with progress("promoted tokens"):
         _, tokens = promoted(model, sae.rows(torch.arange(sae.d_sae)))
 

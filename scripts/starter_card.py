@@ -1,7 +1,7 @@
 # %% [markdown]
 # Measures the starter SAE as it ships and prints the table of its card.
 #
-#     python scripts/starter_card.py --wikitext FOLDER --docs cache/starter_sae/docs_heldout.jsonl
+#     python scripts/starter_card.py --wikitext FOLDER --docs cache/starter_sae
 #
 # The held-out chats lie beside this script. WikiText-2's validation and test text (valid.txt and
 # test.txt, CC BY-SA) and the held-out documentation (`starter_texts.py`) are not part of the
@@ -41,7 +41,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Measures the starter SAE as it ships.")
     parser.add_argument("--sae", default="starter")
     parser.add_argument("--wikitext", type=Path, help="folder with valid.txt and test.txt")
-    parser.add_argument("--docs", type=Path, help="docs_heldout.jsonl")
+    parser.add_argument("--docs", type=Path, help="folder with docs_ and glosses_heldout.jsonl")
     parser.add_argument("--loss-texts", type=int, default=64)
     parser.add_argument("--most", type=int, help="fewer texts of each kind, for a trial")
     given = parser.parse_args()
@@ -54,7 +54,8 @@ if __name__ == "__main__":
             t for n in ("valid", "test") for t in texts(given.wikitext / f"{n}.txt")
         ]
     if given.docs:
-        kinds["held-out documentation"] = texts(given.docs)
+        kinds["held-out documentation"] = texts(given.docs / "docs_heldout.jsonl")
+        kinds["held-out WordNet glosses"] = texts(given.docs / "glosses_heldout.jsonl")
 
     tally = Tally(sae.d_model, sae.d_sae)
     rows = []
