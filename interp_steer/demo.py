@@ -38,7 +38,7 @@ KINDS = ("contrast", "add", "clamp")
 LAYERS = (11, 13, 15, 17)
 DOSES = (0.5, 0.6, 0.7)
 FEATURES = 2  # the best-screened of those whose labels name a concept word
-FEATURE_DOSES = (0.5, 0.6, 0.7)
+FEATURE_DOSES = (0.4, 0.5, 0.6)
 # The prompt alone is steered: the answer is then written by an unsteered model that has read a
 # steered prompt. With scope "all" the doses that work are about half as large, and the answers less
 # likely as text.

@@ -11,6 +11,7 @@ import argparse
 import gzip
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -25,19 +26,35 @@ from interp_steer.fit import Tally
 from interp_steer.sae import Sae
 from interp_steer.screen import promoted
 
-CONTEXTS = 10  # a label names the tokens of so many
+CONTEXTS = 40  # a label names the words of so many
 
 
 # %%
+def word(context: Context) -> str:
+    """The whole word of the token that a feature fires on, "" for whitespace."""
+    if not context.token.strip():
+        return ""
+    begin = "" if context.token[:1].isspace() else re.split(r"\s", context.before)[-1]
+    end = re.split(r"\s", context.after)[0]
+    return (begin + context.token.strip() + end).strip(".,;:!?()[]{}\"'`*")
+
+
 def label(contexts: list[Context], tokens: list[str]) -> str:
-    """`Paris, French (promotes: France, Louvre): the capital of [[France]], Paris, is`."""
-    seen = Counter(word for c in contexts if (word := c.token.strip()))
-    fires = ", ".join(word for word, _ in seen.most_common(4)) or "whitespace"
-    words = dict.fromkeys(t.strip() for t in tokens if len(t.strip()) > 1)
-    up = ", ".join(list(words)[:5])
+    """`French, France, Paris (promotes: France, Louvre): the capital of [[France]], Paris`.
+
+    Words by the sum of the feature's values on them, at most six and those worth a tenth of the
+    first.
+    """
+    weight: Counter[str] = Counter()
+    for context in contexts:
+        weight[word(context)] += context.activation
+    (_, most), *_ = weight.most_common(1)
+    fires = [text for text, sum_ in weight.most_common(6) if text and sum_ > most / 10]
+    up = dict.fromkeys(t.strip() for t in tokens if len(t.strip()) > 1)
     best = contexts[0]
-    place = " ".join(f"{best.before}[[{best.token.strip()}]]{best.after}".split())
-    return f"{fires} (promotes: {up}): {place}"
+    near = f"{best.before[-30:]}[[{best.token}]]{best.after[:30]}"
+    promotes = ", ".join(list(up)[:4])
+    return f"{', '.join(fires) or 'whitespace'} (promotes: {promotes}): {' '.join(near.split())}"
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> None:
