@@ -35,7 +35,7 @@ from interp_steer.screen import screen
 TEXTS = Path(__file__).with_name("demo_data")
 WORDS = ("Eiffel", "Paris", "France")
 KINDS = ("contrast", "add", "clamp")
-LAYERS = (11, 13, 15, 17)
+LAYERS = (11, 13, 15)
 DOSES = (0.5, 0.6, 0.7)
 FEATURES = 2  # the best-screened of those whose labels name a concept word
 FEATURE_DOSES = (0.4, 0.5, 0.6)
@@ -161,15 +161,17 @@ def run(model: SteeringModel, out: Path) -> None:
 
 
 def _features(model: SteeringModel) -> list[Direction]:
-    """Features of the starter SAE whose labels name the concept, those most likely to steer."""
+    """Features of the starter SAE that fire on the concept's words, those most likely to steer."""
     with progress("loading the starter SAE", every=5):
         from interp_steer.sae import Sae
 
         sae = Sae.load("starter", device=model.device)
     import_files([STARTER])
-    hits = {hit.index: hit for hit in search(" ".join(WORDS), [STARTER], limit=20)}
+    found = search(" ".join(WORDS), [STARTER], limit=100)
+    # a label begins with the words that the feature fires on; its example names many others
+    hits = {hit.index: hit for hit in found if names(hit.label.split(" (promotes")[0], WORDS)}
     scored = sorted(screen(sae, model, list(hits)), key=lambda one: -one.output_score)
-    print(f"features whose label answers {' '.join(WORDS)!r}, of {sae.d_sae}, by output score:")
+    print(f"{len(hits)} of {sae.d_sae} features fire on {', '.join(WORDS)}; by output score:")
     for one in scored[:5]:
         print(f"  {one.output_score:.4f}  {one.index:>5}  {safe(hits[one.index].label)[:80]}")
     return [feature(hits[one.index]) for one in scored[:FEATURES]]

@@ -122,4 +122,4 @@ def test_the_demo_works_on_prompts_it_was_not_tuned_on(tmp_path):
     assert works["contrast"] >= 3 and max(works["add"], works["clamp"]) >= 3
     assert (tmp_path / "demo.png").stat().st_size > 10_000
     assert done.stdout.count("unsteered |") == 8 and all(word in done.stdout for word in WORDS)
-    assert "features whose label answers 'Eiffel Paris France'" in done.stdout
+    assert "features fire on Eiffel, Paris, France; by output score:" in done.stdout
