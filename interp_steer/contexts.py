@@ -19,7 +19,7 @@ from interp_steer.sae import Sae
 
 @dataclass(frozen=True)
 class Active:
-    """A feature in a text: its largest value there and where, and its mean over the text."""
+    """A feature in a text: its largest value there and where, and its mean over the content."""
 
     index: int
     activation: float
@@ -68,8 +68,19 @@ class Found:
 
 
 def top_features(sae: Sae, model: SteeringModel, prompt: Encoded, k: int = 20) -> list[Active]:
-    """The features with the largest values in a prompt; its first position does not count."""
+    """The features with the largest values on a prompt's content.
+
+    The first position and the tokens of a chat's template do not count: they fire the same features
+    in every prompt.
+
+    Raises:
+        RequestError: the prompt has one token, or no content.
+    """
     (_, latents), *_ = sae.over(model, _readable([prompt]))
+    content = torch.tensor(prompt.content[1:], device=latents.device)
+    if not content.any():
+        raise RequestError("the prompt has no content to read features from")
+    latents = latents * content[:, None]
     peaks, at = latents.max(0)
     order = peaks.topk(min(k, len(peaks))).indices.tolist()
     return [
@@ -78,7 +89,7 @@ def top_features(sae: Sae, model: SteeringModel, prompt: Encoded, k: int = 20) -
             peaks[i].item(),
             int(at[i]) + 1,
             model.decode_token(prompt.ids[int(at[i]) + 1]),
-            latents[:, i].mean().item(),
+            (latents[:, i].sum() / content.sum()).item(),
         )
         for i in order
         if peaks[i] > 0

@@ -112,8 +112,8 @@ def get(
         if value:
             print(f"  {key}: {safe(str(value))}")
     print(f"saved {path}")
-    print(f"try   interp-steer generate --prompt '...' --steer 'add({row.name}, 0.5 dose) at "
-          f"{row.site.layer}'")  # fmt: skip
+    line = f"add({row.name}, 0.5 dose) at {row.site} on prompt"
+    print(f"try   interp-steer generate --prompt '...' --steer '{line}'")
 
 
 @app.command()
@@ -127,7 +127,7 @@ def top(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Show the features that fire most in a prompt."""
+    """Show the features that fire most in a prompt, a chat's template left out."""
     from dataclasses import asdict
 
     whole, loaded = _both(sae, model, dtype, device)

@@ -53,9 +53,14 @@ def dose_response(
         top = max(table[measure].max(), unsteered[measure])
         axis.set_ylim(-0.04 * top, 1.08 * top)
     handles, labels = axes[0].get_legend_handles_labels()
-    columns = 5
+    columns = 4
     rows = -(-len(labels) // columns)
-    figure.legend(handles, labels, loc="upper center", ncols=columns, frameon=False, fontsize=9)
+    # matplotlib fills a legend by columns; people read it by rows
+    order = [i for c in range(columns) for i in range(c, len(labels), columns)]
+    figure.legend(
+        [handles[i] for i in order], [labels[i] for i in order],
+        loc="upper center", ncols=columns, frameon=False, fontsize=9,
+    )  # fmt: skip
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.065 * rows))
     with whole(path) as part:
         figure.savefig(part, format=path.suffix.lstrip(".") or "png", dpi=150)

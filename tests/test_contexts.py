@@ -51,6 +51,16 @@ def test_top_features_of_a_prompt(tiny, sae, encoded, latents):
         assert one.mean == pytest.approx(latents[3][1:, one.index].mean().item(), rel=1e-4)
 
 
+def test_a_chats_template_does_not_count(tiny, sae):
+    said = tiny.encode(chat("Name three fruits."))
+    latents = sae.encode(hf_streams(tiny, said.ids)[LAYER + 1][0])
+    latents[~torch.tensor(said.content)] = 0
+    found = top_features(sae, tiny, said, k=10)
+    peaks = latents.amax(0)
+    assert [one.index for one in found] == sorted(range(LATENTS), key=lambda i: -peaks[i])[:10]
+    assert all(said.content[one.position] for one in found)
+
+
 @pytest.mark.parametrize("features", [None, [7, 3, 250]])
 def test_top_contexts(tiny, sae, encoded, latents, features):
     found = top_contexts(sae, tiny, encoded, features, k=3, width=4)
