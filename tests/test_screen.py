@@ -5,7 +5,7 @@ import torch
 
 from interp_steer.contexts import Context
 from interp_steer.sae import Sae
-from interp_steer.screen import PROMPT, RAISE, TOKENS, promoted, screen
+from interp_steer.screen import PROMPT, TOKENS, promoted, screen
 from tests.conftest import hf_streams
 from tests.test_sae import LAYER, saved
 
@@ -15,10 +15,10 @@ def sae(tmp_path_factory) -> Sae:
     return Sae.load(saved(tmp_path_factory.mktemp("sae"), "topk"))
 
 
-def raised(model, sae: Sae, index: int):
+def raised(model, sae: Sae, index: int, times: float):
     """Next-token logits of the neutral prompt, plain and with the latent raised at its end."""
     ids = model.tokenizer(PROMPT)["input_ids"]
-    lift = RAISE * sae.encode(hf_streams(model, ids)[LAYER + 1][0, -1]).max()
+    lift = times * sae.encode(hf_streams(model, ids)[LAYER + 1][0, -1]).max()
 
     def hook(_m, _a, out):
         out = out.clone()
@@ -48,17 +48,21 @@ def test_short_rows_promote_the_same(tiny, sae):
     assert promoted(tiny, rows * 1e-4) == promoted(tiny, rows)
 
 
-@pytest.mark.parametrize("batch", [256, 2])
-def test_output_score_and_confidence(tiny, sae, batch):
+@pytest.mark.parametrize(("batch", "lift"), [(256, 10.0), (2, 10.0), (256, 0.1)])
+def test_output_score_and_confidence(tiny, sae, batch, lift, monkeypatch):
+    """By 10 a feature's own tokens become the likeliest, by 0.1 they have ranks of all kinds."""
+    monkeypatch.setattr("interp_steer.screen.RAISE", lift)
     chosen = [3, 200, 11, 90, 255]
+    best = []
     found = screen(sae, tiny, chosen, batch=batch)
     assert [one.index for one in found] == chosen
     for one in found:
-        plain, logits = raised(tiny, sae, one.index)
+        plain, logits = raised(tiny, sae, one.index, lift)
         tokens = promoted(tiny, sae.rows(torch.tensor([one.index])))[0][0]
         p = logits.softmax(-1)
         ranks = {int(t): r for r, t in enumerate(p.argsort(descending=True))}
-        expected = (1 - min(ranks[t] for t in tokens) / len(p)) * max(p[t].item() for t in tokens)
+        best.append(min(ranks[t] for t in tokens))
+        expected = (1 - best[-1] / len(p)) * max(p[t].item() for t in tokens)
         assert one.output_score == pytest.approx(expected, rel=1e-3)
         spread = [
             -x.log_softmax(-1).sort(descending=True).values[:TOKENS].mean().item()
@@ -66,7 +70,7 @@ def test_output_score_and_confidence(tiny, sae, batch):
         ]
         assert one.confidence == pytest.approx(spread[0] - spread[1], abs=1e-3)
         assert one.norm == pytest.approx(sae.rows(torch.tensor(one.index)).norm().item(), rel=1e-5)
-    assert max(one.output_score for one in found) > 2 * min(one.output_score for one in found)
+    assert lift == 10 or max(best) > 1
 
 
 def test_input_score_is_a_share_of_contexts(tiny, sae):
