@@ -290,7 +290,10 @@ def check(
         print(json.dumps({"sae": whole.name, "model": loaded.name, **fit.as_json()}, indent=1))
         return
     print(f"{whole} on {loaded.name}: {fit.tokens:,} tokens of {fit.texts:,} texts")
-    print(f"  explained variance   {fit.explained_variance:.3f}")
+    print(
+        f"  explained variance   {fit.explained_variance:.3f} without massive activations "
+        f"({fit.massive:.2%} of tokens); {fit.explained_variance_all:.3f} with them"
+    )
     print(f"  L0                   {fit.l0:.1f}")
     print(f"  |x^| / |x|           {fit.norm_ratio:.3f} (median); cosine {fit.cosine:.3f}")
     print(f"  silent latents       {fit.silent:.1%}")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp_steer.console import Report
@@ -13,6 +13,10 @@ from interp_steer.model import SteeringModel
 from interp_steer.prompt import Encoded
 from interp_steer.sae import Sae
 
+# A token whose norm is more than so many medians of its text is an attention sink, wherever it
+# stands (massive activations: Sun et al. 2024, arXiv 2402.17762). Its square alone outweighs
+# thousands of tokens and would be all that an explained variance tells of.
+MASSIVE = 10.0
 # An SAE that needs its input scaled by more than this to work was loaded with a wrong scale.
 SCALES = tuple(2.0**power for power in range(-6, 7))
 INSTRUCT = ("instruct", "chat", "-it", "_it")
@@ -24,7 +28,10 @@ class Fit:
 
     Attributes:
         tokens, texts: how much was read.
-        explained_variance: 1 - sum |x - x^|^2 / sum |x - mean x|^2, over all tokens at once.
+        explained_variance: 1 - sum |x - x^|^2 / sum |x - mean x|^2, over all tokens at once but the
+            massive ones.
+        massive: share of tokens with massive activations: a norm above 10 medians of their text.
+        explained_variance_all: the same with them, as SAELens counts.
         l0: mean number of latents that are not 0.
         norm_ratio: median of |x^| / |x|.
         cosine: mean of cos(x, x^).
@@ -41,6 +48,8 @@ class Fit:
     tokens: int
     texts: int
     explained_variance: float
+    massive: float
+    explained_variance_all: float
     l0: float
     norm_ratio: float
     cosine: float
@@ -57,6 +66,27 @@ class Fit:
         return asdict(self)
 
 
+class _Variance:
+    """Sums from which an explained variance follows."""
+
+    def __init__(self, d_model: int) -> None:
+        self.tokens = 0
+        self._sum = torch.zeros(d_model, dtype=torch.float64)
+        self._square = self._error = 0.0
+
+    def add(self, x: Tensor, back: Tensor) -> None:
+        wide = x.double()
+        self.tokens += len(x)
+        self._sum += wide.sum(0).cpu()
+        self._square += wide.square().sum().item()
+        self._error += (wide - back.double()).square().sum().item()
+
+    @property
+    def explained(self) -> float:
+        total = self._square - (self._sum.square().sum() / self.tokens).item()
+        return 1 - self._error / total
+
+
 class Tally:
     """Sums over tokens from which the numbers of a `Fit` follow; may go on over several sets of
     texts.
@@ -70,9 +100,9 @@ class Tally:
         self.tokens = self.texts = 0
         self.fired = torch.zeros(d_sae, dtype=torch.float64)
         self.peak = torch.zeros(d_sae)
-        self._sum = torch.zeros(d_model, dtype=torch.float64)
-        self._square = self._error = self._cosine = 0.0
+        self._cosine = 0.0
         self._ratios: list[Tensor] = []
+        self._all, self._ordinary = _Variance(d_model), _Variance(d_model)
 
     def add(
         self,
@@ -82,10 +112,9 @@ class Tally:
     ) -> None:
         """Counts one text: activations, latents, reconstruction."""
         self.count(latents)
-        wide = x.double()
-        self._sum += wide.sum(0).cpu()
-        self._square += wide.square().sum().item()
-        self._error += (wide - back.double()).square().sum().item()
+        ordinary = ordinary_tokens(x)
+        self._all.add(x, back)
+        self._ordinary.add(x[ordinary], back[ordinary])
         self._cosine += torch.cosine_similarity(x, back, dim=-1).sum().item()
         self._ratios.append((back.norm(dim=-1) / x.norm(dim=-1)).cpu())
 
@@ -97,21 +126,24 @@ class Tally:
         self.peak = torch.maximum(self.peak, latents.amax(0).cpu())
 
     @property
-    def explained_variance(self) -> float:
-        """See `Fit`."""
-        total = self._square - (self._sum.square().sum() / self.tokens).item()
-        return 1 - self._error / total
-
-    @property
     def numbers(self) -> dict[str, float]:
         """The numbers of a `Fit` that need no second pass."""
         return {
-            "explained_variance": self.explained_variance,
+            "explained_variance": self._ordinary.explained,
+            "massive": 1 - self._ordinary.tokens / self.tokens,
+            "explained_variance_all": self._all.explained,
             "l0": (self.fired.sum() / self.tokens).item(),
             "norm_ratio": torch.cat(self._ratios).median().item(),
             "cosine": self._cosine / self.tokens,
             "silent": (self.fired == 0).double().mean().item(),
         }
+
+
+def ordinary_tokens(x: Float[Tensor, "pos d_model"]) -> Bool[Tensor, " pos"]:
+    """Which tokens of a text have no massive activation."""
+    norms = x.norm(dim=-1)
+    kept: Tensor = norms <= MASSIVE * norms.median()
+    return kept
 
 
 def check(
@@ -144,7 +176,7 @@ def check(
     for number, (x, latents) in enumerate(own.over(model, encoded), start=1):
         mine.add(x, latents, own.decode(latents))
         if sum(map(len, sample)) < 2048:
-            sample.append(x)
+            sample.append(x[ordinary_tokens(x)])
         if report:
             report(number)
     numbers = mine.numbers

@@ -69,14 +69,15 @@ if __name__ == "__main__":
         named = sum(any(word in text.lower() for word in CONCEPT) for text in found) / len(found)
         rows.append((kind, fit, named))
     print(
-        "| text | tokens | explained variance | L0 | norm of reconstruction | CE-loss score "
-        "| cross-entropy, nats: model / spliced / zeroed | names Paris, France or Eiffel |"
+        "| text | tokens | massive | explained variance | with massive | L0 | norm ratio "
+        "| CE-loss score | cross-entropy, nats: model / spliced / zeroed | names the concept |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for kind, fit, named in rows:
         score = "none" if fit.ce_score is None else f"{fit.ce_score:.3f}"
         print(
-            f"| {kind} | {fit.tokens:,} | {fit.explained_variance:.3f} | {fit.l0:.1f} "
+            f"| {kind} | {fit.tokens:,} | {fit.massive:.2%} | {fit.explained_variance:.3f} "
+            f"| {fit.explained_variance_all:.3f} | {fit.l0:.1f} "
             f"| {fit.norm_ratio:.3f} | {score} "
             f"| {fit.ce:.3f} / {fit.ce_spliced:.3f} / {fit.ce_ablated:.3f} | {named:.1%} of texts |"
         )

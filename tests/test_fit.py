@@ -71,7 +71,9 @@ def test_numbers_are_saelens_own(tiny, encoded, tmp_path, kind):
         back = theirs.decode(latents)
     calculator = ExplainedVarianceCalculator()
     calculator.add_batch(sae_output=back, hidden_acts=x)
+    assert fit.massive == 0
     assert fit.explained_variance == pytest.approx(float(calculator.compute()), abs=1e-4)
+    assert fit.explained_variance_all == fit.explained_variance
     assert fit.l0 == pytest.approx((latents > 0).sum(-1).float().mean().item(), abs=1e-4)
     ratios = back.norm(dim=-1) / x.norm(dim=-1)
     assert fit.norm_ratio == pytest.approx(ratios.median().item(), rel=1e-4)
@@ -119,6 +121,27 @@ def test_the_first_position_does_not_count(tiny, encoded, tmp_path):
     finally:
         handle.remove()
     assert after == before
+
+
+def test_a_massive_activation_does_not_decide_the_explained_variance(tiny, encoded, tmp_path):
+    """One token is made huge and given back whole: counted in, it would hide all else."""
+    sae = Sae.load(saved(tmp_path / "topk", "topk"))
+    streams = [hf_streams(tiny, one.ids)[LAYER + 1][0, 1:] for one in encoded]
+    tally = Tally(sae.d_model, sae.d_sae)
+    for number, x in enumerate(streams):
+        back = sae.decode(sae.encode(x))
+        if number == 1:
+            x = x.clone()
+            x[4] *= 1000
+            back[4] = x[4]
+        tally.add(x, sae.encode(x), back)
+    kept = torch.cat([x[[i for i in range(len(x)) if (n, i) != (1, 4)]] for n, x in
+                      enumerate(streams)]).double()  # fmt: skip
+    back = sae.decode(sae.encode(kept.float())).double()
+    expected = 1 - ((kept - back) ** 2).sum() / ((kept - kept.mean(0)) ** 2).sum()
+    assert tally.numbers["explained_variance"] == pytest.approx(expected.item(), abs=1e-4)
+    assert tally.numbers["explained_variance_all"] > 0.99 > tally.numbers["explained_variance"]
+    assert tally.numbers["massive"] == pytest.approx(1 / tally.tokens)
 
 
 def test_a_wrong_scale_is_noticed(tiny, encoded, tmp_path):
