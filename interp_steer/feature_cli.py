@@ -95,8 +95,12 @@ def get(
     *names, last = feature_of
     if names and not (last.isascii() and last.isdigit()):
         raise RequestError(f"{last!r} is not the index of a feature: expected a whole number")
-    if names:
-        row = feature("/".join(names), int(last), name=name, offline=offline)
+    if len(names) > 2:
+        raise RequestError(f"expected a feature in one to three words, got {len(feature_of)}")
+    if len(names) == 2:
+        row = feature(names[0], names[1], int(last), name=name, offline=offline)
+    elif names:
+        row = feature(names[0], int(last), name=name, offline=offline)
     else:
         row = feature(last, name=name, offline=offline)
     path = row.save(out or cache_dir("directions") / f"{row.name}.safetensors")

@@ -130,10 +130,10 @@ def feature(
     index. Rows of pretrained SAEs are kept in the cache: the second time needs neither network nor
     the SAE's files.
 
-    The row equals SAELens's `W_dec[index]` exactly, in float32 and with the training's scale of
-    activations folded in; `source["normalize_activations"]` names a scaling that has no fixed
-    size, so that the direction's norm is in the SAE's own units. A transcoder's row is placed where
-    it writes.
+    The row is read as SAELens's `W_dec[index]` to the bit, in float32 and with the training's scale
+    of activations folded in (as `unit` times `norm` it is rounded once more).
+    `source["normalize_activations"]` names a scaling that has no fixed size, so that the
+    direction's norm is in the SAE's own units. A transcoder's row is placed where it writes.
 
     Args:
         where: a release, "model/source/index", an address, a label, or a folder.

@@ -159,5 +159,5 @@ def test_the_starters_feature_by_its_label():
     row = feature(hit)
     sae = Sae.load("starter")
     assert "paris" in hit.label.lower() and row.site == sae.site
-    assert torch.equal(row.vector, sae.inner.W_dec[hit.index].detach())
+    torch.testing.assert_close(row.vector, sae.inner.W_dec[hit.index].detach())
     assert row.max_activation == pytest.approx(hit.max_activation * row.norm)
