@@ -13,10 +13,11 @@ from interp_steer.model import SteeringModel
 from interp_steer.prompt import Encoded
 from interp_steer.sae import Sae
 
-# A token whose norm is more than so many medians of its text is an attention sink, wherever it
-# stands (massive activations: Sun et al. 2024, arXiv 2402.17762). Its square alone outweighs
-# thousands of tokens and would be all that an explained variance tells of.
+# A token whose norm is more than so many medians is an attention sink, wherever it stands (massive
+# activations: Sun et al. 2024, arXiv 2402.17762). Its square alone outweighs thousands of tokens and
+# would be all that an explained variance tells of.
 MASSIVE = 10.0
+REFERENCE = 4096  # tokens that the median is taken of
 # An SAE that needs its input scaled by more than this to work was loaded with a wrong scale.
 SCALES = tuple(2.0**power for power in range(-6, 7))
 INSTRUCT = ("instruct", "chat", "-it", "_it")
@@ -30,7 +31,7 @@ class Fit:
         tokens, texts: how much was read.
         explained_variance: 1 - sum |x - x^|^2 / sum |x - mean x|^2, over all tokens at once but the
             massive ones.
-        massive: share of tokens with massive activations: a norm above 10 medians of their text.
+        massive: share of tokens with massive activations: a norm above 10 medians.
         explained_variance_all: the same with them, as SAELens counts.
         l0: mean number of latents that are not 0.
         norm_ratio: median of |x^| / |x|.
@@ -102,6 +103,7 @@ class Tally:
         self.peak = torch.zeros(d_sae)
         self._cosine = 0.0
         self._ratios: list[Tensor] = []
+        self._norms = torch.zeros(0)
         self._all, self._ordinary = _Variance(d_model), _Variance(d_model)
 
     def add(
@@ -112,11 +114,21 @@ class Tally:
     ) -> None:
         """Counts one text: activations, latents, reconstruction."""
         self.count(latents)
-        ordinary = ordinary_tokens(x)
+        ordinary = self._ordinary_tokens(x)
         self._all.add(x, back)
         self._ordinary.add(x[ordinary], back[ordinary])
         self._cosine += torch.cosine_similarity(x, back, dim=-1).sum().item()
         self._ratios.append((back.norm(dim=-1) / x.norm(dim=-1)).cpu())
+
+    def _ordinary_tokens(self, x: Float[Tensor, "pos d_model"]) -> Bool[Tensor, " pos"]:
+        """Which tokens have no massive activation, by the median of the first ones seen: a short
+        text may be all sink.
+        """
+        norms = x.norm(dim=-1)
+        if len(self._norms) < REFERENCE:
+            self._norms = torch.cat([self._norms, norms.cpu()])
+        kept: Tensor = norms <= MASSIVE * self._norms.median().to(norms.device)
+        return kept
 
     def count(self, latents: Float[Tensor, "pos d_sae"]) -> None:
         """Counts one text's latents alone."""
@@ -137,13 +149,6 @@ class Tally:
             "cosine": self._cosine / self.tokens,
             "silent": (self.fired == 0).double().mean().item(),
         }
-
-
-def ordinary_tokens(x: Float[Tensor, "pos d_model"]) -> Bool[Tensor, " pos"]:
-    """Which tokens of a text have no massive activation."""
-    norms = x.norm(dim=-1)
-    kept: Tensor = norms <= MASSIVE * norms.median()
-    return kept
 
 
 def check(
@@ -176,7 +181,7 @@ def check(
     for number, (x, latents) in enumerate(own.over(model, encoded), start=1):
         mine.add(x, latents, own.decode(latents))
         if sum(map(len, sample)) < 2048:
-            sample.append(x[ordinary_tokens(x)])
+            sample.append(x[x.norm(dim=-1) <= MASSIVE * x.norm(dim=-1).median()])
         if report:
             report(number)
     numbers = mine.numbers

@@ -23,6 +23,7 @@ from interp_steer.fit import Tally, check
 from interp_steer.sae import Sae
 
 HELD_OUT = Path(__file__).with_name("starter_heldout_chats.jsonl.gz")
+CHATS = "held-out chats"
 CONCEPT = ("paris", "eiffel", "france")
 
 
@@ -49,7 +50,7 @@ if __name__ == "__main__":
 
     model = SteeringModel.load("starter", dtype=given.dtype)
     sae = Sae.load(given.sae)
-    kinds = {"held-out chats": texts(HELD_OUT)}
+    kinds = {CHATS: texts(HELD_OUT)}
     if given.wikitext:
         kinds["WikiText-2"] = [
             t for n in ("valid", "test") for t in texts(given.wikitext / f"{n}.txt")
@@ -59,27 +60,28 @@ if __name__ == "__main__":
         kinds["held-out WordNet glosses"] = texts(given.docs / "glosses_heldout.jsonl")
 
     tally = Tally(sae.d_model, sae.d_sae)
-    rows = []
-    for kind, found in kinds.items():
-        encoded = windows(model, found, 256)[: given.most]
-        with progress(kind, len(encoded) + given.loss_texts) as report:
-            fit = check(
-                sae, model, encoded, loss_texts=given.loss_texts, tally=tally, report=report
-            )
-        named = sum(any(word in text.lower() for word in CONCEPT) for text in found) / len(found)
-        rows.append((kind, fit, named))
     print(
         "| text | tokens | massive | explained variance | with massive | L0 | norm ratio "
         "| CE-loss score | cross-entropy, nats: model / spliced / zeroed | names the concept |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for kind, fit, named in rows:
+    for kind, found in kinds.items():
+        encoded = windows(model, found, 256)
+        if kind == CHATS:  # a chat begins at its beginning
+            encoded = [one for text in found for one in windows(model, [text], 256)[:1]]
+        encoded = encoded[: given.most]
+        with progress(kind, len(encoded) + given.loss_texts) as report:
+            fit = check(
+                sae, model, encoded, loss_texts=given.loss_texts, tally=tally, report=report
+            )
+        named = sum(any(word in text.lower() for word in CONCEPT) for text in found) / len(found)
         score = "none" if fit.ce_score is None else f"{fit.ce_score:.3f}"
         print(
             f"| {kind} | {fit.tokens:,} | {fit.massive:.2%} | {fit.explained_variance:.3f} "
             f"| {fit.explained_variance_all:.3f} | {fit.l0:.1f} "
             f"| {fit.norm_ratio:.3f} | {score} "
-            f"| {fit.ce:.3f} / {fit.ce_spliced:.3f} / {fit.ce_ablated:.3f} | {named:.1%} of texts |"
+            f"| {fit.ce:.3f} / {fit.ce_spliced:.3f} / {fit.ce_ablated:.3f} | {named:.1%} |",
+            flush=True,
         )
     silent = (tally.fired == 0).double().mean().item()
     print(f"\nSilent over these {tally.tokens:,} held-out tokens: {silent:.1%} of features.")

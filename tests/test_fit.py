@@ -142,6 +142,10 @@ def test_a_massive_activation_does_not_decide_the_explained_variance(tiny, encod
     assert tally.numbers["explained_variance"] == pytest.approx(expected.item(), abs=1e-4)
     assert tally.numbers["explained_variance_all"] > 0.99 > tally.numbers["explained_variance"]
     assert tally.numbers["massive"] == pytest.approx(1 / tally.tokens)
+    before = tally.numbers["explained_variance"]
+    alone = streams[0][2:3] * 1000  # a text that is all sink
+    tally.add(alone, sae.encode(alone), alone)
+    assert tally.numbers["explained_variance"] == before
 
 
 def test_a_wrong_scale_is_noticed(tiny, encoded, tmp_path):
