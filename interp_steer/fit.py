@@ -14,8 +14,8 @@ from interp_steer.prompt import Encoded
 from interp_steer.sae import Sae
 
 # A token whose norm is more than so many medians is an attention sink, wherever it stands (massive
-# activations: Sun et al. 2024, arXiv 2402.17762). Its square alone outweighs thousands of tokens and
-# would be all that an explained variance tells of.
+# activations: Sun et al. 2024, arXiv 2402.17762). Its square alone outweighs thousands of tokens
+# and would be all that an explained variance tells of.
 MASSIVE = 10.0
 REFERENCE = 4096  # tokens that the median is taken of
 # An SAE that needs its input scaled by more than this to work was loaded with a wrong scale.
