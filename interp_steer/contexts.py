@@ -16,6 +16,8 @@ from interp_steer.model import SteeringModel
 from interp_steer.prompt import Encoded, Prompt, is_chat, readable
 from interp_steer.sae import Sae
 
+PLACES = 2**20  # more than any context holds
+
 
 @dataclass(frozen=True)
 class Active:
@@ -145,9 +147,6 @@ def top_contexts(
         ]
         for column, i in enumerate(chosen)
     }
-
-
-PLACES = 2**20  # more than any context holds
 
 
 def _context(

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from interp_steer.decoder import steerable
 from interp_steer.direction import Direction
 from interp_steer.errors import RequestError, RunError
 from interp_steer.features import Located, locate
@@ -40,7 +41,7 @@ class Sae:
         site: the place whose activations it encodes.
         d_sae, d_model: how many latents; how wide the stream.
         architecture: SAELens's word for it.
-        release, sae_id: its names.
+        where: where it was found, with its release and id.
         trained_on: the model that it was trained on, as its files say.
     """
 
@@ -75,18 +76,18 @@ class Sae:
         Raises:
             RequestError: the direction is no feature of an SAE.
         """
-        release, index = direction.source.get("release"), direction.source.get("index")
-        if not release or index is None:
+        if not direction.is_feature:
             raise RequestError(
                 f"{direction.label} is no feature of an SAE, so it has no latent; make it with "
                 "feature(release, sae_id, index)"
             )
-        return cls.load(release, direction.source.get("sae_id") or None, device)
+        source = direction.source
+        return cls.load(source["release"], source.get("sae_id") or None, device)
 
     @property
     def name(self) -> str:
         """Release and id, for people."""
-        return f"{self.where.release}/{self.where.sae_id}".rstrip("/")
+        return self.where.name
 
     def __repr__(self) -> str:
         return f"Sae({self.name}, {self.architecture}, {self.d_sae} latents at {self.site})"
@@ -217,15 +218,8 @@ class Sae:
 @lru_cache(maxsize=2)  # two, so that a comparison does not read them again and again
 def _load(where: Located, device: str) -> Sae:
     inner = where.whole(device)
-    hook = str(inner.cfg.metadata.hook_name or "")
-    try:
-        site = Site.parse(hook)
-    except RequestError as error:
-        raise RequestError(
-            f"{where.release} encodes {hook or 'an unnamed place'}, which cannot be steered here: "
-            f"{error}"
-        ) from error
-    sae = Sae(inner, site, where)
+    hook = steerable(str(inner.cfg.metadata.hook_name or ""), where.name)
+    sae = Sae(inner, Site.parse(hook), where)
     if "transcoder" in sae.architecture:
         raise RequestError(
             f"{sae.name} is a transcoder: it reads one place and writes another, so what it "
