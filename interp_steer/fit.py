@@ -18,7 +18,7 @@ from interp_steer.sae import Sae
 # and would be all that an explained variance tells of.
 MASSIVE = 10.0
 REFERENCE = 4096  # tokens that the median is taken of
-# An SAE that needs its input scaled by more than this to work was loaded with a wrong scale.
+# Factors tried on activations, to tell an SAE that was loaded with a wrong scale.
 SCALES = tuple(2.0**power for power in range(-6, 7))
 INSTRUCT = ("instruct", "chat", "-it", "_it")
 
@@ -111,14 +111,15 @@ class Tally:
         x: Float[Tensor, "pos d_model"],
         latents: Float[Tensor, "pos d_sae"],
         back: Float[Tensor, "pos d_model"],
-    ) -> None:
-        """Counts one text: activations, latents, reconstruction."""
+    ) -> Bool[Tensor, " pos"]:
+        """Counts one text: activations, latents, reconstruction. Gives its ordinary tokens."""
         self.count(latents)
         ordinary = self._ordinary_tokens(x)
         self._all.add(x, back)
         self._ordinary.add(x[ordinary], back[ordinary])
         self._cosine += torch.cosine_similarity(x, back, dim=-1).sum().item()
         self._ratios.append((back.norm(dim=-1) / x.norm(dim=-1)).cpu())
+        return ordinary
 
     def _ordinary_tokens(self, x: Float[Tensor, "pos d_model"]) -> Bool[Tensor, " pos"]:
         """Which tokens have no massive activation, by the median of the first ones seen: a short
@@ -165,7 +166,8 @@ def check(
     Args:
         encoded: texts or chats of the kind that the SAE will be used on.
         loss_texts: for so many of them the cross-entropies are measured too; 0 for none.
-        tally: continues an earlier count of fired latents (`silent` is then of both).
+        tally: counts latents too, over all the texts that it is given to; the numbers returned are
+            of these texts alone.
         report: called with the number of texts done, the losses' texts included.
 
     Raises:
@@ -179,16 +181,14 @@ def check(
     mine = Tally(sae.d_model, sae.d_sae)
     sample: list[Tensor] = []
     for number, (x, latents) in enumerate(own.over(model, encoded), start=1):
-        mine.add(x, latents, own.decode(latents))
+        ordinary = mine.add(x, latents, own.decode(latents))
+        if tally is not None:
+            tally.count(latents)
         if sum(map(len, sample)) < 2048:
-            sample.append(x[x.norm(dim=-1) <= MASSIVE * x.norm(dim=-1).median()])
+            sample.append(x[ordinary])
         if report:
             report(number)
     numbers = mine.numbers
-    if tally is not None:
-        tally.fired += mine.fired
-        tally.peak = torch.maximum(tally.peak, mine.peak)
-        tally.tokens += mine.tokens
     losses = _losses(own, model, encoded[:loss_texts], len(encoded), report)
     scale = _best_scale(own, torch.cat(sample))
     ce, spliced, ablated = losses or (None, None, None)
