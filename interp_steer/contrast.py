@@ -230,6 +230,15 @@ def read_prompts(path: str | Path, side: str = "prompt") -> list[Prompt]:
     Raises:
         RequestError: no such file, not of this form, or empty.
     """
+    return [_prompt(entry, side, Path(path)) for entry in entries(path)]
+
+
+def entries(path: str | Path) -> list[object]:
+    """What a .txt (one text a line), .json or .jsonl file lists.
+
+    Raises:
+        RequestError: no such file, not of this form, or empty.
+    """
     path = Path(path)
     if not path.is_file():
         raise RequestError(f"no prompt file {path}")
@@ -240,16 +249,16 @@ def read_prompts(path: str | Path, side: str = "prompt") -> list[Prompt]:
             raise RequestError(f"{path} is not UTF-8 text (byte {error.start})") from error
     try:
         if path.suffix == ".json":
-            entries = json.loads(text)
+            found = json.loads(text)
         elif path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
+            found = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
-            entries = [line for line in text.split("\n") if line.strip()]
+            found = [line for line in text.split("\n") if line.strip()]
     except ValueError as error:
         raise RequestError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(entries, list) or not entries:
+    if not isinstance(found, list) or not found:
         raise RequestError(f"{path} holds no prompts; expected a list of texts")
-    return [_prompt(entry, side, path) for entry in entries]
+    return found
 
 
 def _prompt(entry: object, side: str, path: Path) -> Prompt:
