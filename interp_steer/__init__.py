@@ -24,14 +24,17 @@ if TYPE_CHECKING:
         resolve,
         steer,
     )
-    from interp_steer.metrics import names, rep3, surprise
+    from interp_steer.item import Item, read_items
+    from interp_steer.metrics import Measured, metric, names, rep3, surprise
     from interp_steer.model import SteeringModel
     from interp_steer.prompt import Encoded, chat
     from interp_steer.row import Result, Row, Sampling, Score, record
+    from interp_steer.runs import Run
     from interp_steer.sae import Sae
     from interp_steer.scale import Scale
     from interp_steer.site import Site
     from interp_steer.stepper import Event, Stepper
+    from interp_steer.study import Controls, Study, split_items
 
 _HOME = {
     "contrast": ("Contrast", "act_add", "read_prompts"),
@@ -41,19 +44,23 @@ _HOME = {
     "features": ("feature",),
     "hooks": ("fwd_hooks", "run_with_cache"),
     "intervention": ("Gate", "Intervention", "Scope", "line", "parse", "resolve", "steer"),
-    "metrics": ("names", "rep3", "surprise"),
+    "item": ("Item", "read_items"),
+    "metrics": ("Measured", "metric", "names", "rep3", "surprise"),
     "model": ("SteeringModel",),
     "prompt": ("Encoded", "chat"),
     "row": ("Result", "Row", "Sampling", "Score", "record"),
+    "runs": ("Run",),
     "sae": ("Sae",),
     "scale": ("Scale",),
     "site": ("Site",),
     "stepper": ("Event", "Stepper"),
+    "study": ("Controls", "Study", "split_items"),
 }
 _FILE = {name: file for file, members in _HOME.items() for name in members}
 
 __all__ = [
     "Contrast",
+    "Controls",
     "Direction",
     "DirectionSet",
     "Directions",
@@ -62,9 +69,12 @@ __all__ = [
     "Event",
     "Gate",
     "Intervention",
+    "Item",
+    "Measured",
     "RequestError",
     "Result",
     "Row",
+    "Run",
     "RunError",
     "Sae",
     "Sampling",
@@ -75,19 +85,23 @@ __all__ = [
     "SteerError",
     "SteeringModel",
     "Stepper",
+    "Study",
     "act_add",
     "chat",
     "feature",
     "fwd_hooks",
     "line",
     "load",
+    "metric",
     "names",
     "parse",
+    "read_items",
     "read_prompts",
     "record",
     "rep3",
     "resolve",
     "run_with_cache",
+    "split_items",
     "steer",
     "surprise",
 ]

@@ -19,6 +19,8 @@ from interp_steer.feature_cli import app as features
 from interp_steer.feature_cli import saes
 from interp_steer.labels.cli import app as labels
 from interp_steer.options import Device, Dtype, Json, Model, load
+from interp_steer.study_cli import app as study
+from interp_steer.study_cli import report
 
 app = typer.Typer(
     help="Steer large language models without fine-tuning, and study what steering does.",
@@ -30,6 +32,8 @@ app = typer.Typer(
 app.add_typer(labels, name="labels")
 app.add_typer(features, name="features")
 app.add_typer(saes, name="sae")
+app.add_typer(study, name="study")
+app.command()(report)
 direction = typer.Typer(help="Make and show directions.", no_args_is_help=True)
 app.add_typer(direction, name="direction")
 

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from interp_steer.console import progress
 from interp_steer.direction import Direction, DirectionSet
-from interp_steer.errors import RequestError, nearest
-from interp_steer.files import explained
+from interp_steer.errors import RequestError, RunError, nearest
+from interp_steer.files import explained, whole
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import Encoded, Prompt, chat
 
+FORMAT = "interp-steer/contrast/1"
 POSITIONS = ("mean", "last", "answer")
 
 Positive = Float[Tensor, "n_positive d_model"]
@@ -158,6 +159,39 @@ class Contrast:
             )
             for layer in range(len(self.positive))
         )
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the activations and their source as a safetensors file, whole or not at all."""
+        from safetensors.torch import save
+
+        sides = {"positive": self.positive.contiguous(), "negative": self.negative.contiguous()}
+        data = save(sides, {"format": FORMAT, "source": json.dumps(self.source)})
+        with whole(Path(path)) as part:
+            part.write_bytes(data)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Contrast":
+        """Reads what `save` wrote, exactly.
+
+        Raises:
+            RequestError: there is no such file, or it is no contrast.
+            RunError: the file is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise RequestError(f"no contrast file {path}")
+        try:
+            with explained(path), safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                if about.get("format") == FORMAT:
+                    sides = (file.get_tensor("positive"), file.get_tensor("negative"))
+                    return cls(*sides, json.loads(about["source"]))
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{path} is damaged or not a safetensors file: {error}") from error
+        raise RequestError(f"{path} is a safetensors file but not a contrast ({FORMAT})")
 
     def shuffled(self, seed: int) -> "Contrast":
         """Control: the same activations with shuffled labels.

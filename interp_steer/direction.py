@@ -135,6 +135,14 @@ class Direction:
     def __repr__(self) -> str:
         return f"Direction({self.label}, {self.hook_point}, norm {self.norm:.4g})"
 
+    def _repr_html_(self) -> str:
+        from interp_steer.notebook import table
+
+        about = {"hook point": self.hook_point, "norm": self.norm}
+        about |= {"largest activation": self.max_activation} if self.max_activation else {}
+        told: dict[str, object] = {**about, **self.source}
+        return table([{"": key, "value": value} for key, value in told.items()], self.label)
+
     def __add__(self, other: "Direction") -> "Direction":
         return self._combined(other, "+", self.vector.double() + other.vector.double())
 
@@ -247,6 +255,16 @@ class DirectionSet:
 
     def __repr__(self) -> str:
         return f"DirectionSet({self.label}, layers {self.layers[0]}-{self.layers[-1]})"
+
+    def _repr_html_(self) -> str:
+        from interp_steer.notebook import bars, table
+
+        norms: dict[object, float] = {m.site.layer: m.norm for m in self}
+        rows = [{"layer": m.site.layer, "norm": m.norm, "sha": m.sha} for m in self]
+        about = (
+            f"norm at layers {self.layers[0]}-{self.layers[-1]}, at most {max(norms.values()):.3g}"
+        )
+        return bars(norms, about) + f"<details>{table(rows, self.label)}</details>"
 
     def named(self, name: str) -> "DirectionSet":
         """The same directions under another name."""

@@ -126,7 +126,7 @@ class Engine:
             RequestError: as for `generate`, and for a reference of other tokens.
         """
         model = self.model
-        given = [self._ids(text) for text in continuations]
+        given = [self.ids(text) for text in continuations]
         if len(given) != len(rows):
             raise RequestError(f"{len(rows)} rows need as many continuations, got {len(given)}")
         lives = [
@@ -191,7 +191,8 @@ class Engine:
         self._in_batches([r for r in order if r not in wanted], lengths, batch, work)
         return [found[r] for r in range(len(rows))]
 
-    def _ids(self, continuation: Sequence[int] | str) -> tuple[int, ...]:
+    def ids(self, continuation: Sequence[int] | str) -> tuple[int, ...]:
+        """Token ids of a continuation: as given, or of a text that follows a prompt directly."""
         if isinstance(continuation, str):
             text = readable(continuation)
             return tuple(self.model.tokenizer(text, add_special_tokens=False)["input_ids"])

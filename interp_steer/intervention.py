@@ -188,7 +188,7 @@ class Intervention:
     def __str__(self) -> str:
         names = ", ".join(one.label for one in self.directions)
         number = f", {self.value!r} {self.unit}".rstrip() if OPERATORS[self.operator][1] else ""
-        line = f"{self.operator}({names}{number}) at {_sites_text(self.sites)}"
+        line = f"{self.operator}({names}{number}) at {sites_text(self.sites)}"
         if self.scope != Scope():
             line += f" on {self.scope}"
         return line + (f" if {self.gate}" if self.gate else "")
@@ -352,7 +352,7 @@ def line(interventions: Sequence[Intervention]) -> str:
     return "; ".join(str(one) for one in interventions)
 
 
-def _sites_text(sites: Sequence[Site]) -> str:
+def sites_text(sites: Sequence[Site]) -> str:
     """`resid_post 12-14,16 + z 3h1`: neighbours of one component as ranges."""
     groups: list[tuple[str, list[str]]] = []
     run: list[int] = []

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,25 @@ class Item:
         """What is asked, for tables: the text, or the chat's last message."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[-1][1]
 
+    def as_mapping(self) -> dict[str, Any]:
+        """The fields that are given, as `of` reads them back."""
+        told = {k: v for k, v in vars(self).items() if v is not None and v != ()}
+        told["choices"] = list(self.choices)
+        told = {k: v for k, v in told.items() if v != []}
+        if isinstance(self.prompt, str):
+            return told
+        del told["prompt"]
+        if isinstance(self.corrupted, tuple):
+            told["corrupted"] = [list(m) for m in self.corrupted]
+        return {"messages": [list(m) for m in self.prompt], **told}
+
     @classmethod
     def of(cls, given: object, *, as_chat: bool = False, system: str | None = None) -> "Item":
         """From a text, the messages of a chat, or a mapping with the fields above.
 
-        A mapping may name the prompt `prompt`, `instruction` or `question`, and hold `system` and
-        `answer`, which make it a chat, the answer to be continued.
+        A mapping may hold `messages`, a list of [role, content], in place of a prompt. It may name
+        the prompt `prompt`, `instruction` or `question`, and hold `system` and `answer`, which make
+        it a chat, the answer to be continued.
 
         Args:
             as_chat: makes plain texts the user's message of a chat.
@@ -77,10 +90,19 @@ class Item:
             return given
         if is_chat(given):
             return cls(given)  # type: ignore[arg-type]  # is_chat has looked
-        entry = given if isinstance(given, Mapping) else {"prompt": given}
+        entry: Mapping[Any, Any] = given if isinstance(given, Mapping) else {"prompt": given}
+        if "messages" in entry:
+            messages = _messages(entry["messages"])
+            rest = {k: v for k, v in entry.items() if k not in ("messages", "corrupted")}
+            other = entry.get("corrupted")
+            return replace(
+                cls.of({"prompt": messages[-1][1], **rest}),
+                prompt=messages,
+                corrupted=_messages(other) if isinstance(other, list) else other,
+            )
         known = ("positive", "negative", "choices", "correct", "continuation", "corrupted")
         names = ("prompt", "instruction", "question")
-        said = next((entry[name] for name in names if isinstance(entry.get(name), str)), None)
+        said: Any = next((entry[name] for name in names if isinstance(entry.get(name), str)), None)
         if said is None:
             raise RequestError(f"an entry is no prompt: {str(given)[:60]!r}")
         for key in entry:
@@ -105,6 +127,16 @@ class Item:
                 fields["corrupted"] = chat(fields["corrupted"], own, answer)
             return cls(chat(said, own, answer), **fields)
         return cls(said, **fields)
+
+
+def _messages(given: object) -> Prompt:
+    """The messages of a chat from lists of [role, content]."""
+    pairs = (
+        [tuple(m) if isinstance(m, list) else m for m in given] if isinstance(given, list) else []
+    )
+    if not pairs or not is_chat(tuple(pairs)):
+        raise RequestError(f"messages are {str(given)[:60]!r}, expected [[role, content], ...]")
+    return tuple(pairs)
 
 
 def read_items(path: str | Path, *, as_chat: bool = False, system: str | None = None) -> list[Item]:

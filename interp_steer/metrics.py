@@ -1,11 +1,31 @@
-"""Functions from what was generated to a number a row."""
+"""Metrics: functions from what was run to a number a row.
 
+A new metric is one function and one decorator:
+
+    @metric(kind="rate", better="high", needs="text")
+    def french(measured: Measured) -> list[float | None]:
+        '''Answers that say "oui".'''
+        return [float(bool(names(one.text, ["oui"]))) for one in measured.results]
+
+A study that names its file under `modules` may then name it among its `metrics`.
+"""
+
+import inspect
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from interp_steer.console import Report
 from interp_steer.engine import Engine
-from interp_steer.row import Result, Row
+from interp_steer.errors import RequestError, nearest
+from interp_steer.item import Item
+from interp_steer.row import Result, Row, Score
+
+LOOPS = 0.2  # rep3 above which an answer loops ("The Eiffel Tower Llama")
+
+Numbers = list[float | None]
 
 
 def rep3(ids: Sequence[int]) -> float | None:
@@ -14,23 +34,299 @@ def rep3(ids: Sequence[int]) -> float | None:
     Above 0.2 an answer loops. Missing (None) below 3 tokens. Gibberish can score 0: read it beside
     `surprise`. From "The Eiffel Tower Llama" (Hugging Face, 2025).
     """
-    grams = list(zip(ids, ids[1:], ids[2:], strict=False))
-    return 1 - len(set(grams)) / len(grams) if grams else None
+    share = distinct(ids, 3)
+    return None if share is None else 1 - share
+
+
+def distinct(ids: Sequence[int], n: int) -> float | None:
+    """Different n-grams / all n-grams of token ids, 0 to 1; None where there is none.
+
+    distinct-n, Li et al. 2016 (arXiv 1510.03055), of one answer.
+    """
+    grams = list(zip(*(ids[i:] for i in range(n)), strict=False))
+    return len(set(grams)) / len(grams) if grams else None
 
 
 def surprise(
-    engine: Engine, results: Sequence[Result], report: Report | None = None
-) -> list[float | None]:
+    engine: Engine,
+    results: Sequence[Result],
+    report: Report | None = None,
+    batch: int | None = None,
+) -> Numbers:
     """Mean of -ln p(token) of each answer under the unsteered model, in nats.
 
     All answer tokens count; None where there are none. A loop has low surprise: read it beside
     `rep3`.
     """
     rows = [Row(result.row.prompt) for result in results]
-    scores = engine.score(rows, [result.token_ids for result in results], report=report)
-    return [-s.logprobs.mean().item() if len(s.logprobs) else None for s in scores]
+    answers = [result.token_ids for result in results]
+    scores = engine.score(rows, answers, report=report, batch=batch)
+    return [_mean_loss(score) for score in scores]
 
 
 def names(text: str, words: Sequence[str]) -> list[str]:
     """Which of the words occur in a text as whole words, whatever their case."""
     return [w for w in words if re.search(rf"\b{re.escape(w)}\b", text, re.IGNORECASE)]
+
+
+# --- metrics of a study -----------------------------------------------------------------------
+
+
+@dataclass
+class Measured:
+    """Rows that were run together, and what metrics ask of them: each computed once, on demand.
+
+    Attributes:
+        engine: of the model.
+        rows, items: what was run; one kind of item.
+        unsteered: token ids of the unsteered answer to the same prompt with the same seed.
+        concept: words of the concept.
+        batch: rows at once.
+    """
+
+    engine: Engine
+    rows: Sequence[Row]
+    items: Sequence[Item]
+    unsteered: Sequence[Sequence[int]] = ()
+    concept: Sequence[str] = ()
+    batch: int | None = None
+    report: Report | None = field(default=None, repr=False)
+
+    @cached_property
+    def results(self) -> list[Result]:
+        """The generated answers."""
+        return self.engine.generate(self.rows, batch=self.batch, report=self.report)
+
+    @cached_property
+    def scores(self) -> list[Score]:
+        """The rows on the unsteered answer, teacher-forced, with the KL from the unsteered row."""
+        plain = {row.prompt: Row(row.prompt) for row in self.rows}
+        pairs = dict.fromkeys(zip((r.prompt for r in self.rows), self._forced, strict=True))
+        at = {pair: len(self.rows) + i for i, pair in enumerate(pairs)}
+        scores = self.engine.score(
+            [*self.rows, *(plain[prompt] for prompt, _ in pairs)],
+            [*self._forced, *(ids for _, ids in pairs)],
+            reference=[
+                *(at[r.prompt, ids] for r, ids in zip(self.rows, self._forced, strict=True)),
+                *(None for _ in pairs),
+            ],
+            batch=self.batch,
+        )
+        return scores[: len(self.rows)]
+
+    @property
+    def _forced(self) -> list[tuple[int, ...]]:
+        return [tuple(ids) for ids in self.unsteered]
+
+    def logprobs(self, texts: Sequence[str]) -> list[Score]:
+        """Each row's reading of a text that follows its prompt directly."""
+        return self.engine.score(self.rows, list(texts), batch=self.batch)
+
+
+Function = Callable[[Measured], Numbers]
+NEEDS = {
+    "text": "prompts that are answered (without a continuation)",
+    "unsteered": "prompts that are answered (without a continuation)",
+    "pair": "prompts with answers `positive` and `negative`",
+    "choices": "prompts with `choices` and the `correct` one",
+    "continuation": "texts with a `continuation`",
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A function with what a study has to know of it.
+
+    Attributes:
+        kind: "rate" for 0 or 1, else "mean": decides the interval.
+        better: "high" or "low": which way more effect (or less damage) lies.
+        needs: a key of `NEEDS`: the items it can be asked of.
+        unit: of its values, for axes.
+    """
+
+    name: str
+    function: Function
+    kind: str
+    better: str
+    needs: str
+    unit: str
+    about: str
+
+    def applies(self, item: Item) -> bool:
+        """Whether it can be asked of an item."""
+        return {
+            "text": item.continuation is None,
+            "unsteered": item.continuation is None,
+            "pair": item.positive is not None,
+            "choices": bool(item.choices),
+            "continuation": item.continuation is not None,
+        }[self.needs]
+
+    @property
+    def axis(self) -> str:
+        """What an axis is called."""
+        return f"{self.name} ({self.unit})" if self.unit else self.name
+
+    def __call__(self, measured: Measured) -> Numbers:
+        """Its numbers; one that is not finite is missing."""
+        numbers = self.function(measured)
+        return [None if n is None or not math.isfinite(n) else float(n) for n in numbers]
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def metric(
+    name: str | None = None,
+    *,
+    kind: str = "mean",
+    better: str = "high",
+    needs: str = "text",
+    unit: str = "",
+) -> Callable[[Function], Function]:
+    """Makes a function from `Measured` to a number (or None, missing) a row a study's metric.
+
+    Raises:
+        RequestError: an unknown kind, direction or need.
+    """
+    for given, known in ((kind, ("mean", "rate")), (better, ("high", "low")), (needs, NEEDS)):
+        if given not in known:
+            raise RequestError(f"a metric cannot be {given!r}{nearest(given, known)}")
+
+    def registered(function: Function) -> Function:
+        called = name or function.__name__
+        about = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
+        METRICS[called] = Metric(called, function, kind, better, needs, unit, about)
+        return function
+
+    return registered
+
+
+def find(name: str) -> Metric:
+    """A metric by its name; raises RequestError with the nearest names."""
+    if name not in METRICS:
+        raise RequestError(f"unknown metric {name!r}{nearest(name, METRICS)}")
+    return METRICS[name]
+
+
+@metric(kind="rate")
+def mention(measured: Measured) -> Numbers:
+    """Answers that name a concept word which their prompt does not."""
+    found: Numbers = []
+    for item, result in zip(measured.items, measured.results, strict=True):
+        said = str(item.prompt)
+        words = [w for w in measured.concept if not names(said, [w])]  # an echo shows nothing
+        found.append(float(bool(names(result.text, words))) if words else None)
+    return found
+
+
+@metric(kind="rate")
+def concept(measured: Measured) -> Numbers:
+    """Answers that name a concept word which their prompt does not, and do not loop (rep3 0.2)."""
+    repeated = (rep3(one.token_ids) or 0.0 for one in measured.results)
+    return [
+        None if named is None else float(bool(named) and share <= LOOPS)
+        for named, share in zip(mention(measured), repeated, strict=True)
+    ]
+
+
+@metric("rep3", better="low", unit="share of 3-grams")
+def _rep3(measured: Measured) -> Numbers:
+    """Share of repeated 3-grams of the answer's tokens; above 0.2 it loops."""
+    return [rep3(one.token_ids) for one in measured.results]
+
+
+@metric(unit="share of 2-grams")
+def distinct2(measured: Measured) -> Numbers:
+    """Different 2-grams of the answer's tokens / all (distinct-2, Li et al. 2016)."""
+    return [distinct(one.token_ids, 2) for one in measured.results]
+
+
+@metric("surprise", better="low", unit="nats a token")
+def _surprise(measured: Measured) -> Numbers:
+    """Mean of -ln p(token) of the answer under the unsteered model."""
+    return surprise(measured.engine, measured.results, batch=measured.batch)
+
+
+@metric(unit="tokens")
+def length(measured: Measured) -> Numbers:
+    """Tokens of the answer."""
+    return [float(len(one.token_ids)) for one in measured.results]
+
+
+@metric(better="low", needs="unsteered", unit="nats")
+def kl_last(measured: Measured) -> Numbers:
+    """KL(unsteered || steered) of the answer's first token, at the last prompt position."""
+    return [s.kl[0].item() if s.kl is not None else None for s in measured.scores]
+
+
+@metric(better="low", needs="unsteered", unit="nats a token")
+def kl_mean(measured: Measured) -> Numbers:
+    """KL(unsteered || steered) averaged over the last prompt position and the unsteered answer."""
+    return [s.kl.mean().item() if s.kl is not None else None for s in measured.scores]
+
+
+@metric(needs="pair", unit="nats")
+def logit_difference(measured: Measured) -> Numbers:
+    """Logit of the positive answer minus that of the negative at the first token that differs."""
+    engine = measured.engine
+    pairs = [[engine.ids(str(t)) for t in (i.positive, i.negative)] for i in measured.items]
+    shared, ends = [], []
+    for item, (one, other) in zip(measured.items, pairs, strict=True):
+        at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+        if at is None:
+            raise RequestError(
+                f"the answers of {item.text[:60]!r} do not differ in a token: one begins the other"
+            )
+        shared.append(one[:at])
+        ends.append((one[at], other[at]))
+    scores = engine.score(measured.rows, shared, last_logits=True, batch=measured.batch)
+    return [
+        (s.last_logits[a] - s.last_logits[b]).item() if s.last_logits is not None else None
+        for s, (a, b) in zip(scores, ends, strict=True)
+    ]
+
+
+@metric(needs="pair", unit="nats")
+def propensity(measured: Measured) -> Numbers:
+    """ln p(positive answer) - ln p(negative answer) (Tan et al. 2024, arXiv 2407.12404)."""
+    sides = _sides(measured)
+    return [(a.logprobs.sum() - b.logprobs.sum()).item() for a, b in zip(*sides, strict=True)]
+
+
+@metric(needs="pair", unit="nats a token")
+def propensity_per_token(measured: Measured) -> Numbers:
+    """The same with each answer's mean over its tokens, for answers of different lengths."""
+    sides = _sides(measured)
+    return [(a.logprobs.mean() - b.logprobs.mean()).item() for a, b in zip(*sides, strict=True)]
+
+
+def _sides(measured: Measured) -> tuple[list[Score], list[Score]]:
+    return (
+        measured.logprobs([str(item.positive) for item in measured.items]),
+        measured.logprobs([str(item.negative) for item in measured.items]),
+    )
+
+
+@metric(kind="rate", needs="choices")
+def accuracy(measured: Measured) -> Numbers:
+    """Questions whose correct choice has the largest ln p of all choices, whole texts."""
+    most = max(len(item.choices) for item in measured.items)
+    best: list[tuple[float, int]] = [(-math.inf, -1)] * len(measured.items)
+    for number in range(most):  # a question with fewer choices is asked its last one again
+        texts = [i.choices[min(number, len(i.choices) - 1)] for i in measured.items]
+        for at, score in enumerate(measured.logprobs(texts)):
+            if number < len(measured.items[at].choices):
+                best[at] = max(best[at], (score.logprobs.sum().item(), -number))
+    return [float(-b[1] == i.correct) for b, i in zip(best, measured.items, strict=True)]
+
+
+@metric(better="low", needs="continuation", unit="nats a token")
+def loss(measured: Measured) -> Numbers:
+    """Cross-entropy of the given continuation: on neutral text, what steering damages."""
+    scores = measured.logprobs([str(item.continuation) for item in measured.items])
+    return [_mean_loss(score) for score in scores]
+
+
+def _mean_loss(score: Score) -> float | None:
+    return -score.logprobs.mean().item() if len(score.logprobs) else None

@@ -105,6 +105,13 @@ class Result:
     finish: str
     taps: Mapping[Site, Float[Tensor, "pos d_model"]] = field(default_factory=dict)
 
+    def _repr_html_(self) -> str:
+        from interp_steer.notebook import table
+
+        told = record(self)
+        shown = {"steered": told["steer"] or "unsteered", "answer": self.text, "end": self.finish}
+        return table([{"": key, str(told["prompt"]): value} for key, value in shown.items()])
+
 
 def record(result: Result, scale: Scale | None = None) -> dict[str, object]:
     """A result as a program reads it; `coefficient` and `dose` hold one entry a site.

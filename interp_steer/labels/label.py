@@ -97,6 +97,15 @@ class Label:
         }
 
 
+class Labels(list[Label]):
+    """Labels that a search found, best first; a table in a notebook."""
+
+    def _repr_html_(self) -> str:
+        from interp_steer.notebook import table
+
+        return table([one.as_json() for one in self])
+
+
 @dataclass(frozen=True, slots=True)
 class Feature:
     """Everything known of one feature: its state, its labels (best first), where they came from."""

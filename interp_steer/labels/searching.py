@@ -9,7 +9,7 @@ from typing import Literal
 
 from interp_steer.errors import RequestError, RunError
 from interp_steer.labels import registry
-from interp_steer.labels.label import Feature, Label, Source, parse_id
+from interp_steer.labels.label import Feature, Label, Labels, Source, parse_id
 from interp_steer.labels.store import Coverage, Store
 
 Mode = Literal["keyword", "semantic", "hybrid"]
@@ -85,7 +85,7 @@ def search(
     mode: Mode = "keyword",
     store: str | Path | None = None,
     note: Note = lambda _: None,
-) -> list[Label]:
+) -> Labels:
     """The features whose labels answer a query, best first, each once; nothing leaves the machine.
 
     Keyword search wants every word (`"a phrase"`, `prefix*`, `-not this`); where no label has them
@@ -119,7 +119,7 @@ def search(
             from interp_steer.labels.semantic import nearest
 
             rankings.append(nearest(here, query, numbers, pool))
-    return (rankings[0] if len(rankings) == 1 else _fuse(rankings))[:limit]
+    return Labels((rankings[0] if len(rankings) == 1 else _fuse(rankings))[:limit])
 
 
 def show(feature: str, *, store: str | Path | None = None) -> Feature:

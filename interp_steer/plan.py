@@ -1,0 +1,123 @@
+"""What a study will cost, before anything runs."""
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+from interp_steer.chunk import Chunk, measure
+from interp_steer.contrast import Contrast
+from interp_steer.direction import Direction
+from interp_steer.engine import Engine
+from interp_steer.item import Item
+from interp_steer.model import SteeringModel
+from interp_steer.row import Row
+from interp_steer.study import Study
+
+TRIED = (2, 6)  # new tokens of the two short runs that the time is extrapolated from
+
+
+def forecast(study: Study) -> dict[str, int]:
+    """Rows of each stage, at most."""
+    seeds = len(study.seeds)
+    items = len(study.choose) + len(study.prove) + len(study.neutral)
+    controls = study.controls
+    made = study.directions.values()
+    contrastive = any(isinstance(one, Contrast) for one in made)
+    features = sum(isinstance(one, Direction) and one.is_feature for one in made)
+    cells = 1 + controls.flip + controls.wrong_layer + controls.random + study.selected
+    cells += controls.shuffled * contrastive + controls.features * features
+    found = {"unsteered": items * seeds}
+    if study.choose:
+        found["grid"] = len(study.settings) * (1 + study.selected) * len(study.choose) * seeds
+    elif len(study.settings) > 1:
+        return {**found, "grid": len(study.settings) * len(study.prove) * seeds}
+    found["prove"] = (cells * len(study.prove) + 2 * len(study.neutral)) * seeds
+    return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows, chunks, memory and time of a study.
+
+    Attributes:
+        rows: of each stage, at most.
+        chunks: of each stage.
+        weights, memory: bytes: of the weights, and of everything at the peak.
+        seconds: expected for all rows if none stops early; None if it was not measured.
+    """
+
+    rows: dict[str, int]
+    chunks: dict[str, int]
+    weights: int
+    memory: int
+    seconds: float | None
+
+    @classmethod
+    def of(cls, study: Study, model: SteeringModel, timed: bool = True) -> "Plan":
+        """Plans a study for a model, after checking that it fits.
+
+        Args:
+            timed: whether to time two short runs of one chunk, for `seconds`.
+
+        Raises:
+            RequestError: a cell does not fit the model, or a prompt its context.
+        """
+        from interp_steer.runs import check
+
+        study = study.bound(model)
+        check(study, model)
+        rows = forecast(study)
+        chunks = {name: math.ceil(n / study.chunk) for name, n in rows.items()}
+        largest = min(study.chunk, max(rows.values()))
+        weights = sum(w.numel() * w.element_size() for w in model.hf.parameters())
+        seconds = _seconds(study, model, largest) if timed else None
+        if seconds is not None:
+            seconds *= sum(rows.values()) / largest
+        return cls(rows, chunks, weights, weights + _working(study, model, largest), seconds)
+
+
+def _longest(study: Study, model: SteeringModel) -> Item:
+    return max((i for _, i in study.items()), key=lambda i: len(model.encode(i.prompt).ids))
+
+
+def _working(study: Study, model: SteeringModel, rows: int) -> int:
+    """Bytes beside the weights while so many rows decode."""
+    wide = model.dtype.itemsize
+    prompt = len(model.encode(_longest(study, model).prompt).ids)
+    tokens = prompt + study.sampling.max_new_tokens
+    cache = 2 * model.n_layers * model.n_kv_heads * model.d_head * wide * rows * tokens
+    wider: int = model.hf.config.intermediate_size
+    passing = rows * tokens * (4 * model.d_model + 3 * wider) * wide
+    logits = model.d_vocab * 4 * max(3 * rows, 3 * study.sampling.max_new_tokens)
+    return cache + passing + logits
+
+
+def _seconds(study: Study, model: SteeringModel, rows: int) -> float:
+    """Of one chunk of so many rows: two short runs of real cells, extrapolated over new tokens."""
+    engine = Engine(model)
+    items = [item for split, item in study.items() if split == "choose"] or list(study.prove)
+    cells = [study.cell(setting, study.scale(model)) for setting in study.settings[:rows]]
+    pairs = [(item, cell) for item in items for cell in cells]
+    pairs = (pairs * math.ceil(rows / len(pairs)))[:rows]
+    took = []
+    for new in TRIED if study.sampling.max_new_tokens > max(TRIED) else (None,):
+        sampling = replace(study.sampling, **({"max_new_tokens": new} if new else {}))
+        length = sampling.max_new_tokens
+        chunk = Chunk(
+            keys=tuple(map(str, range(rows))),
+            rows=tuple(
+                Row(item.prompt, cell.steer, sampling, study.seeds[0]) for item, cell in pairs
+            ),
+            items=tuple(item for item, _ in pairs),
+            about=({},) * rows,
+            unsteered=(tuple(range(length)),) * rows,
+            metrics=tuple(study.metrics),
+            concept=tuple(study.concept),
+        )
+        start = time.perf_counter()
+        measure(engine, chunk)
+        took.append(time.perf_counter() - start)
+    if len(took) == 1:
+        return took[0]
+    slope = max(0.0, took[1] - took[0]) / (TRIED[1] - TRIED[0])
+    return took[0] + slope * (study.sampling.max_new_tokens - TRIED[0])

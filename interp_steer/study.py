@@ -1,0 +1,516 @@
+"""A study: a declared grid of steered rows with its controls.
+
+    study = Study(
+        choose=["Describe a walk.", ...], prove=["Tell me about your day.", ...],
+        directions={"eiffel": contrast}, sites=["each 10-16"],
+        coefficients=["0.4 dose", "0.6 dose"], concept=["Eiffel", "Paris"],
+    )
+    run = study.run(model, "runs/eiffel")
+    run.findings()
+
+Prompts play one part each. Those that built a direction are `build`; the whole grid runs on
+`choose` prompts, which pick one cell; that cell, its controls and nothing else run on `prove`
+prompts, from which alone a claim is made.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interp_steer import metrics as measures
+from interp_steer.chunk import load_modules
+from interp_steer.contrast import Contrast
+from interp_steer.direction import Direction, DirectionSet
+from interp_steer.errors import RequestError, nearest
+from interp_steer.grammar import Reader
+from interp_steer.intervention import OPERATORS, Intervention, Vector, parse, resolve, steer
+from interp_steer.item import Item
+from interp_steer.model import SteeringModel
+from interp_steer.prompt import chat
+from interp_steer.row import Row, Sampling
+from interp_steer.scale import Scale
+from interp_steer.site import Site
+
+if TYPE_CHECKING:
+    from interp_steer.runs import Run
+
+FLIPPED = ("add", "add_norm_kept", "clamp")  # operators for which a negative coefficient is a flip
+
+ROLES = {
+    "unsteered": "no intervention",
+    "grid": "every cell, on the prompts that choose",
+    "null_grid": "the same grid with random directions, on the prompts that choose",
+    "chosen": "the chosen cell, on the prompts that prove",
+    "flip": "the chosen cell with the coefficient's sign turned",
+    "wrong_layer": "the chosen cell's direction half the model away",
+    "random": "random directions of the same norm in the chosen cell",
+    "features": "other features of the SAE, alike in density and largest activation",
+    "shuffled": "directions from the same prompts with shuffled labels",
+    "null": "random directions, each in the cell that it chose for itself",
+}
+
+
+@dataclass(frozen=True)
+class Controls:
+    """How many of each control are run beside the chosen cell.
+
+    Attributes:
+        random: random directions of matched norm.
+        features: features matched on density and largest activation, where the direction is one.
+        shuffled: directions from shuffled labels, where it is contrastive.
+        flip, wrong_layer: whether those are run.
+        selected: random directions that go through the whole grid and the choice as the direction
+            itself did. The best of many cells is good by luck: only these tell how good. None:
+            as many as `random` if no text is generated, else none, as they cost a grid each; p is
+            then Bonferroni's over the cells of the grid.
+    """
+
+    random: int = 50
+    features: int = 50
+    shuffled: int = 50
+    flip: bool = True
+    wrong_layer: bool = True
+    selected: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("random", "features", "shuffled", "selected"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not 0 <= value <= 10_000):
+                raise RequestError(f"controls: {name} is {value!r}, expected 0 to 10000")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting of a study, whatever the prompt.
+
+    Attributes:
+        role: a key of `ROLES`.
+        direction, operator, site, level, scope: as the study declares them; "" where there is none.
+        steer: the interventions, resolved to lengths.
+        null: the number of the null direction, from 0.
+    """
+
+    role: str
+    direction: str = ""
+    operator: str = ""
+    site: str = ""
+    level: str = ""
+    scope: str = ""
+    steer: tuple[Intervention, ...] = ()
+    null: int | None = None
+
+    @property
+    def setting(self) -> tuple[str, str, str, str, str]:
+        """What tells it from the other cells of the grid."""
+        return self.direction, self.operator, self.site, self.level, self.scope
+
+    def __str__(self) -> str:
+        if not self.direction:
+            return self.role
+        level = f", {self.level}" if self.level else ""
+        scope = f" on {self.scope}" if self.scope not in ("", "all") else ""
+        return f"{self.operator}({self.direction}{level}) at {self.site}{scope}"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A row of the plan: a cell on an item with a seed."""
+
+    cell: Cell
+    item: Item
+    split: str
+    seed: int
+
+
+def _tuple(given: object) -> tuple[Any, ...]:
+    """One value, or several, as several."""
+    return tuple(given) if isinstance(given, (list, tuple, range)) else (given,)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A declared grid: directions x operators x sites x coefficients x scopes, x prompts x seeds.
+
+    Attributes:
+        choose, prove: prompts (texts, chats, mappings or `Item`s) that pick a cell, and those that
+            test it. One list may be split with `split_items`.
+        directions: by name: a Direction, a DirectionSet, or a Contrast, which brings its
+            shuffled-label controls with it.
+        sites: a layer, or sites as text such as "14-16", which are steered together; "each 10-20"
+            stands for a cell a layer.
+        coefficients: numbers, or text with a unit: "0.4 dose", "2 max".
+        operators, scopes, seeds: as in an intervention and a row.
+        lines: whole lines of interventions, each a cell of its own.
+        metrics: names, see `metrics.METRICS`.
+        choose_by: the metric that picks the cell, by its mean difference from the unsteered
+            answers; default the first.
+        limits: metric -> the worst mean on `choose` prompts that a cell may have to be picked.
+        concept: words, for `concept` and `mention`.
+        neutral: texts whose loss says what steering damages: given continuations, or the second
+            half of a plain text.
+        build: the prompts that the directions were made from, to make sure that they do not come
+            back.
+        method: how a Contrast makes its direction.
+        controls: how many of each.
+        sampling: how tokens are chosen.
+        as_chat, system: whether plain prompts become a chat (None: if the model is one), and its
+            system prompt.
+        modules: Python files that define further metrics.
+        chunk: rows that are run together. Fixed, because neighbours decide the last bits.
+        question: what is asked, for the report.
+    """
+
+    choose: Sequence[Any]
+    prove: Sequence[Any]
+    directions: Mapping[str, Any]
+    sites: Any = ()
+    coefficients: Any = ()
+    operators: Any = ("add",)
+    scopes: Any = ("all",)
+    seeds: Any = (0,)
+    lines: Any = ()
+    metrics: Any = ()
+    choose_by: str = ""
+    limits: Mapping[str, float] = field(default_factory=dict)
+    concept: Any = ()
+    neutral: Sequence[Any] = ()
+    build: Sequence[Any] = ()
+    method: str = "mean-difference"
+    controls: Controls = Controls()
+    sampling: Sampling = field(default_factory=Sampling)
+    as_chat: bool | None = None
+    system: str | None = None
+    modules: Any = ()
+    chunk: int = 128
+    question: str = ""
+
+    def __post_init__(self) -> None:
+        put: Callable[[str, object], None] = lambda name, value: object.__setattr__(  # noqa: E731
+            self, name, value
+        )
+        put("modules", tuple(str(Path(one).resolve()) for one in _tuple(self.modules)))
+        load_modules(self.modules)
+        for name in ("choose", "prove", "neutral", "build"):
+            given = getattr(self, name)
+            if isinstance(given, str):
+                raise RequestError(f"{name} is one text, expected a list of prompts")
+            items = tuple(Item.of(one) for one in given)
+            put(name, tuple(map(_halved, items)) if name == "neutral" else items)
+        for name in ("sites", "coefficients", "operators", "scopes", "seeds", "lines", "concept"):
+            put(name, _tuple(getattr(self, name)))
+        asked = _tuple(self.metrics) or (
+            *(("concept",) if self.concept else ()),
+            "rep3",
+            "surprise",
+            "length",
+        )
+        put("metrics", asked)
+        put("choose_by", self.choose_by or asked[0])
+        put("sites", tuple(site for one in self.sites for site in _each(one)))
+        put("coefficients", tuple(_level(one) for one in self.coefficients))
+        self._check()
+
+    def _check(self) -> None:
+        for name, fits in (("sites", not self.lines), ("coefficients", False)):
+            if fits and not getattr(self, name):
+                raise RequestError(f"the study has no {name}")
+        for name in ("sites", "coefficients", "operators", "scopes", "seeds", "lines", "metrics"):
+            values = getattr(self, name)
+            if twice := [v for i, v in enumerate(values) if v in values[:i]]:
+                raise RequestError(f"{name} hold {twice[0]!r} twice")
+        if not self.prove:
+            raise RequestError("the study has no prompts to prove with")
+        if not self.directions:
+            raise RequestError("the study has no directions")
+        for operator in self.operators:
+            if operator not in OPERATORS:
+                raise RequestError(f"unknown operator {operator!r}{nearest(operator, OPERATORS)}")
+            if OPERATORS[operator][0] > 1:
+                raise RequestError(
+                    f"{operator} takes two directions; give it as a line: "
+                    f"lines: ['{operator}(a, b, 30 deg) at 12']"
+                )
+            if OPERATORS[operator][1] and not self.coefficients and self.sites:
+                raise RequestError(f"{operator} needs coefficients, and the study has none")
+        for scope in self.scopes:
+            Reader(str(scope)).only(Reader.scope)
+        if self.sites and not self.operators:
+            raise RequestError("the study has no operators")
+        if not self.seeds or any(type(seed) is not int for seed in self.seeds):
+            raise RequestError(f"seeds are {list(self.seeds)}, expected whole numbers")
+        if type(self.chunk) is not int or self.chunk < 1:
+            raise RequestError(f"chunk is {self.chunk!r}, expected at least 1")
+        for name in (*self.metrics, self.choose_by, *self.limits):
+            measures.find(name)
+        for name in (self.choose_by, *self.limits):
+            if name not in self.metrics:
+                raise RequestError(f"{name!r} decides but is not among the metrics")
+        for name in self.metrics:
+            metric = measures.METRICS[name]
+            if name in ("concept", "mention") and not self.concept:
+                raise RequestError(f"{name} needs the study's `concept`: words to look for")
+            if not any(metric.applies(item) for item in (*self.prove, *self.neutral)):
+                raise RequestError(f"{name} needs {measures.NEEDS[metric.needs]}; prove has none")
+        decides = measures.METRICS[self.choose_by]
+        for part in ("choose", "prove"):
+            items = getattr(self, part)
+            if items and not any(decides.applies(item) for item in items):
+                raise RequestError(
+                    f"{self.choose_by} needs {measures.NEEDS[decides.needs]}; {part} has none"
+                )
+        parts: dict[object, str] = {}
+        for part in ("build", "choose", "prove", "neutral"):
+            for item in getattr(self, part):
+                before = parts.setdefault(item.prompt, part)
+                if before != part:
+                    raise RequestError(
+                        f"{item.text[:60]!r} is a prompt of both {before} and {part}; what is "
+                        "shown must not also be used to choose"
+                    )
+                if part != "build" and getattr(self, part).count(item) > 1:
+                    raise RequestError(f"{part} holds {item.text[:60]!r} twice")
+        for name, given in self.directions.items():
+            if not isinstance(given, (Direction, DirectionSet, Contrast)):
+                raise RequestError(
+                    f"direction {name!r} is a {type(given).__name__}, expected a Direction, a "
+                    "DirectionSet or a Contrast"
+                )
+
+    # --- what is run ----------------------------------------------------------------------------
+
+    @cached_property
+    def vectors(self) -> dict[str, Vector]:
+        """The directions, by name."""
+        return {
+            name: given.directions(self.method, name)
+            if isinstance(given, Contrast)
+            else given.named(name)
+            for name, given in self.directions.items()
+        }
+
+    @property
+    def generates(self) -> bool:
+        """Whether steered text is generated."""
+        return any(measures.METRICS[name].needs == "text" for name in self.metrics)
+
+    @property
+    def selected(self) -> int:
+        """Null directions that go through the choice."""
+        if len(self.settings) == 1 or not self.choose:
+            return 0
+        if self.controls.selected is not None:
+            return self.controls.selected
+        return 0 if self.generates else self.controls.random
+
+    @cached_property
+    def settings(self) -> tuple[tuple[str, str, str, str, str], ...]:
+        """(direction, operator, site, level, scope) of every cell of the grid."""
+        crossed = [
+            (name, operator, site, level if OPERATORS[operator][1] else "", scope)
+            for name, operator, site, level, scope in itertools.product(
+                self.directions, self.operators, self.sites, self.coefficients or ("",), self.scopes
+            )
+        ]
+        lines = [(str(line), "", "", "", "") for line in self.lines]
+        return tuple(dict.fromkeys([*crossed, *lines]))
+
+    def bound(self, model: SteeringModel) -> "Study":
+        """The study with its plain prompts as chats where the model is one."""
+        as_chat = model.is_chat if self.as_chat is None else self.as_chat
+
+        def said(item: Item) -> Item:
+            if not as_chat or not isinstance(item.prompt, str) or item.continuation is not None:
+                return item
+            other = item.corrupted
+            if isinstance(other, str):
+                other = chat(other, self.system)
+            return replace(item, prompt=chat(item.prompt, self.system), corrupted=other)
+
+        parts: dict[str, Any] = {
+            n: [said(i) for i in getattr(self, n)] for n in ("choose", "prove", "neutral")
+        }
+        return replace(self, **parts, as_chat=False)
+
+    def items(self) -> Iterator[tuple[str, Item]]:
+        """(split, item) of everything that is run."""
+        for split in ("choose", "prove", "neutral"):
+            for item in getattr(self, split):
+                yield split, item
+
+    def scale(self, model: SteeringModel) -> Scale:
+        """The unit of dose: measured on `choose` prompts, or on `prove` where nothing is chosen."""
+        items = self.choose or self.prove
+        return Scale.of(model, [model.encode(item.prompt) for item in items])
+
+    def cell(
+        self,
+        setting: tuple[str, str, str, str, str],
+        scale: Scale,
+        role: str = "grid",
+        vectors: Mapping[str, Vector] | None = None,
+        null: int | None = None,
+    ) -> Cell:
+        """The cell of a setting, with its own directions or with others in their place."""
+        name, operator, site, level, scope = setting
+        known = vectors or self.vectors
+        if not operator:
+            steps = tuple(
+                _with(one, lambda v: known.get(v.name, v)) for one in parse(name, self.vectors)
+            )
+        else:
+            steps = (steer(operator, known[name], coefficient=level or 0.0, at=site, on=scope),)
+        return Cell(role, *setting, resolve(steps, scale), null)
+
+    def grid(self, scale: Scale) -> list[Cell]:
+        """Every cell of the grid."""
+        return [self.cell(setting, scale) for setting in self.settings]
+
+    def null_vectors(self, number: int) -> dict[str, Vector]:
+        """Random directions in place of all of the study's."""
+        return {name: vector.random(number) for name, vector in self.vectors.items()}
+
+    def sampled(self, row: Planned) -> Row:
+        """The row that a planned row runs."""
+        return Row(row.item.prompt, row.cell.steer, self.sampling, row.seed)
+
+    def controlled(
+        self, setting: tuple[str, str, str, str, str], scale: Scale, n_layers: int
+    ) -> list[Cell]:
+        """The chosen cell and its controls; what cannot be controlled so is left out."""
+        from interp_steer.matched import matched_features
+
+        chosen = self.cell(setting, scale, "chosen")
+        name, operator, site, level, scope = setting
+        cells = [chosen]
+        if not operator:
+            named = {v.name for one in parse(name, self.vectors) for v in one.directions}
+        else:
+            named = {name}
+            value, unit = Reader(level or "0").only(Reader.coefficient)
+            if self.controls.flip and operator in FLIPPED and value:
+                turned = f"{-value!r} {unit}".strip()
+                flipped = self.cell((name, operator, site, turned, scope), scale, "flip")
+                cells.append(replace(flipped, level=level))
+            if self.controls.wrong_layer and operator != "latent_clamp":
+                cells.append(replace(_elsewhere(chosen, self.vectors[name], scale, n_layers)))
+
+        def put(role: str, made: Sequence[Mapping[str, Vector]]) -> None:
+            for number, vectors in enumerate(made):
+                cells.append(self.cell(setting, scale, role, {**self.vectors, **vectors}, number))
+
+        if operator != "latent_clamp":
+            put("random", [self.null_vectors(k) for k in range(self.controls.random)])
+        contrasts = {n: c for n, c in self.directions.items() if isinstance(c, Contrast)}
+        if named & set(contrasts):
+            put(
+                "shuffled",
+                [
+                    {
+                        n: c.shuffled(k).directions(self.method, f"{n}-shuffled{k}")
+                        for n, c in contrasts.items()
+                    }
+                    for k in range(self.controls.shuffled)
+                ],
+            )
+        features = {
+            n: v for n, v in self.vectors.items() if isinstance(v, Direction) and v.is_feature
+        }
+        for n in sorted(named & set(features)):
+            count = self.controls.features
+            put("features", [{n: v} for v in matched_features(features[n], count)])
+        return cells
+
+    def notes(self) -> list[str]:
+        """What a small study should say of itself."""
+        told = []
+        for name, least in (("random", 50), ("features", 50), ("shuffled", 50)):
+            count = getattr(self.controls, name)
+            if count < least:
+                told.append(f"{count} {name} controls; {least} are usual")
+        if len(self.settings) > 1 and self.choose and not self.selected:
+            told.append(
+                "no random directions go through the choice: p is Bonferroni's over "
+                f"{len(self.settings)} cells (controls: {{selected: 50}} would run "
+                f"{50 * len(self.settings) * len(self.choose) * len(self.seeds):,} rows more)"
+            )
+        for part in ("choose", "prove"):
+            if 0 < len(getattr(self, part)) < 10:
+                told.append(f"{len(getattr(self, part))} prompts {part}: points without intervals")
+        return told
+
+    def run(self, model: SteeringModel, folder: Any, **options: Any) -> "Run":
+        """Runs the study, or goes on with it, in a folder; see `runs.run`."""
+        from interp_steer.runs import run
+
+        return run(self, model, folder, **options)
+
+
+def split_items(
+    items: Sequence[Any], share: float = 0.5, seed: int = 16
+) -> tuple[list[Any], list[Any]]:
+    """(choose, prove) of one list, shuffled.
+
+    Raises:
+        RequestError: either part would be empty.
+    """
+    import random
+
+    shuffled = list(items)
+    random.Random(seed).shuffle(shuffled)
+    cut = round(share * len(shuffled))
+    if not 0 < cut < len(shuffled):
+        raise RequestError(f"{len(shuffled)} prompts cannot be split into {share} to choose")
+    return shuffled[:cut], shuffled[cut:]
+
+
+def _halved(item: Item) -> Item:
+    """A neutral text without a continuation: its second half continues the first."""
+    if item.continuation is not None or not isinstance(item.prompt, str):
+        return item
+    middle = item.prompt.rfind(" ", 0, len(item.prompt) // 2 + 1)
+    if middle < 1:
+        raise RequestError(f"the neutral text {item.prompt[:60]!r} has no second half")
+    return replace(item, prompt=item.prompt[:middle], continuation=item.prompt[middle:])
+
+
+def _each(given: object) -> list[str]:
+    """Sites of one cell as text, or of several for `each ...`."""
+    text = str(given).strip()
+    one, _, rest = text.partition(" ")
+    if one != "each":
+        return [_sites(Reader(text).only(Reader.sites))]
+    return [_sites((site,)) for site in Reader(rest).only(Reader.sites)]
+
+
+def _sites(sites: tuple[Site, ...]) -> str:
+    from interp_steer.intervention import sites_text
+
+    return sites_text(sites)
+
+
+def _level(given: object) -> str:
+    """A coefficient as text in one spelling."""
+    if isinstance(given, bool) or not isinstance(given, (int, float, str)):
+        raise RequestError(f"{given!r} is no coefficient; expected such as 8.5 or '0.4 dose'")
+    value, unit = Reader(str(given)).only(Reader.coefficient)
+    return f"{value!r} {unit}".strip()
+
+
+def _with(one: Intervention, change: Callable[[Vector], Vector]) -> Intervention:
+    return replace(one, directions=tuple(change(vector) for vector in one.directions))
+
+
+def _elsewhere(chosen: Cell, vector: Vector, scale: Scale, n_layers: int) -> Cell:
+    """The chosen cell with each direction half the model away from its layer, at the same level."""
+    steps: list[Intervention] = []
+    value, unit = Reader(chosen.level or "0").only(Reader.coefficient)
+    for site in Reader(chosen.site).only(Reader.sites):
+        there = replace(site, layer=(site.layer + n_layers // 2) % n_layers)
+        own = vector[site.layer] if isinstance(vector, DirectionSet) else vector
+        moved = own.at(there.hook_point)
+        scope = Reader(chosen.scope).only(Reader.scope)
+        steps.append(Intervention(chosen.operator, (moved,), value, unit, (there,), scope))
+    return replace(chosen, role="wrong_layer", steer=resolve(steps, scale))

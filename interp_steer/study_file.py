@@ -1,0 +1,265 @@
+"""A study as a YAML file, and back.
+
+    question: Does the direction make the model name the tower?
+    model: starter
+    directions:
+      eiffel: {positive: tower.txt, negative: other.txt}   # contrastive, or
+      paris: {feature: starter, index: 2652}               # a feature of an SAE, or
+      saved: eiffel.safetensors                            # a file, or a name in the cache
+    prompts: {choose: choose.txt, prove: prove.txt}        # or {all: prompts.txt, share: 0.5}
+    sites: each 10-16
+    coefficients: [0.2 dose, 0.4 dose, 0.6 dose]
+    concept: [Eiffel, Paris]
+    metrics: [concept, rep3, surprise]
+    controls: {random: 50}
+
+The other fields are those of `Study`. Files are looked for beside the YAML file first.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from interp_steer.contrast import POSITIONS, Contrast
+from interp_steer.direction import Direction, Directions, DirectionSet, is_name
+from interp_steer.errors import RequestError, nearest
+from interp_steer.features import feature
+from interp_steer.files import explained, whole
+from interp_steer.intervention import Vector
+from interp_steer.item import Item, read_items
+from interp_steer.model import SteeringModel
+from interp_steer.row import Sampling
+from interp_steer.study import Controls, Study, split_items
+
+PARTS = ("choose", "prove", "neutral", "build")
+MODEL = ("model", "dtype", "revision")
+_OWN = {f.name for f in fields(Study)} - {*PARTS, "directions"}
+FIELDS = (*MODEL, "directions", "prompts", *sorted(_OWN))
+KINDS = {
+    "contrast of prompts": ("positive", "negative", "position"),
+    "saved contrast": ("contrast",),
+    "feature": ("feature", "sae_id", "index"),
+}
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """A YAML file that was read; `study` makes it a study of a model.
+
+    Attributes:
+        spec: its fields.
+        folder: where it lies.
+    """
+
+    spec: Mapping[str, Any]
+    folder: Path
+
+    @classmethod
+    def read(cls, path: str | Path) -> "StudyFile":
+        """Reads and checks all that can be checked without a model.
+
+        Raises:
+            RequestError: no such file, no YAML, an unknown field, a prompt file that is not there.
+        """
+        import yaml
+
+        path = Path(path)
+        if not path.is_file():
+            raise RequestError(f"no study file {path}")
+        try:
+            with explained(path):
+                spec = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise RequestError(f"{path} is not UTF-8 text (byte {error.start})") from error
+        except yaml.YAMLError as error:
+            raise RequestError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(spec, dict):
+            raise RequestError(
+                f"{path} holds no study; expected fields such as directions, prompts"
+            )
+        _known(spec, FIELDS, str(path), "field")
+        for part, names, what in (
+            ("prompts", (*PARTS, "all", "share", "seed"), "part of the prompts"),
+            ("controls", [f.name for f in fields(Controls)], "control"),
+            ("sampling", [f.name for f in fields(Sampling)], "sampling setting"),
+            ("limits", None, ""),
+            ("directions", None, ""),
+        ):
+            given = spec.get(part, {})
+            if not isinstance(given, dict):
+                raise RequestError(f"{path}: {part} is {given!r}, expected fields")
+            if names is not None:
+                _known(given, names, str(path), what)
+        for needed in ("directions", "prompts"):
+            if not spec.get(needed):
+                raise RequestError(f"{path} has no {needed}")
+        for name, given in spec["directions"].items():
+            _check_direction(name, given)
+        made = cls(spec, path.parent)
+        made.parts()
+        return made
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """What the file says of the model: name, dtype, revision."""
+        return {name: self.spec[name] for name in MODEL if name in self.spec}
+
+    def parts(self) -> dict[str, list[Item]]:
+        """The prompts, by the part that they play."""
+        given = self.spec["prompts"]
+        found = {part: self._items(given[part]) for part in PARTS if part in given}
+        if "all" in given:
+            if "choose" in found or "prove" in found:
+                raise RequestError("prompts: give `all`, or `choose` and `prove`")
+            share, seed = given.get("share", 0.5), given.get("seed", 16)
+            both = split_items(self._items(given["all"]), share, seed)
+            found |= dict(zip(("choose", "prove"), both, strict=True))
+        return found
+
+    def study(self, model: SteeringModel) -> Study:
+        """The study, its directions made with the model.
+
+        Raises:
+            RequestError: as `Study` does, and for a direction that cannot be made.
+        """
+        spec = self.spec
+        parts: dict[str, Any] = {**self.parts()}
+        given = {name: spec[name] for name in _OWN if spec.get(name) is not None}
+        for name, kind in (("controls", Controls), ("sampling", Sampling)):
+            if name in given:
+                try:
+                    given[name] = kind(**given[name])
+                except TypeError as error:
+                    raise RequestError(f"{name}: {error}") from error
+        given["modules"] = [str(self._path(m)) for m in _listed(spec.get("modules"))]
+        build = list(parts.pop("build", []))
+        directions = {}
+        for name, told in spec["directions"].items():
+            directions[name], used = self._direction(name, told, model)
+            build += [item for item in used if item not in build]
+        return Study(
+            choose=parts.pop("choose", []),
+            prove=parts.pop("prove", []),
+            directions=directions,
+            build=build,
+            **parts,
+            **given,
+        )
+
+    def _path(self, name: object) -> Path:
+        """A file beside this one, else as it is."""
+        beside = self.folder / str(name)
+        return beside if beside.exists() else Path(str(name))
+
+    def _items(self, given: object) -> list[Item]:
+        if isinstance(given, str):
+            return read_items(self._path(given))
+        if not isinstance(given, list) or not given:
+            raise RequestError(f"prompts are {given!r}, expected a file or a list")
+        return [Item.of(one) for one in given]
+
+    def _direction(
+        self, name: str, told: Any, model: SteeringModel
+    ) -> tuple[Vector | Contrast, list[Item]]:
+        if isinstance(told, str):
+            path = self._path(told)
+            known = Directions([f"{name}={path}"] if path.is_file() else [])
+            found: Direction | DirectionSet
+            try:
+                found = known[name if path.is_file() else told]
+            except KeyError:
+                raise RequestError(
+                    f"direction {name!r}: {told!r} is no file and no stored direction"
+                    f"{nearest(told, known)}"
+                ) from None
+            return found.named(name), []
+        if "feature" in told:
+            sae_id = told.get("sae_id")
+            args = [a for a in (sae_id, told.get("index")) if a is not None]
+            return feature(told["feature"], *args, name=name), []
+        if "contrast" in told:
+            return Contrast.load(self._path(told["contrast"])), []
+        positive, negative = self._items(told["positive"]), self._items(told["negative"])
+        made = Contrast.measure(
+            model,
+            [item.prompt for item in positive],
+            [item.prompt for item in negative],
+            told.get("position", "mean"),
+        )
+        return made, [*positive, *negative]
+
+
+def write(study: Study, model: SteeringModel, folder: Path) -> Path:
+    """`study.yaml` in a folder, with the directions beside it: what repeats the study."""
+    import yaml
+
+    directions: dict[str, Any] = {}
+    for name, given in study.directions.items():
+        path = folder / "directions" / f"{name}.safetensors"
+        given.save(path)
+        told = str(path.relative_to(folder))
+        directions[name] = {"contrast": told} if isinstance(given, Contrast) else told
+    spec: dict[str, Any] = {
+        "question": study.question,
+        "model": model.name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **({"revision": model.revision} if model.revision else {}),
+        "directions": directions,
+        "prompts": {
+            part: [item.as_mapping() for item in getattr(study, part)]
+            for part in PARTS
+            if getattr(study, part)
+        },
+    }
+    for name in sorted(_OWN - {"question"}):
+        value = getattr(study, name)
+        if name in ("controls", "sampling"):
+            value = asdict(value)
+        spec[name] = list(value) if isinstance(value, tuple) else value
+    spec["limits"] = dict(study.limits)
+    path = folder / "study.yaml"
+    with whole(path) as part:
+        part.write_text(
+            yaml.safe_dump(spec, sort_keys=False, allow_unicode=True, width=100), encoding="utf-8"
+        )
+    return path
+
+
+def _listed(given: object) -> list[Any]:
+    return [] if given is None else list(given) if isinstance(given, list) else [given]
+
+
+def _known(given: Mapping[Any, Any], names: Any, where: str, what: str) -> None:
+    for key in given:
+        if key not in names:
+            raise RequestError(f"{where}: unknown {what} {key!r}{nearest(key, names)}")
+
+
+def _check_direction(name: object, given: object) -> None:
+    if not isinstance(name, str) or not is_name(name):
+        raise RequestError(
+            f"{name!r} cannot name a direction: use letters, digits, '_', '.', '+' and '-', and "
+            "not a number"
+        )
+    if isinstance(given, str):
+        return
+    if not isinstance(given, dict):
+        raise RequestError(
+            f"direction {name!r} is {given!r}; expected a file, or fields: positive and negative, "
+            "or feature"
+        )
+    known = [key for keys in KINDS.values() for key in keys]
+    _known(given, known, f"direction {name!r}", "field")
+    if sum(key in given for key in ("positive", "feature", "contrast")) != 1 or (
+        "positive" in given and "negative" not in given
+    ):
+        raise RequestError(
+            f"direction {name!r} has {', '.join(given)}; expected positive and negative, or "
+            "feature, or contrast"
+        )
+    if given.get("position", "mean") not in POSITIONS:
+        raise RequestError(
+            f"direction {name!r}: unknown position {given['position']!r}"
+            f"{nearest(given['position'], POSITIONS)}"
+        )

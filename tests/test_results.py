@@ -1,0 +1,138 @@
+"""The file of rows: whole chunks or nothing, whatever happens to the process or the disk."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from interp_steer.errors import RequestError, RunError
+from interp_steer.results import Results, merge
+
+ABOUT = {"model": "m1", "dtype": "float32"}
+
+
+def rows(*names: str, text: str = "a") -> list[dict]:
+    return [{"key": name, "text": text, "metrics": {"x": 1.0}} for name in names]
+
+
+def written(path: Path, *chunks: tuple[str, ...]) -> Results:
+    results = Results(path, ABOUT)
+    with results.writing():
+        for number, names in enumerate(chunks):
+            results.append(rows(*names), f"c{number}")
+    return results
+
+
+def test_reads_back_what_was_appended(tmp_path):
+    odd = "tab\t newline\n \u2028 \U0001f5fc é \x00"
+    results = Results(tmp_path / "rows.jsonl", ABOUT)
+    with results.writing():
+        results.append(rows("a", "b", text=odd), "c0")
+    again = Results(tmp_path / "rows.jsonl", ABOUT)
+    assert list(again.rows) == ["a", "b"]
+    assert again.rows["a"]["text"] == odd
+    assert len((tmp_path / "rows.jsonl").read_bytes().splitlines()) == 3  # head, and a line a row
+
+
+def test_every_torn_end_is_cut_to_whole_chunks(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    written(path, ("a", "b"), ("c", "d", "e"))
+    whole = path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    head, first = ends[0], ends[2]
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        results = Results(path, ABOUT)
+        expected = [] if cut < first else ["a", "b"]
+        assert list(results.rows) == expected, cut
+        with results.writing():
+            pass
+        kept = path.read_bytes()
+        assert kept == whole[: first if cut >= first else head], cut
+        with results.writing():
+            results.append(rows("z"), "cz")
+        assert list(Results(path, ABOUT).rows) == [*expected, "z"], cut
+
+
+def test_damage_before_the_end_is_told_and_nothing_is_cut(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    written(path, ("a",), ("b",))
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1] = b"{broken}\n"
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(RunError, match="damaged at byte"):
+        Results(path, ABOUT)
+    assert path.read_bytes() == b"".join(lines)
+
+
+def test_a_file_of_another_model_or_kind_is_refused_and_kept(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    written(path, ("a",))
+    with pytest.raises(RequestError, match="another model"):
+        Results(path, {**ABOUT, "model": "m2"})
+    with pytest.raises(RequestError, match="another model"):
+        Results(path, {**ABOUT, "dtype": "bfloat16"})
+    for text in ("notes of mine", "notes\nof mine\n", '{"format": "other"}\n'):
+        path.write_text(text)
+        with pytest.raises(RequestError, match="not a results file"):
+            Results(path, ABOUT)
+        assert path.read_text() == text
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    results = written(path, ("a",))
+    before = path.read_bytes()
+    real = os.write
+
+    def full(handle, data):
+        real(handle, bytes(data)[:10])  # some of it gets there
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with results.writing():
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(RunError, match="the disk is full"):
+            results.append(rows("b"), "c1")
+        monkeypatch.undo()
+        assert path.read_bytes() == before
+        assert "b" not in results
+        results.append(rows("b"), "c1")  # there is room again
+    assert list(Results(path, ABOUT).rows) == ["a", "b"]
+
+
+def test_two_writers_are_one_too_many(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with (
+        Results(path, ABOUT).writing(),
+        pytest.raises(RunError, match="being written by another"),
+        Results(path, ABOUT).writing(),
+    ):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(RunError, match=r"rows\.jsonl"),
+        Results(tmp_path / "file" / "rows.jsonl", ABOUT).writing(),
+    ):
+        pass
+
+
+def test_merge_keeps_each_row_once(tmp_path):
+    written(tmp_path / "one", ("a", "b"))
+    written(tmp_path / "two", ("b", "c"))
+    merged = merge([tmp_path / "one", tmp_path / "two"], tmp_path / "out")
+    assert sorted(merged.rows) == ["a", "b", "c"]
+    lines = [json.loads(x) for x in (tmp_path / "out").read_text().splitlines()[1:]]
+    assert sorted(line["key"] for line in lines) == ["a", "b", "c"]
+    other = Results(tmp_path / "three", {**ABOUT, "model": "m2"})
+    with other.writing():
+        other.append(rows("d"), "c0")
+    with pytest.raises(RequestError, match="another model"):
+        merge([tmp_path / "one", tmp_path / "three"], tmp_path / "out")
+    assert sorted(Results(tmp_path / "out").rows) == ["a", "b", "c"]
+    with pytest.raises(RequestError, match="no results file"):
+        merge([tmp_path / "one", tmp_path / "four"], tmp_path / "out")

@@ -1,0 +1,371 @@
+"""Runs: what is run, in which part, and that nothing is lost, doubled or changed by a crash."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from interp_steer.contrast import Contrast
+from interp_steer.direction import Direction
+from interp_steer.engine import Engine
+from interp_steer.errors import RequestError, RunError
+from interp_steer.item import Item
+from interp_steer.metrics import METRICS, metric
+from interp_steer.plan import Plan, forecast
+from interp_steer.row import Sampling
+from interp_steer.runs import Run
+from interp_steer.study import Controls, Study
+
+WORDS = [
+    "fox",
+    "dog",
+    "tower",
+    "rain",
+    "mountain",
+    "fruit",
+    "brown",
+    "lazy",
+    "quick",
+    "happy",
+    "sad",
+    "assistant",
+]
+
+
+def direction(seed=0, layer=2):
+    vector = torch.randn(64, generator=torch.Generator().manual_seed(seed))
+    return Direction.of(vector, f"blocks.{layer}.hook_resid_post", "d")
+
+
+def study(**changes):
+    given = {
+        "choose": [f"I love the {w}" for w in WORDS[:3]],
+        "prove": [f"Name the {w}, please" for w in WORDS[3:7]],
+        "directions": {"d": direction()},
+        "sites": "each 1-3",
+        "coefficients": ["0.3 dose", "0.6 dose"],
+        "metrics": ["rep3", "surprise", "kl_mean", "length"],
+        "choose_by": "kl_mean",
+        "sampling": Sampling(max_new_tokens=8),
+        "controls": Controls(random=3, features=0, shuffled=2),
+        "chunk": 7,
+    }
+    return Study(**{**given, **changes})
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Each row's record, to the bit."""
+    found: dict[str, str] = {}
+    for path in sorted(Path(folder).glob("rows*.jsonl")):
+        for text in path.read_text().splitlines()[1:]:
+            row = json.loads(text)
+            assert row["key"] not in found, "a row twice"
+            found[row["key"]] = json.dumps(
+                {k: v for k, v in row.items() if k not in ("chunk", "of")}
+            )
+    return found
+
+
+@pytest.fixture(scope="module")
+def done(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("done")
+    return study().run(tiny, folder)
+
+
+def test_every_part_of_the_plan_is_run_once(done):
+    table = done.table()
+    counts = table.groupby(["role", "split"]).size().to_dict()
+    assert counts == {
+        ("unsteered", "choose"): 3,
+        ("unsteered", "prove"): 4,
+        ("grid", "choose"): 3 * 2 * 3,
+        ("chosen", "prove"): 4,
+        ("flip", "prove"): 4,
+        ("wrong_layer", "prove"): 4,
+        ("random", "prove"): 3 * 4,
+    }
+    assert sum(forecast(study()).values()) == len(table)
+    assert set(table[table["role"] == "grid"]["prompt"]) == {i.text for i in study().choose}
+    assert not set(table[table["split"] == "prove"]["prompt"]) & set(
+        table[table["role"] == "grid"]["prompt"]
+    )
+
+
+def test_rows_are_what_the_engine_gives(done, tiny):
+    table = done.table()
+    some = table[table["role"].isin(["grid", "random"])].sample(6, random_state=1)
+    from interp_steer.intervention import parse
+    from interp_steer.prompt import chat
+    from interp_steer.row import Row
+
+    known = {"d": direction(), **{f"d-random{k}": direction().random(k) for k in range(3)}}
+    for row in some.to_dict("records"):
+        steer = parse(row["steer"], known)
+        (alone,) = Engine(tiny).generate(
+            [Row(chat(row["prompt"]), steer, Sampling(max_new_tokens=8))]
+        )
+        assert alone.text == row["text"]
+        assert len(alone.token_ids) == row["tokens"] == row["length"]
+
+
+def test_strengths_in_every_form(done):
+    grid = done.table().query("role == 'grid'")
+    assert set(grid["dose"].round(4)) == {0.3, 0.6}
+    assert grid["coefficient"].equals(grid["coefficient"].abs())
+    assert (grid["delta"] - grid["coefficient"]).abs().max() < 1e-3  # an addition's own length
+    per = grid.groupby("layer")["coefficient"].nunique()
+    assert (per == 2).all()
+    unsteered = done.table().query("role == 'unsteered'")
+    assert (unsteered["delta"] == 0).all() and unsteered["steer"].isna().all()
+    assert (unsteered["kl_mean"] == 0).all()
+
+
+def test_the_step_of_a_clamp_is_measured(tiny, tmp_path):
+    made = study(
+        operators=["clamp"], metrics=["length"], choose_by="length", coefficients=[5.0],
+        sites=[2], choose=[], controls=Controls(0, 0, 0, flip=False, wrong_layer=False),
+        prove=["Name the fox, please"], as_chat=False,
+    )  # fmt: skip
+    row = made.run(tiny, tmp_path / "r").table().query("role == 'chosen'").iloc[0]
+    ids = tiny.encode("Name the fox, please").ids
+    with torch.no_grad():
+        x = tiny.hf(torch.tensor([ids]), output_hidden_states=True).hidden_states[3][0]
+    steps = (5.0 - x @ direction().unit).abs()[1:]  # the first position is left alone
+    assert row["delta"] == pytest.approx(steps.mean().item(), rel=1e-4)
+
+
+def test_the_choice_is_the_best_mean_on_choose_within_the_limits(tiny, tmp_path, done):
+    table = done.table()
+    grid = table.query("role == 'grid'")
+    # better is low, so the smallest KL is chosen: recomputed from the table
+    means = grid.groupby(["site", "level"])["kl_mean"].mean()
+    chosen = table.query("role == 'chosen'").iloc[0]
+    assert (chosen["site"], chosen["level"]) == means.idxmin()
+    limit = means.sort_values().iloc[2]
+    other = study(choose_by="surprise", limits={"kl_mean": float(limit)}).run(tiny, tmp_path / "o")
+    picked = other.table().query("role == 'chosen'").iloc[0]
+    allowed = means[means <= limit].index
+    effects = grid.groupby(["site", "level"])["surprise"].mean()[allowed]
+    assert (picked["site"], picked["level"]) == effects.idxmin()
+    none = study(limits={"kl_mean": -1.0}).run(tiny, tmp_path / "n")
+    assert "chosen" not in set(none.table()["role"])
+    assert none.findings().verdict.steers is None
+
+
+def test_nulls_through_the_choice_choose_for_themselves(tiny, tmp_path):
+    made = study(controls=Controls(2, 0, 0, selected=3))
+    table = made.run(tiny, tmp_path / "r").table()
+    nulls = table.query("role == 'null_grid'")
+    assert len(nulls) == 3 * 6 * 3
+    for number in range(3):
+        mine = nulls[nulls["null"] == number].groupby(["site", "level"])["kl_mean"].mean()
+        then = table[(table["role"] == "null") & (table["null"] == number)]
+        assert len(then) == 4 and set(zip(then["site"], then["level"], strict=True)) == {
+            mine.idxmin()
+        }
+    assert sum(forecast(made).values()) == len(table)
+
+
+def test_a_second_start_runs_nothing_and_a_larger_grid_only_what_is_new(tiny, tmp_path):
+    study().run(tiny, tmp_path)
+    before = contents(tmp_path)
+    data = (tmp_path / "rows.jsonl").read_bytes()
+    study().run(tiny, tmp_path)
+    assert (tmp_path / "rows.jsonl").read_bytes() == data
+    more = study(coefficients=["0.3 dose", "0.6 dose", "0.9 dose"])
+    more.run(tiny, tmp_path)
+    after = contents(tmp_path)
+    assert {k: after[k] for k in before} == before
+    grid = Run(tmp_path).table().query("role == 'grid'")
+    assert len(grid) == 27 and len(after) == len(before) + 9
+
+
+def test_a_new_metric_measures_every_row_again(tiny, tmp_path):
+    study(metrics=["length"], choose_by="length").run(tiny, tmp_path)
+    made = study(metrics=["length", "rep3"], choose_by="length").run(tiny, tmp_path)
+    assert made.table()["rep3"].notna().any()
+    assert len({r["key"] for r in made.rows.values()}) == len(made.table())
+
+
+def test_missing_values_stay_missing(tiny, tmp_path):
+    @metric("patchy")
+    def patchy(measured):
+        return [None if i % 2 else 1.0 for i in range(len(measured.rows))]
+
+    try:
+        made = study(metrics=["patchy", "length"], choose_by="length").run(tiny, tmp_path)
+        assert made.table()["patchy"].isna().sum() > 5
+        made.findings()
+    finally:
+        del METRICS["patchy"]
+
+
+def test_a_row_that_fails_is_listed_and_all_others_are_done(tiny, tmp_path):
+    @metric("touchy")
+    def touchy(measured):
+        if any(
+            "tower" in item.text and row.steer
+            for item, row in zip(measured.items, measured.rows, strict=True)
+        ):
+            raise ValueError("I cannot stand towers")
+        return [1.0] * len(measured.rows)
+
+    try:
+        made = study(
+            metrics=["touchy", "length"], choose_by="length", sites=[2], coefficients=[1.0, 2.0]
+        )
+        with pytest.raises(RunError, match=r"2 rows failed, every other row is done.*cannot stand"):
+            made.run(tiny, tmp_path)
+        table = Run(tmp_path).table()
+        assert len(table.query("role == 'grid'")) == 4  # of 6: two on the tower
+        assert len(table.query("role == 'chosen'")) == 4
+    finally:
+        del METRICS["touchy"]
+    # once the reason is gone, the next start runs these two alone
+    METRICS["touchy"] = METRICS["length"]
+    try:
+        made.run(tiny, tmp_path)
+        assert len(Run(tmp_path).table().query("role == 'grid'")) == 6
+    finally:
+        del METRICS["touchy"]
+
+
+def test_a_run_that_cannot_succeed_stops(tiny, tmp_path):
+    @metric("never")
+    def never(measured):
+        raise ValueError("no")
+
+    try:
+        with pytest.raises(RunError, match="rows failed"):
+            study(metrics=["never", "length"], choose_by="length").run(tiny, tmp_path)
+    finally:
+        del METRICS["never"]
+
+
+def test_shards_together_are_the_whole(tiny, tmp_path):
+    study().run(tiny, tmp_path / "whole")
+    for _ in range(2):  # the array, and once more: the choice waits for all shards
+        for i in (1, 2, 3):
+            study().run(tiny, tmp_path / "parts", shard=(i, 3))
+    whole = Run(tmp_path / "whole")
+    parts = Run(tmp_path / "parts")
+    assert set(parts.rows) == set(whole.rows)
+    columns = ["role", "item", "site", "level", "text", "kl_mean"]
+    pd.testing.assert_frame_equal(whole.table()[columns], parts.table()[columns])
+
+
+def test_another_model_or_folder_is_told_before_anything_runs(tiny, tmp_path, done, changed_config):
+    from interp_steer.model import SteeringModel
+
+    other = SteeringModel.load(changed_config(rms_norm_eps=1e-4))
+    before = (done.folder / "rows.jsonl").read_bytes()
+    with pytest.raises(RequestError, match="another model"):
+        study().run(other, done.folder)
+    assert (done.folder / "rows.jsonl").read_bytes() == before
+    with pytest.raises(RequestError, match="no run in"):
+        Run(tmp_path)
+    with pytest.raises(RequestError, match="layer 9 is out of range"):
+        study(sites=[9]).run(tiny, tmp_path / "a")
+    with pytest.raises(RequestError, match="exceed the context"):
+        study(sampling=Sampling(max_new_tokens=509)).run(tiny, tmp_path / "a")
+    assert not (tmp_path / "a" / "rows.jsonl").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="file"):
+        study().run(tiny, tmp_path / "file")
+
+
+def test_the_table_goes_to_parquet_and_csv(done, tmp_path):
+    table = done.table()
+    for suffix, read in ((".parquet", pd.read_parquet), (".csv", pd.read_csv)):
+        path = done.save(tmp_path / f"t{suffix}")
+        back = read(path)
+        assert len(back) == len(table)
+        assert back["kl_mean"].to_list() == pytest.approx(table["kl_mean"].to_list())
+    with pytest.raises(RequestError, match=r"written as \.parquet or \.csv"):
+        done.save(tmp_path / "t.xlsx")
+
+
+def test_the_plan_tells_rows_and_time(tiny):
+    made = Plan.of(study(), tiny)
+    assert made.rows == {"unsteered": 7, "grid": 18, "prove": 24}
+    assert made.chunks == {"unsteered": 1, "grid": 3, "prove": 4}
+    assert made.seconds is not None and made.seconds > 0
+    assert made.memory > made.weights > 0
+
+
+def test_the_manifest_repeats_the_run(done, tiny, tmp_path):
+    from interp_steer.study_file import StudyFile
+
+    again = StudyFile.read(done.folder / "study.yaml").study(tiny)
+    again.run(tiny, tmp_path)
+    assert contents(tmp_path) == contents(done.folder)
+    manifest = json.loads((done.folder / "manifest.json").read_text())
+    assert manifest["directions"] == {"d": direction().sha}
+    assert manifest["threads"] == torch.get_num_threads()
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from interp_steer.model import SteeringModel
+from test_runs import study
+study(chunk=4).run(SteeringModel.load({model!r}), {folder!r})
+"""
+
+
+def killed_until_done(tmp_path, model, kills, wait):
+    """Kills a run at random moments, lets it end, and compares it with one that was left alone."""
+    draw = random.Random(5)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(name):
+        fields = {"tests": str(Path(__file__).parent), "model": str(model)}
+        script = SCRIPT.format(**fields, folder=str(tmp_path / name))
+        return subprocess.Popen([sys.executable, "-c", script], env=environment)
+
+    rows = tmp_path / "a" / "rows.jsonl"
+    for _ in range(kills):
+        process = start("a")
+        size = rows.stat().st_size if rows.exists() else 0
+        # counted from when it starts to write: importing takes longer than the rows
+        while process.poll() is None:
+            if rows.exists() and rows.stat().st_size > size:
+                time.sleep(draw.uniform(0, wait))
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start("a").wait() == start("b").wait() == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert len(contents(tmp_path / "b")) == 7 + 18 + 24
+
+
+def test_a_killed_run_goes_on_bit_equal(tiny_folder, tmp_path):
+    killed_until_done(tmp_path, tiny_folder, kills=2, wait=0.3)
+
+
+@pytest.mark.slow
+def test_ten_kills(tiny_folder, tmp_path):
+    killed_until_done(tmp_path, tiny_folder, kills=10, wait=0.3)
+
+
+def test_contrasts_and_pairs_run_without_text(tiny, tmp_path):
+    g = torch.Generator().manual_seed(1)
+    contrast = Contrast(torch.randn(6, 4, 64, generator=g), torch.randn(6, 4, 64, generator=g))
+    items = [Item(f"I love the {w}", positive=" tower", negative=" rain") for w in WORDS]
+    made = study(
+        choose=items[:6], prove=items[6:], directions={"d": contrast}, metrics="logit_difference",
+        choose_by="", as_chat=False,
+    )  # fmt: skip
+    run = made.run(tiny, tmp_path)
+    assert made.selected == 3  # cheap rows: nulls go through the choice of themselves
+    assert set(run.table()["text"]) == {None}
+    assert "shuffled" in set(run.table()["role"])
