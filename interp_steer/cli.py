@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
+from interp_steer.ablation_cli import ablate
 from interp_steer.console import progress, safe
 from interp_steer.errors import RequestError, SteerError
 from interp_steer.feature_cli import app as features
@@ -34,6 +35,7 @@ app.add_typer(features, name="features")
 app.add_typer(saes, name="sae")
 app.add_typer(study, name="study")
 app.command()(report)
+app.command()(ablate)
 direction = typer.Typer(help="Make and show directions.", no_args_is_help=True)
 app.add_typer(direction, name="direction")
 

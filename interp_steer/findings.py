@@ -52,9 +52,9 @@ class Findings:
             `low` and `high`, which hold for the whole grid at once; `n` prompts, `missing`;
             `best`: not excluded from being the best cell; `passes` the limits.
         claims: chosen cell, sign flip and wrong layer x metric on the prompts that prove: `mean`,
-            `mean_low`, `mean_high`, `unsteered`, `effect`, `low`, `high`, `method`, `p` (paired, of no
-            effect: McNemar's exact test or sign flips), `n`, `missing`,
-            `mean_missing_zero` (the mean with what is missing as 0: its lower bound).
+            `mean_low`, `mean_high`, `unsteered`, `effect`, `low`, `high`, `method`, `p` (paired, of
+            no effect: McNemar's exact test or sign flips), `n`, `missing`, `mean_missing_zero`
+            (the mean with what is missing as 0: its lower bound).
         nulls: effect of every null direction x metric on the prompts that prove.
         p: control x metric: how the chosen cell's effect compares: `p`, `n` nulls, their mean and
             range. By the metric that chose, one-sided; by the others, two-sided (|effect|).
@@ -97,9 +97,9 @@ class Findings:
         claims, nulls = reader.claims(), reader.nulls()
         p = reader.p(claims, nulls)
         chosen = None
-        if len(claims):
-            first = claims[claims["role"] == "chosen"].iloc[0]
-            chosen = {name: str(first[name]) for name in SETTING}
+        for row in claims.to_dict("records"):  # a run that was stopped may have but its controls
+            if row["role"] == "chosen" and row["metric"] == manifest["choose_by"]:
+                chosen = {name: str(row[name]) for name in SETTING}
         verdict = reader.verdict(claims, p, chosen)
         return cls(
             table,
@@ -176,8 +176,9 @@ class _Reader:
             whole = moved.dropna()
             spans: list[Interval | None] = [None] * len(cells)
             if len(whole) >= intervals.MINIMUM:
-                bounds = (-1.0, 1.0) if metric.kind == "rate" else None
-                spans = list(intervals.bands(whole.to_numpy(), level=self.level, bounds=bounds))
+                spans = list(
+                    intervals.bands(whole.to_numpy(), level=self.level, bounds=_apart(metric))
+                )
             if metric is self.decides and len(whole):
                 sign = 1.0 if metric.better == "high" else -1.0
                 best = intervals.best_set(sign * whole.to_numpy(), level=self.level)
@@ -202,6 +203,8 @@ class _Reader:
                         "missing": int(moved[i].isna().sum()),
                     }
                 )
+        if not lines:  # every value is missing
+            return pd.DataFrame(), pd.DataFrame()
         grid = pd.DataFrame(lines)
         grid["best"] = grid["cell"].isin(best)
         grid["passes"] = ~grid["cell"].isin(self._vetoed(grid))
@@ -270,16 +273,18 @@ class _Reader:
             return Interval(math.nan, None, None, 0, "no values", self.level)
         if metric.kind == "rate" and set(np.unique(numbers)) <= {0.0, 1.0}:
             return intervals.rate_by_unit(numbers.astype(bool), units, level=self.level)
-        return intervals.mean(intervals.by_unit(numbers, units), level=self.level)
+        values = intervals.by_unit(numbers, units)
+        return intervals.mean(values, level=self.level, bounds=metric.bounds)
 
     def _effect(
         self, after: "pd.Series[float]", before: "pd.Series[float]", metric: measures.Metric
     ) -> Interval:
         if not len(after):
             return Interval(math.nan, None, None, 0, "no values", self.level)
-        return intervals.difference(
-            after.to_numpy(float), before.to_numpy(float), kind=metric.kind, level=self.level
-        )
+        one, other = after.to_numpy(float), before.to_numpy(float)
+        if metric.kind == "rate":
+            return intervals.difference(one, other, kind="rate", level=self.level)
+        return intervals.mean(one - other, level=self.level, bounds=_apart(metric))
 
     def _paired_p(
         self, after: "pd.Series[float]", before: "pd.Series[float]", metric: measures.Metric
@@ -370,13 +375,14 @@ class _Reader:
             if cells > 1:
                 how = f"Bonferroni over the {cells} cells of the grid (p at the cell {at_cell:.3f})"
         where = ", ".join(v for v in chosen.values() if v)
-        said = f"{name} {mine['unsteered']:.3f} -> {mine['mean']:.3f}"
-        said += f" {_span(mine['low'], mine['high'])} on {int(mine['n'])} new prompts"
+        said = (
+            f"{name} {mine['unsteered']:.3f} -> {mine['mean']:.3f} on {int(mine['n'])} new prompts"
+        )
         if mine["low"] is None or math.isnan(mine["low"]):
-            text = (
-                f"Nothing is declared on fewer than {intervals.MINIMUM} prompts: {where}: {said}."
-            )
-            return Verdict(None, value, how, text)
+            few = int(mine["n"]) < intervals.MINIMUM
+            why = f"on fewer than {intervals.MINIMUM} prompts" if few else f"({mine['method']})"
+            return Verdict(None, value, how, f"Nothing is declared {why}: {where}: {said}.")
+        said += f", effect {mine['effect']:+.3f} {_span(mine['low'], mine['high'])}"
         good = mine["low"] > 0 if self.decides.better == "high" else mine["high"] < 0
         if value is None:
             return Verdict(None, None, how, f"Nothing is declared, as {how}: {where}: {said}.")
@@ -423,6 +429,14 @@ class _Reader:
                     }
                 )
         return pd.DataFrame(lines)
+
+
+def _apart(metric: measures.Metric) -> tuple[float, float] | None:
+    """What no difference of two values can pass."""
+    if metric.bounds is None:
+        return None
+    width = metric.bounds[1] - metric.bounds[0]
+    return -width, width
 
 
 def _span(low: float | None, high: float | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from interp_steer.contrast import entries
 from interp_steer.errors import RequestError, nearest
-from interp_steer.prompt import Prompt, chat, is_chat
+from interp_steer.prompt import Prompt, chat, is_chat, readable
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class Item:
     corrupted: Prompt | None = None
 
     def __post_init__(self) -> None:
+        said = self.prompt if isinstance(self.prompt, tuple) else (("", self.prompt),)
+        other = self.corrupted if isinstance(self.corrupted, tuple) else (("", self.corrupted),)
+        texts = (self.positive, self.negative, self.continuation, *self.choices)
+        for text in (*texts, *(content for _, content in (*said, *other))):
+            readable(text or "")
         shown = str(self.prompt)[:60]
         if (self.positive is None) != (self.negative is None):
             raise RequestError(f"{shown!r} needs both answers, positive and negative, or none")
@@ -46,7 +51,7 @@ class Item:
                 f"{shown!r} has {len(self.choices)} choices and correct={self.correct}; expected "
                 f"0-{len(self.choices) - 1}"
             )
-        if "" in (self.positive, self.negative, self.continuation, *self.choices):
+        if "" in texts:
             raise RequestError(f"{shown!r} has an empty answer")
 
     @property

@@ -142,6 +142,7 @@ class Metric:
         better: "high" or "low": which way more effect (or less damage) lies.
         needs: a key of `NEEDS`: the items it can be asked of.
         unit: of its values, for axes.
+        bounds: what no value can pass; of a rate 0 and 1.
     """
 
     name: str
@@ -150,6 +151,7 @@ class Metric:
     better: str
     needs: str
     unit: str
+    bounds: tuple[float, float] | None
     about: str
 
     def applies(self, item: Item) -> bool:
@@ -183,6 +185,7 @@ def metric(
     better: str = "high",
     needs: str = "text",
     unit: str = "",
+    bounds: tuple[float, float] | None = None,
 ) -> Callable[[Function], Function]:
     """Makes a function from `Measured` to a number (or None, missing) a row a study's metric.
 
@@ -196,7 +199,8 @@ def metric(
     def registered(function: Function) -> Function:
         called = name or function.__name__
         about = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
-        METRICS[called] = Metric(called, function, kind, better, needs, unit, about)
+        limits = (0.0, 1.0) if kind == "rate" else bounds
+        METRICS[called] = Metric(called, function, kind, better, needs, unit, limits, about)
         return function
 
     return registered
@@ -230,13 +234,13 @@ def concept(measured: Measured) -> Numbers:
     ]
 
 
-@metric("rep3", better="low", unit="share of 3-grams")
+@metric("rep3", better="low", unit="share of 3-grams", bounds=(0.0, 1.0))
 def _rep3(measured: Measured) -> Numbers:
     """Share of repeated 3-grams of the answer's tokens; above 0.2 it loops."""
     return [rep3(one.token_ids) for one in measured.results]
 
 
-@metric(unit="share of 2-grams")
+@metric(unit="share of 2-grams", bounds=(0.0, 1.0))
 def distinct2(measured: Measured) -> Numbers:
     """Different 2-grams of the answer's tokens / all (distinct-2, Li et al. 2016)."""
     return [distinct(one.token_ids, 2) for one in measured.results]

@@ -186,7 +186,10 @@ def run(
                 for stage in stages(study, model, scale, work.known):
                     if not work.do(stage):
                         break
-    if work.failures:
+    failed = [asdict(one) for one in work.failures]
+    with whole(folder / "failures.json") as part:
+        part.write_text(json.dumps(failed, ensure_ascii=False, indent=1), encoding="utf-8")
+    if failed:
         told = "; ".join(f"{one.what}: {one.why}" for one in work.failures[:5])
         more = f" and {len(work.failures) - 5} more" if len(work.failures) > 5 else ""
         raise RunError(

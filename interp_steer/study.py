@@ -66,6 +66,7 @@ class Controls:
             itself did. The best of many cells is good by luck: only these tell how good. None:
             as many as `random` if no text is generated, else none, as they cost a grid each; p is
             then Bonferroni's over the cells of the grid.
+        seed: another one draws other random and shuffled controls.
     """
 
     random: int = 50
@@ -74,6 +75,7 @@ class Controls:
     flip: bool = True
     wrong_layer: bool = True
     selected: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("random", "features", "shuffled", "selected"):
@@ -370,7 +372,16 @@ class Study:
 
     def null_vectors(self, number: int) -> dict[str, Vector]:
         """Random directions in place of all of the study's."""
-        return {name: vector.random(number) for name, vector in self.vectors.items()}
+        seed = self.controls.seed * 100_003 + number
+        drawn = {name: vector.random(seed) for name, vector in self.vectors.items()}
+        return {name: one.named(f"{name}-random{number}") for name, one in drawn.items()}
+
+    def _shuffled(self, contrasts: Mapping[str, Contrast], number: int) -> dict[str, Vector]:
+        seed = self.controls.seed * 100_003 + number
+        return {
+            name: contrast.shuffled(seed).directions(self.method, f"{name}-shuffled{number}")
+            for name, contrast in contrasts.items()
+        }
 
     def sampled(self, row: Planned) -> Row:
         """The row that a planned row runs."""
@@ -405,16 +416,8 @@ class Study:
             put("random", [self.null_vectors(k) for k in range(self.controls.random)])
         contrasts = {n: c for n, c in self.directions.items() if isinstance(c, Contrast)}
         if named & set(contrasts):
-            put(
-                "shuffled",
-                [
-                    {
-                        n: c.shuffled(k).directions(self.method, f"{n}-shuffled{k}")
-                        for n, c in contrasts.items()
-                    }
-                    for k in range(self.controls.shuffled)
-                ],
-            )
+            drawn = [self._shuffled(contrasts, k) for k in range(self.controls.shuffled)]
+            put("shuffled", drawn)
         features = {
             n: v for n, v in self.vectors.items() if isinstance(v, Direction) and v.is_feature
         }
@@ -435,6 +438,13 @@ class Study:
                 "no random directions go through the choice: p is Bonferroni's over "
                 f"{len(self.settings)} cells (controls: {{selected: 50}} would run "
                 f"{50 * len(self.settings) * len(self.choose) * len(self.seeds):,} rows more)"
+            )
+        cells = 1 if self.selected or not self.choose else len(self.settings)
+        nulls = self.selected or self.controls.random
+        if cells > 0.05 * (1 + nulls):
+            told.append(
+                f"p cannot reach 0.05 with {nulls} random directions and {cells} cells: nothing "
+                "will be declared to steer"
             )
         for part in ("choose", "prove"):
             if 0 < len(getattr(self, part)) < 10:

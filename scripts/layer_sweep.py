@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see docs/st
 from interp_steer import Contrast, Controls, Sampling, SteeringModel, Study, read_items
 
 SMALL = "--small" in sys.argv  # a minute, to see that it runs
-MODEL = os.environ.get("MODEL", "starter")
+MODEL, DTYPE = os.environ.get("MODEL", "starter"), os.environ.get("DTYPE")
 HERE = Path(__file__).parent if "__file__" in globals() else Path("scripts")
 TEXTS = HERE / "texts"
 DATA = Path(os.environ.get("INTERP_STEER_DATA", HERE.parent.parent / "shared" / "data"))
@@ -34,7 +34,7 @@ sides = HERE.parent / "interp_steer" / "demo_data"
 positive, negative = (read_items(sides / f"{side}.txt") for side in ("positive", "negative"))
 
 # %% the model and the direction, for every layer from one pass
-model = SteeringModel.load(MODEL)
+model = SteeringModel.load(MODEL, dtype=DTYPE)
 eiffel = Contrast.measure(model, [i.prompt for i in positive], [i.prompt for i in negative])
 
 # %% the study
@@ -69,4 +69,4 @@ from interp_steer import report
 
 print(report.write(run))
 run.save(RUN / "table.csv")
-findings  # in a notebook: tables and plots
+findings  # noqa: B018  # in a notebook: tables and plots

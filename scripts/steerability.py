@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 from interp_steer import Contrast, Controls, Item, SteeringModel, Study, read_items, split_items
 
 SMALL = "--small" in sys.argv
-MODEL = os.environ.get("MODEL", "starter")
+MODEL, DTYPE = os.environ.get("MODEL", "starter"), os.environ.get("DTYPE")
 HERE = Path(__file__).parent if "__file__" in globals() else Path("scripts")
 TEXTS = HERE / "texts"
 DATA = Path(os.environ.get("INTERP_STEER_DATA", HERE.parent.parent / "shared" / "data"))
@@ -41,7 +41,7 @@ def item(positive: str, negative: str) -> Item:
     return Item(shared, positive=positive[len(shared) :], negative=negative[len(shared) :])
 
 
-model = SteeringModel.load(MODEL)
+model = SteeringModel.load(MODEL, dtype=DTYPE)
 if caa.is_file():
     building, asked = split_items(pairs(caa), 0.5)
     asked = asked[: 24 if SMALL else 100]

@@ -2,11 +2,8 @@
 
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -312,49 +309,76 @@ def test_the_manifest_repeats_the_run(done, tiny, tmp_path):
     assert manifest["threads"] == torch.get_num_threads()
 
 
+def grid_of_36(model):
+    """36 rows of text and nothing else to choose: 3 sites x 2 doses x 6 prompts."""
+    vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+    return study(
+        choose=[f"I love the {w}" for w in WORDS[:6]],
+        prove=["Name three fruits, please"],
+        directions={"d": Direction.of(vector, "blocks.2.hook_resid_post")},
+        controls=Controls(2, 0, 0),
+        chunk=4,
+    )
+
+
 SCRIPT = """
-import sys
+import os, random, signal, sys, time
 sys.path.insert(0, {tests!r})
+from pathlib import Path
 from interp_steer.model import SteeringModel
-from test_runs import study
-study(chunk=4).run(SteeringModel.load({model!r}), {folder!r})
+from test_runs import grid_of_36
+
+model = SteeringModel.load({model!r})
+study = grid_of_36(model)
+draw = random.Random(5)
+killed = 0
+rows = Path({folder!r}) / "rows.jsonl"
+for kill in range(10):
+    child = os.fork()  # importing takes longer than the rows
+    if not child:
+        study.run(model, rows.parent)
+        os._exit(0)
+    size = rows.stat().st_size if rows.exists() else 0
+    while rows.exists() is False or rows.stat().st_size <= size:  # until it writes
+        if os.waitpid(child, os.WNOHANG)[0]:
+            break
+        time.sleep(0.001)
+    else:
+        time.sleep(draw.uniform(0, {wait}))
+        os.kill(child, signal.SIGKILL)
+        killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+study.run(model, rows.parent)
+print(killed)
 """
 
 
-def killed_until_done(tmp_path, model, kills, wait):
-    """Kills a run at random moments, lets it end, and compares it with one that was left alone."""
-    draw = random.Random(5)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def start(name):
-        fields = {"tests": str(Path(__file__).parent), "model": str(model)}
-        script = SCRIPT.format(**fields, folder=str(tmp_path / name))
-        return subprocess.Popen([sys.executable, "-c", script], env=environment)
-
-    rows = tmp_path / "a" / "rows.jsonl"
-    for _ in range(kills):
-        process = start("a")
-        size = rows.stat().st_size if rows.exists() else 0
-        # counted from when it starts to write: importing takes longer than the rows
-        while process.poll() is None:
-            if rows.exists() and rows.stat().st_size > size:
-                time.sleep(draw.uniform(0, wait))
-                break
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert start("a").wait() == start("b").wait() == 0
+def killed_ten_times(name, model, tmp_path, wait):
+    """A run that is killed ten times, against one that was left alone."""
+    fields = {"tests": str(Path(__file__).parent), "model": name, "wait": wait}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(**fields, folder=str(tmp_path / "a"))],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        grid_of_36(model).run(model, tmp_path / "b")
+    finally:
+        torch.set_num_threads(threads)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert len(contents(tmp_path / "b")) == 7 + 18 + 24
+    table = Run(tmp_path / "a").table()
+    assert len(table.query("role == 'grid'")) == 36 and len(table) == len(contents(tmp_path / "b"))
+    return int(done.stdout)
 
 
-def test_a_killed_run_goes_on_bit_equal(tiny_folder, tmp_path):
-    killed_until_done(tmp_path, tiny_folder, kills=2, wait=0.3)
+def test_a_run_killed_ten_times_goes_on_bit_equal(tiny, tiny_folder, tmp_path):
+    assert killed_ten_times(str(tiny_folder), tiny, tmp_path, wait=0.06) >= 3
 
 
 @pytest.mark.slow
-def test_ten_kills(tiny_folder, tmp_path):
-    killed_until_done(tmp_path, tiny_folder, kills=10, wait=0.3)
+def test_the_same_with_the_starter(starter, tmp_path):
+    assert killed_ten_times("starter", starter, tmp_path, wait=1.5) == 10
 
 
 def test_contrasts_and_pairs_run_without_text(tiny, tmp_path):
