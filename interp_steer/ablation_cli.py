@@ -1,6 +1,7 @@
 """`interp-steer ablate`: which layers and parts matter, and where a run's steering acts."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,6 +91,7 @@ def ablate(
     for path, known in ((out, (".csv", ".parquet")), (plot, (".png", ".svg"))):
         if path and path.suffix not in known:
             raise RequestError(f"{path.name}: expected a {' or '.join(known)} file")
+    numbers = {"layers": _numbers("--layers", layers), "heads": _numbers("--heads", heads)}
     if mediate or propagate:
         assert run is not None
         found, summary = _traced(run, mediate, component, model, dtype, device, batch)
@@ -99,7 +101,6 @@ def ablate(
 
         assert prompts is not None
         items = read_items(prompts, as_chat=loaded.is_chat and not text)
-        numbers = {"layers": _numbers("--layers", layers), "heads": _numbers("--heads", heads)}
         with progress("ablating", 1.0) as report:
             shared: dict[str, Any] = {**numbers, "batch": batch, "report": report}
             if patch:
@@ -181,10 +182,11 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
         return None
     found: list[int] = []
     for part in text.split(","):
-        low, _, high = part.strip().partition("-")
-        if not low.isdecimal() or not (high or low).isdecimal() or int(high or low) < int(low):
+        bounds = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)
+        low, high = map(int, (bounds[1], bounds[2] or bounds[1])) if bounds else (1, 0)
+        if high < low:
             raise RequestError(f"{option} is {text!r}, expected such as 3,7,12-20")
-        found += range(int(low), int(high or low) + 1)
+        found += range(low, high + 1)
     return found
 
 

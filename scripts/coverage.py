@@ -248,18 +248,19 @@ def simultaneous(simulations: int) -> Iterator[Measured]:
     for law, (sample, truth, bounds) in laws.items():
         covered = beside = 0
         width = untold = 0.0
-        for _ in range(simulations):
+        for number in range(simulations):
             values = sample()
             found = bands(values, bounds=bounds)
             told = [(one.low, one.high) for one in found if one.low is not None]
             covered += all(low <= truth <= high for low, high in told)
             width += float(np.mean([high - low for low, high in told]))
             untold += 1 - len(told) / cells
-            low, high = np.quantile(WEIGHTS[n] @ values / n, [0.025, 0.975], axis=0)
-            beside += bool(((low <= truth) & (truth <= high)).all())
+            if number % 4 == 0:  # the slowest part is the comparison
+                low, high = np.quantile(WEIGHTS[n] @ values / n, [0.025, 0.975], axis=0)
+                beside += bool(((low <= truth) & (truth <= high)).all())
         yield Measured(
             "all of 40 bands", law, n, covered / simulations, untold=untold / simulations,
-            width=width / simulations, percentile=beside / simulations,
+            width=width / simulations, percentile=beside / -(-simulations // 4),
         )  # fmt: skip
 
 
