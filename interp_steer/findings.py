@@ -30,7 +30,8 @@ class Verdict:
     """Whether the chosen cell steers, by the metric that chose it.
 
     Attributes:
-        steers: None where nothing can be declared.
+        steers: None where nothing can be declared: too few prompts, no null directions, or none
+            that made the same choice while those in the chosen cell do less.
         p: one-sided p against random directions, the choice among cells accounted for; None
             without random directions.
         how: how the choice was accounted for.
@@ -386,9 +387,19 @@ class _Reader:
         good = mine["low"] > 0 if self.decides.better == "high" else mine["high"] < 0
         if value is None:
             return Verdict(None, None, how, f"Nothing is declared, as {how}: {where}: {said}.")
+        told = f"{where}: {said}; p {value:.3f}, {how}."
+        if good and value > ALPHA and not planned and float(against["random"]["p"]) <= ALPHA:
+            # no fault of the direction: so few null directions cannot tell it from a lucky choice
+            text = (
+                f"Moves {name} on new prompts, as {int(against['random']['n'])} random directions "
+                f"in the same cell do not; whether one that chose its own cell would was not run "
+                f"(controls: selected): {told}"
+            )
+            return Verdict(None, value, how, text)
         steers = bool(good) and value <= ALPHA
-        word = "Steers" if steers else "Not shown to steer"
-        return Verdict(steers, value, how, f"{word}: {where}: {said}; p {value:.3f}, {how}.")
+        return Verdict(
+            steers, value, how, f"{'Steers' if steers else 'Not shown to steer'}: {told}"
+        )
 
     def slopes(self) -> pd.DataFrame:
         """Steerability of every direction x operator x site x scope."""

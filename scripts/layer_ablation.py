@@ -49,15 +49,18 @@ for score, sign in (("loss", 1), (SCORE, -1)):
     worst = intervals.best_set(damage.to_numpy())
     print(f"blocks that may matter most, by {score}:", [int(damage.columns[i]) for i in worst])
 
-# %% the concept's direction against random ones of equal norm, taken out at every layer
-everywhere = {"span": "upward", "layers": [model.n_layers - 1], "scores": [SCORE]}
+# %% the concept's direction against random ones of equal norm
+# Taken out of the stream after one block at a time; the mean over the middle third of blocks, so
+# that no layer is chosen. Only on the second half of the prompts: the first was looked at before.
+third = model.n_layers // 3
+middle = {"layers": range(third, 2 * third), "scores": [SCORE]}
+prove = items[len(items) // 2 :]
 
 
 def lost(vector) -> np.ndarray:
     """What each prompt's logit difference loses without a direction."""
-    return (
-        -ablate(model, items, ["direction"], vector=vector, **everywhere).table["change"].to_numpy()
-    )
+    table = ablate(model, prove, ["direction"], vector=vector, **middle).table
+    return -table.groupby("item", sort=False)["change"].mean().to_numpy()
 
 
 own = lost(eiffel)

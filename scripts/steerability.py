@@ -44,8 +44,7 @@ def item(positive: str, negative: str) -> Item:
 model = SteeringModel.load(MODEL, dtype=DTYPE)
 if caa.is_file():
     building, asked = split_items(pairs(caa), 0.5)
-    asked = asked[: 24 if SMALL else 100]
-    items = [item(*pair) for pair in asked]
+    items = [item(*pair) for pair in asked[:100]]
     contrast = Contrast.measure(
         model, [p for p, _ in building], [n for _, n in building], position="answer"
     )
@@ -55,7 +54,7 @@ else:
     sides = [read_items(TEXTS / f"feelings_{side}.txt") for side in ("positive", "negative")]
     contrast = Contrast.measure(model, *[[i.prompt for i in side] for side in sides])
     build = [one for side in sides for one in side]
-choose, prove = split_items(items, 0.5)
+choose, prove = split_items(items[:4] if SMALL else items, 0.5)
 
 # %% a symmetric grid, within the linear range
 study = Study(
@@ -64,12 +63,12 @@ study = Study(
     choose=choose,
     prove=prove,
     directions={"d": contrast},
-    sites=[1, 2] if SMALL else f"each 0-{model.n_layers - 1}",
+    sites=[1, 2] if SMALL else list(range(0, model.n_layers, 3)),
     coefficients=[f"{dose} dose" for dose in (-0.2, -0.1, 0.1, 0.2)],
     metrics=["propensity", "propensity_per_token", "logit_difference"],
     controls=Controls(random=2, shuffled=2, selected=2)
     if SMALL
-    else Controls(random=50, shuffled=50, selected=20),
+    else Controls(random=50, shuffled=50, selected=19),
     as_chat=False,
 )
 

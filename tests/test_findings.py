@@ -82,8 +82,11 @@ def test_p_counts_the_nulls_that_do_as_well():
 def test_a_chosen_cell_pays_for_the_choice():
     parts = rows("unsteered", BEFORE), rows("chosen", BEFORE + MOVED), nulls([0.0] * 39)
     many = found(*parts, cells=10)
-    assert many.verdict.p == pytest.approx(10 / 40) and many.verdict.steers is False
+    # too few to tell it from a lucky choice, though it beats all of them in its cell
+    assert many.verdict.p == pytest.approx(10 / 40) and many.verdict.steers is None
     assert "Bonferroni over the 10 cells" in many.verdict.text
+    beaten = found(*parts[:2], nulls([9.0] * 3 + [0.0] * 36), cells=10)
+    assert beaten.verdict.steers is False and beaten.verdict.p == 1.0
     through = found(*parts, nulls([0.0] * 50, "null"), cells=10, selected=50)
     assert through.verdict.p == pytest.approx(1 / 51) and through.verdict.steers is True
     # nulls of which some found no cell within the limits count as having done worse

@@ -1,3 +1,4 @@
+import base64
 import html
 import json
 import re
@@ -5,9 +6,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
-from interp_steer import plots, report
+from interp_steer import page as pieces
+from interp_steer import report
 from interp_steer.errors import RequestError, RunError
+from interp_steer.findings import Findings
+from interp_steer.heat import SETTING
 from interp_steer.results import FORMAT
 from interp_steer.runs import Run
 
@@ -27,7 +32,7 @@ def make_run(
     choose: int = 12,
     prove: int = 12,
     cells=CELLS,
-    nulls=(("random", 30),),
+    nulls=(("random", 9),),
     singles=("flip", "wrong_layer"),
     metrics=("concept", "surprise"),
     text: str | None = "An answer about {item} with Paris.",
@@ -47,7 +52,7 @@ def make_run(
     def put(role: str, split: str, cell=("",) * 5, null=None, strength: float = 0.0) -> None:
         for i, item in enumerate(items[split]):
             key = f"{role}-{'|'.join(cell)}-{null}-{item}"
-            setting = dict(zip(plots.SETTING, cell, strict=True))
+            setting = dict(zip(SETTING, cell, strict=True))
             layer = re.search(r"\d+", cell[2])
             dose = float(cell[3].split()[0]) if cell[3].endswith("dose") else None
             values = {
@@ -83,7 +88,7 @@ def make_run(
                 put(role, "prove", mine, None, 0.1)
             for role, count in nulls:
                 for null in range(count):
-                    put(role, "prove", mine, null, 0.004 * null)
+                    put(role, "prove", mine, null, 0.012 * null)
     told = {
         "about": about, "question": "Does it steer?", "metrics": list(metrics),
         "choose_by": metrics[0], "limits": {},
@@ -110,19 +115,21 @@ def make_run(
     return Run(folder)
 
 
-REAL = report._image
+RENDER = Figure.savefig
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Pictures are drawn but not rendered, which takes most of the time; `page` and `hostile`, made
-    once for all tests, have real ones.
-    """
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Pictures are drawn but not rendered, which takes most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda *_, **__: None)
+        yield
 
-    def image(figure, alt, kind="svg") -> str:
-        return f'<img alt="{report._text(alt)}" src="data:image/{kind};base64,">'
 
-    monkeypatch.setattr(report, "_image", image)
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For what is about the words alone."""
+    monkeypatch.setattr(report._Report, "_pictures", lambda _: "")
 
 
 class Page(HTMLParser):
@@ -186,15 +193,24 @@ def done(tmp_path_factory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def page(done) -> Page:
-    return written(done)[1]
+def found(done) -> Findings:
+    return done.findings()
+
+
+@pytest.fixture(scope="module")
+def drawn(done) -> tuple[str, Page]:
+    return written(done)
+
+
+@pytest.fixture(scope="module")
+def page(drawn) -> Page:
+    return drawn[1]
 
 
 # --- what it says ---------------------------------------------------------------------------------
 
 
-def test_a_report_holds_the_claims_with_intervals_and_methods(done, page):
-    found = done.findings()
+def test_a_report_holds_the_claims_with_intervals_and_methods(found, page):
     assert found.verdict.text in page.text
     for claim in found.claims[found.claims["role"] == "chosen"].to_dict("records"):
         cells = page.row(claim["metric"], f"+{claim['effect']:.3f}")
@@ -207,20 +223,19 @@ def test_a_report_holds_the_claims_with_intervals_and_methods(done, page):
     assert "add(eiffel, 0.4 dose) at resid_post 13 on prompt" in page.text
 
 
-def test_a_report_holds_the_controls_and_their_p(done, page):
-    found = done.findings()
+def test_a_report_holds_the_controls_and_their_p(found, page):
     mine = found.p[found.p["metric"] == "concept"].iloc[0]
     cells = next(r for r in page.cells if r[0].startswith("random directions"))
-    assert cells[1:4] == ["concept", "30", f"+{mine['mean']:.3f}"]
+    assert cells[1:4] == ["concept", "9", f"+{mine['mean']:.3f}"]
     assert cells[5] == f"{mine['p']:.3f}"
     flip = found.claims[(found.claims["role"] == "flip") & (found.claims["metric"] == "concept")]
     cells = next(r for r in page.cells if "sign turned" in r[0])
     assert cells[3] == f"+{flip['effect'].iloc[0]:.3f}"
-    assert any(r[1] == "surprise" and r[2] == "30" for r in page.cells if len(r) == 6)
+    assert any(r[1] == "surprise" and r[2] == "9" for r in page.cells if len(r) == 6)
 
 
-def test_a_report_holds_the_grid(done, page):
-    for line in done.findings().grid.to_dict("records"):
+def test_a_report_holds_the_grid(found, page):
+    for line in found.grid.to_dict("records"):
         start = [line["direction"], line["operator"], line["site"], line["level"], line["scope"]]
         cells = next(r for r in page.cells if r[:6] == [*start, line["metric"]])
         assert cells[7] == f"{line['mean']:.3f}"
@@ -239,17 +254,18 @@ def test_a_report_says_how_it_was_done(done, page):
     assert "rows are missing" not in page.text and "seeds are averaged" not in page.text
 
 
-def test_a_report_draws_what_there_is(done, page):
+def test_a_report_draws_what_there_is(page):
     captions = [attrs["alt"] for attrs in page.all("img")]
-    assert all(len(attrs["src"]) > 5000 for attrs in page.all("img"))
     assert [c.split(" ")[0] for c in captions] == ["Effect", "Effect", "The"] * 2
     assert sum("concept" in c for c in captions) == sum("surprise" in c for c in captions) == 3
 
 
-def test_the_level_of_the_intervals_is_told(done, tmp_path):
-    low = done.findings(level=0.8).claims["low"].iloc[0]
-    text, page = written(done, path=tmp_path / "a.html", level=0.8)
-    assert "Intervals at 80%" in page.text and f"[+{low:.3f}," in text
+def test_a_picture_lies_inside_the_page(monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", RENDER)
+    (image,) = Page(pieces.figure(Figure((3, 2)), "a <b>")).all("img")
+    kind, _, data = image["src"].partition(";base64,")
+    assert kind == "data:image/svg+xml" and b"<svg" in base64.b64decode(data)
+    assert image["alt"] == "a <b>" and "width:288px" in image["style"]
 
 
 # --- texts ----------------------------------------------------------------------------------------
@@ -259,8 +275,8 @@ def articles(text: str) -> list[str]:
     return re.findall(r"<article>.*?</article>", text, re.DOTALL)
 
 
-def test_samples_are_random_best_and_worst_each_beside_its_unsteered_answer(done, tmp_path):
-    text, page = written(done, path=tmp_path / "a.html")
+def test_samples_are_random_best_and_worst_each_beside_its_unsteered_answer(drawn):
+    text, page = drawn
     shown = articles(text)
     tags = [re.search(r'class="dim">([^<]*)<', one)[1] for one in shown]
     assert sum("drawn at random" in t for t in tags) == 4
@@ -273,22 +289,32 @@ def test_samples_are_random_best_and_worst_each_beside_its_unsteered_answer(done
         assert "best" not in tag or steers
         assert "worst" not in tag or not steers
         assert ("concept 0 → 1" in one) == steers
-    assert articles(written(done, path=tmp_path / "b.html")[0]) == shown  # the draw is fixed
     assert "4 of 12 answers" in page.text and "seed 16" in page.text
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_at_another_level_the_intervals_change_and_the_samples_do_not(done, drawn, tmp_path):
+    low = done.findings(level=0.8).claims["low"].iloc[0]
+    text, page = written(done, path=tmp_path / "a.html", level=0.8)
+    assert "Intervals at 80%" in page.text and f"[+{low:.3f}," in text
+    assert articles(text) == articles(drawn[0])  # the draw is fixed
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_words_of_the_concept_are_marked_as_whole_words(tmp_path):
     run = make_run(tmp_path, text="paris & Parisian miniparis <Eiffel>", nulls=())
     shown = articles(written(run)[0])[0]
     assert "<mark>paris</mark> &amp; Parisian miniparis &lt;<mark>Eiffel</mark>&gt;" in shown
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_few_answers_are_all_shown(tmp_path):
     text, page = written(make_run(tmp_path, prove=3, choose=3))
     assert len(articles(text)) == 3 and "All 3 answers" in page.text
     assert "drawn at random" not in page.text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_empty_and_missing_answers(tmp_path):
     run = make_run(tmp_path, text="", prove=3)
     lines = (tmp_path / "rows.jsonl").read_text().replace('"concept": 1.0', '"concept": null')
@@ -343,8 +369,9 @@ def test_nothing_is_loaded_from_elsewhere_and_nothing_runs(hostile):
     assert not any("style" in a and "url" in a["style"] for _, a in page.tags)
 
 
-def test_a_report_is_written_whole_or_not_at_all(done, tmp_path, monkeypatch):
-    monkeypatch.setattr(report._Page, "html", lambda page: "<p>whole</p>")
+def test_a_report_is_written_whole_or_not_at_all(done, found, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "findings", lambda *_, **__: found)
+    monkeypatch.setattr(report._Report, "html", lambda page: "<p>whole</p>")
     path = report.write(done, tmp_path / "deep" / "a.html")
     before = path.read_bytes()
 
@@ -368,7 +395,11 @@ def test_a_report_is_written_whole_or_not_at_all(done, tmp_path, monkeypatch):
     [
         ({"choose": 0}, "No prompts were set apart to choose", "Intervals at 95% for effects"),
         ({"choose": 0, "cells": CELLS[:1]}, "one cell, fixed beforehand", "cells were run"),
-        ({"choose": 4, "prove": 4}, "fewer than 10 prompts", "hold at 95%"),
+        (
+            {"choose": 4, "prove": 4, "nulls": (("random", 2),)},
+            "p cannot fall below 1.000",
+            "hold at 95%",
+        ),
         ({"nulls": ()}, "no random directions were run", "Davison"),
         ({"nulls": (), "singles": ()}, "No controls were run", "sign turned"),
         (
@@ -377,7 +408,6 @@ def test_a_report_is_written_whole_or_not_at_all(done, tmp_path, monkeypatch):
             "Sample texts 4 of",
         ),
         ({"until": "unsteered"}, "Only unsteered rows were run", "Davison"),
-        ({"nulls": (("random", 5),)}, "p cannot fall below 0.667", "Only unsteered"),
         (
             {"cells": [("paris", "latent_clamp", "resid_post 13", "120.0", "all")]},
             "latent_clamp(paris, 120.0) at resid_post 13",
@@ -396,23 +426,15 @@ def test_small_runs(tmp_path, options, says, not_says):
     assert page.all("h1") and "nan" not in page.text.lower().replace("unanswered", "")
 
 
-def test_missing_rows_are_named_by_their_part(tmp_path):
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("role", "says"), [("flip", "planned rows"), ("chosen", "No cell is")])
+def test_missing_rows_are_named_by_their_part(tmp_path, role, says):
     make_run(tmp_path)
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
-    kept = [line for line in lines if '"key": "flip' not in line]
-    assert len(lines) - len(kept) == 12
+    kept = [line for line in lines if f'"key": "{role}' not in line]
     (tmp_path / "rows.jsonl").write_text("\n".join(kept) + "\n")
     page = written(Run(tmp_path))[1]
-    assert "planned rows are missing (12 flip)" in page.text
-
-
-def test_a_run_that_was_stopped_before_its_chosen_cell(tmp_path):
-    make_run(tmp_path)
-    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
-    kept = [line for line in lines if '"key": "chosen' not in line]
-    (tmp_path / "rows.jsonl").write_text("\n".join(kept) + "\n")
-    page = written(Run(tmp_path))[1]
-    assert "No cell is claimed" in page.text and "(12 chosen)" in page.text
+    assert f"rows are missing (12 {role})" in page.text and says in page.text
 
 
 @pytest.mark.parametrize("role", ["grid", "unsteered", "chosen"])
@@ -438,6 +460,7 @@ def test_a_run_without_rows_has_no_report(tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_without_the_study_file(tmp_path):
     run = make_run(tmp_path, nulls=())
     (tmp_path / "study.yaml").unlink()
@@ -446,6 +469,7 @@ def test_a_report_without_the_study_file(tmp_path):
     assert "eiffel@9e4eb64f" in written(run)[1].text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_slopes_are_told_of_the_chosen_site_first(tmp_path):
     cells = [
         ("eiffel", "add", site, f"{dose} dose", "prompt")
@@ -465,9 +489,8 @@ def test_slopes_are_told_of_the_chosen_site_first(tmp_path):
 # --- notebooks ------------------------------------------------------------------------------------
 
 
-def test_the_short_form_for_a_notebook(done, monkeypatch):
-    monkeypatch.setattr(report, "_image", REAL)
-    found = done.findings()
+def test_the_short_form_for_a_notebook(found, monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", RENDER)
     shown = Page(found._repr_html_())
     assert found.verdict.text in shown.text
     assert shown.row("surprise")[1].startswith("+")
@@ -491,11 +514,11 @@ def test_the_short_form_of_what_is_not_finished(tmp_path):
     ],
 )  # fmt: skip
 def test_numbers(value, plain, signed):
-    assert report._plain(value) == plain and report._signed(value) == signed
-    assert report._span(value, None) == "none"
+    assert pieces.plain(value) == plain and pieces.signed(value) == signed
+    assert pieces.span(value, None) == "none"
 
 
 def test_text_survives_escaping():
-    assert html.unescape(report._text('a<b & "c" \'')) == 'a<b & "c" \''
-    assert report._text("\ud800\x00") == "?\ufffd"
-    assert report._table(("a",), [["<td>"]]).count("<td") == 1
+    assert html.unescape(pieces.escaped('a<b & "c" \'')) == 'a<b & "c" \''
+    assert pieces.escaped("\ud800\x00") == "?\ufffd"
+    assert pieces.table(("a",), [["<td>"]]).count("<td") == 1

@@ -1,10 +1,12 @@
 """Researcher scripts, at a size that shows that they run."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from interp_steer.direction import Direction
@@ -39,3 +41,14 @@ def test_eiffel_tower_8b_without_network_is_one_line(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["layer_sweep", "layer_ablation", "steerability"])
+def test_studies_run_at_small_size(name, tiny_folder, tmp_path, monkeypatch, capsys):
+    texts = {"INTERP_STEER_DATA": "/nonexistent", "RUN": str(tmp_path), "MODEL": str(tiny_folder)}
+    for key, value in texts.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(sys, "argv", [name, "--small"])
+    runpy.run_path(str(SCRIPTS / f"{name}.py"))
+    wrote = tmp_path / ("profile.png" if name == "layer_ablation" else "report.html")
+    assert wrote.stat().st_size > 5000 and str(wrote) in capsys.readouterr().out
