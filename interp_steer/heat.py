@@ -147,6 +147,8 @@ def heat_map(
     """
     from matplotlib.figure import Figure
 
+    if len(grid) and grid["best"].all():  # with few prompts no cell is excluded: nothing to mark
+        grid = grid.assign(best=False)
     every = spots(grid, metrics)
     kept = largest(every, chosen, most)
     count = len({s.group for s in every})

@@ -96,7 +96,8 @@ def mean(
     At each end the wider of the studentised bootstrap (Hall 1988; Efron and Tibshirani 1993, ch.
     12) and Student's t. The bootstrap alone covers skewed values but not heavy tails (92 % of t
     with 3 degrees of freedom), Student's t alone the reverse (86 % of lognormal values at n = 20);
-    the wider of both costs 2 to 4 % of width on normal values.
+    the wider of both costs 2 to 4 % of width on normal values. Lognormal values (sigma 1) are still
+    covered 92 % at n = 20, 95 % at 50.
 
     Where fewer than `DIFFERING` prompts differ from the commonest value, all equal included,
     nothing tells how far the unseen ones lie, and there is no interval unless `bounds` say so.

@@ -91,6 +91,7 @@ class Measured:
     concept: Sequence[str] = ()
     batch: int | None = None
     report: Report | None = field(default=None, repr=False)
+    _read: dict[tuple[str, ...], list[Score]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def results(self) -> list[Result]:
@@ -120,7 +121,10 @@ class Measured:
 
     def logprobs(self, texts: Sequence[str]) -> list[Score]:
         """Each row's reading of a text that follows its prompt directly."""
-        return self.engine.score(self.rows, list(texts), batch=self.batch)
+        asked = tuple(texts)
+        if asked not in self._read:
+            self._read[asked] = self.engine.score(self.rows, asked, batch=self.batch)
+        return self._read[asked]
 
 
 Function = Callable[[Measured], Numbers]

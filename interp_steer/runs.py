@@ -251,12 +251,12 @@ def choose(
     """The cell with the largest mean effect on the `choose` prompts, of those within the limits.
 
     The effect is the difference from the unsteered answer in `choose_by`, in the direction that is
-    better; a missing value counts as none. Of equal ones the first of the grid wins, of equal
-    levels so the gentlest if coefficients are listed from small to large.
+    better; a missing value counts as none. Of equal ones the gentlest wins (dose, or the coefficient
+    where there is none), then the first of the grid.
     """
     metric = measures.find(study.choose_by)
     sign = 1.0 if metric.better == "high" else -1.0
-    best: tuple[float, Setting] | None = None
+    best: tuple[tuple[float, float], Setting] | None = None
     unsteered = Cell("unsteered")
 
     def values(cell: Cell, name: str) -> list[float | None]:
@@ -270,10 +270,21 @@ def choose(
             continue
         pairs = zip(values(cell, metric.name), before, strict=True)
         moved = [sign * (a - b) if a is not None and b is not None else 0.0 for a, b in pairs]
-        effect = sum(moved) / len(moved)
-        if best is None or effect > best[0]:
-            best = effect, cell.setting
+        # rounded, so that equal sums in another order are equal
+        rank = round(sum(moved) / len(moved), 9), -_strength(study, model, cell, known)
+        if best is None or rank > best[0]:
+            best = rank, cell.setting
     return best[1] if best else None
+
+
+def _strength(
+    study: Study, model: SteeringModel, cell: Cell, known: Mapping[str, Mapping[str, Any]]
+) -> float:
+    """How strongly a cell steers, as its rows say."""
+    for row in _crossed(study, [cell], "choose"):
+        if found := known.get(key_of(study, model, row)):
+            return abs(float(found["dose"] or found["coefficient"] or 0.0))
+    return 0.0
 
 
 def _beyond(values: Sequence[float | None], name: str, limit: float) -> bool:

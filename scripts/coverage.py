@@ -301,7 +301,7 @@ if __name__ == "__main__":
         print("|---|---|---|---|---|---|---|---|")
     for block in (means, rates, seeds, differences, simultaneous, sets):
         for line in block(given.simulations):
-            inside = BAR[0] <= line.covers and (line.covers <= BAR[1] or block is sets)
+            inside = bool(BAR[0] <= line.covers and (line.covers <= BAR[1] or block is sets))
             if given.json:
                 print(json.dumps({**asdict(line), "inside": inside}))
                 continue

@@ -65,7 +65,7 @@ study = Study(
     directions={"d": contrast},
     sites=[1, 2] if SMALL else list(range(0, model.n_layers, 3)),
     coefficients=[f"{dose} dose" for dose in (-0.2, -0.1, 0.1, 0.2)],
-    metrics=["propensity", "propensity_per_token", "logit_difference"],
+    metrics=["propensity", "propensity_per_token"],
     controls=Controls(random=2, shuffled=2, selected=2)
     if SMALL
     else Controls(random=50, shuffled=50, selected=19),
