@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from interp_steer.cell import Controls
     from interp_steer.contrast import Contrast, act_add, read_prompts
     from interp_steer.direction import Direction, Directions, DirectionSet, load
     from interp_steer.engine import Engine
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
     from interp_steer.scale import Scale
     from interp_steer.site import Site
     from interp_steer.stepper import Event, Stepper
-    from interp_steer.study import Controls, Study, split_items
+    from interp_steer.study import Study, split_items
 
 _HOME = {
+    "cell": ("Controls",),
     "contrast": ("Contrast", "act_add", "read_prompts"),
     "direction": ("Direction", "DirectionSet", "Directions", "load"),
     "engine": ("Engine",),
@@ -54,7 +56,7 @@ _HOME = {
     "scale": ("Scale",),
     "site": ("Site",),
     "stepper": ("Event", "Stepper"),
-    "study": ("Controls", "Study", "split_items"),
+    "study": ("Study", "split_items"),
 }
 _FILE = {name: file for file, members in _HOME.items() for name in members}
 

@@ -11,9 +11,30 @@ from interp_steer.engine import Engine
 from interp_steer.item import Item
 from interp_steer.model import SteeringModel
 from interp_steer.row import Row
+from interp_steer.scale import Scale
+from interp_steer.stepper import Admission
 from interp_steer.study import Study
 
 TRIED = (2, 6)  # new tokens of the two short runs that the time is extrapolated from
+
+
+def check(study: Study, model: SteeringModel) -> None:
+    """Whether every cell fits the model, and the longest prompt its context, before anything runs.
+
+    Raises:
+        RequestError: one that does not.
+    """
+    admission = Admission(model)
+    longest = max(
+        (item for _, item in study.items()), key=lambda i: len(model.encode(i.prompt).ids)
+    )
+    for _, item in study.items():
+        model.encode(item.prompt)
+    unit = Scale((1.0,) * 10_000)  # more layers than there are: the model says which is too many
+    new = study.sampling.max_new_tokens if study.generates else 0
+    for setting in study.settings:
+        cell = study.cell(setting, unit)
+        admission.take(0, Row(longest.prompt, cell.steer, study.sampling), (), new)
 
 
 def forecast(study: Study) -> dict[str, int]:
@@ -62,8 +83,6 @@ class Plan:
         Raises:
             RequestError: a cell does not fit the model, or a prompt its context.
         """
-        from interp_steer.runs import check
-
         study = study.bound(model)
         check(study, model)
         rows = forecast(study)

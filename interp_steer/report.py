@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from interp_steer import methods, plots
+from interp_steer.cell import ROLES
 from interp_steer.errors import RequestError
 from interp_steer.files import whole
 from interp_steer.heat import SETTING, heat_map
@@ -33,7 +34,6 @@ from interp_steer.page import (
     table,
 )
 from interp_steer.plots import as_records
-from interp_steer.study import ROLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp_steer import metrics as measures
+from interp_steer.cell import Cell, Controls, Planned, Setting
 from interp_steer.chunk import load_modules
 from interp_steer.contrast import Contrast
 from interp_steer.direction import Direction, DirectionSet
@@ -36,95 +37,6 @@ from interp_steer.site import Site
 
 if TYPE_CHECKING:
     from interp_steer.runs import Run
-
-FLIPPED = ("add", "add_norm_kept", "clamp")  # operators for which a negative coefficient is a flip
-
-ROLES = {
-    "unsteered": "no intervention",
-    "grid": "every cell, on the prompts that choose",
-    "null_grid": "the same grid with random directions, on the prompts that choose",
-    "chosen": "the chosen cell, on the prompts that prove",
-    "flip": "the chosen cell with the coefficient's sign turned",
-    "wrong_layer": "the chosen cell's direction half the model away",
-    "random": "random directions of the same norm in the chosen cell",
-    "features": "other features of the SAE, alike in density and largest activation",
-    "shuffled": "directions from the same prompts with shuffled labels",
-    "null": "random directions, each in the cell that it chose for itself",
-}
-
-
-@dataclass(frozen=True)
-class Controls:
-    """How many of each control are run beside the chosen cell.
-
-    Attributes:
-        random: random directions of matched norm.
-        features: features matched on density and largest activation, where the direction is one.
-        shuffled: directions from shuffled labels, where it is contrastive.
-        flip, wrong_layer: whether those are run.
-        selected: random directions that go through the whole grid and the choice as the direction
-            itself did. The best of many cells is good by luck: only these tell how good. None:
-            as many as `random` if no text is generated, else none, as they cost a grid each; p is
-            then Bonferroni's over the cells of the grid.
-        seed: another one draws other random and shuffled controls.
-    """
-
-    random: int = 50
-    features: int = 50
-    shuffled: int = 50
-    flip: bool = True
-    wrong_layer: bool = True
-    selected: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("random", "features", "shuffled", "selected"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or not 0 <= value <= 10_000):
-                raise RequestError(f"controls: {name} is {value!r}, expected 0 to 10000")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One setting of a study, whatever the prompt.
-
-    Attributes:
-        role: a key of `ROLES`.
-        direction, operator, site, level, scope: as the study declares them; "" where there is none.
-        steer: the interventions, resolved to lengths.
-        null: the number of the null direction, from 0.
-    """
-
-    role: str
-    direction: str = ""
-    operator: str = ""
-    site: str = ""
-    level: str = ""
-    scope: str = ""
-    steer: tuple[Intervention, ...] = ()
-    null: int | None = None
-
-    @property
-    def setting(self) -> tuple[str, str, str, str, str]:
-        """What tells it from the other cells of the grid."""
-        return self.direction, self.operator, self.site, self.level, self.scope
-
-    def __str__(self) -> str:
-        if not self.direction:
-            return self.role
-        level = f", {self.level}" if self.level else ""
-        scope = f" on {self.scope}" if self.scope not in ("", "all") else ""
-        return f"{self.operator}({self.direction}{level}) at {self.site}{scope}"
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A row of the plan: a cell on an item with a seed."""
-
-    cell: Cell
-    item: Item
-    split: str
-    seed: int
 
 
 def _tuple(given: object) -> tuple[Any, ...]:
@@ -181,7 +93,7 @@ class Study:
     neutral: Sequence[Any] = ()
     build: Sequence[Any] = ()
     method: str = "mean-difference"
-    controls: Controls = Controls()
+    controls: Controls = field(default_factory=Controls)
     sampling: Sampling = field(default_factory=Sampling)
     as_chat: bool | None = None
     system: str | None = None
@@ -308,7 +220,7 @@ class Study:
         return 0 if self.generates else self.controls.random
 
     @cached_property
-    def settings(self) -> tuple[tuple[str, str, str, str, str], ...]:
+    def settings(self) -> tuple[Setting, ...]:
         """(direction, operator, site, level, scope) of every cell of the grid."""
         crossed = [
             (name, operator, site, level if OPERATORS[operator][1] else "", scope)
@@ -349,7 +261,7 @@ class Study:
 
     def cell(
         self,
-        setting: tuple[str, str, str, str, str],
+        setting: Setting,
         scale: Scale,
         role: str = "grid",
         vectors: Mapping[str, Vector] | None = None,
@@ -376,7 +288,8 @@ class Study:
         drawn = {name: vector.random(seed) for name, vector in self.vectors.items()}
         return {name: one.named(f"{name}-random{number}") for name, one in drawn.items()}
 
-    def _shuffled(self, contrasts: Mapping[str, Contrast], number: int) -> dict[str, Vector]:
+    def shuffled(self, contrasts: Mapping[str, Contrast], number: int) -> dict[str, Vector]:
+        """Directions from shuffled labels in place of contrastive ones."""
         seed = self.controls.seed * 100_003 + number
         return {
             name: contrast.shuffled(seed).directions(self.method, f"{name}-shuffled{number}")
@@ -386,45 +299,6 @@ class Study:
     def sampled(self, row: Planned) -> Row:
         """The row that a planned row runs."""
         return Row(row.item.prompt, row.cell.steer, self.sampling, row.seed)
-
-    def controlled(
-        self, setting: tuple[str, str, str, str, str], scale: Scale, n_layers: int
-    ) -> list[Cell]:
-        """The chosen cell and its controls; what cannot be controlled so is left out."""
-        from interp_steer.matched import matched_features
-
-        chosen = self.cell(setting, scale, "chosen")
-        name, operator, site, level, scope = setting
-        cells = [chosen]
-        if not operator:
-            named = {v.name for one in parse(name, self.vectors) for v in one.directions}
-        else:
-            named = {name}
-            value, unit = Reader(level or "0").only(Reader.coefficient)
-            if self.controls.flip and operator in FLIPPED and value:
-                turned = f"{-value!r} {unit}".strip()
-                flipped = self.cell((name, operator, site, turned, scope), scale, "flip")
-                cells.append(replace(flipped, level=level))
-            if self.controls.wrong_layer and operator != "latent_clamp":
-                cells.append(replace(_elsewhere(chosen, self.vectors[name], scale, n_layers)))
-
-        def put(role: str, made: Sequence[Mapping[str, Vector]]) -> None:
-            for number, vectors in enumerate(made):
-                cells.append(self.cell(setting, scale, role, {**self.vectors, **vectors}, number))
-
-        if operator != "latent_clamp":
-            put("random", [self.null_vectors(k) for k in range(self.controls.random)])
-        contrasts = {n: c for n, c in self.directions.items() if isinstance(c, Contrast)}
-        if named & set(contrasts):
-            drawn = [self._shuffled(contrasts, k) for k in range(self.controls.shuffled)]
-            put("shuffled", drawn)
-        features = {
-            n: v for n, v in self.vectors.items() if isinstance(v, Direction) and v.is_feature
-        }
-        for n in sorted(named & set(features)):
-            count = self.controls.features
-            put("features", [{n: v} for v in matched_features(features[n], count)])
-        return cells
 
     def notes(self) -> list[str]:
         """What a small study should say of itself."""
@@ -452,8 +326,8 @@ class Study:
         return told
 
     def run(self, model: SteeringModel, folder: Any, **options: Any) -> "Run":
-        """Runs the study, or goes on with it, in a folder; see `runs.run`."""
-        from interp_steer.runs import run
+        """Runs the study, or goes on with it, in a folder; see `execution.run`."""
+        from interp_steer.execution import run
 
         return run(self, model, folder, **options)
 
@@ -511,16 +385,3 @@ def _level(given: object) -> str:
 
 def _with(one: Intervention, change: Callable[[Vector], Vector]) -> Intervention:
     return replace(one, directions=tuple(change(vector) for vector in one.directions))
-
-
-def _elsewhere(chosen: Cell, vector: Vector, scale: Scale, n_layers: int) -> Cell:
-    """The chosen cell with each direction half the model away from its layer, at the same level."""
-    steps: list[Intervention] = []
-    value, unit = Reader(chosen.level or "0").only(Reader.coefficient)
-    for site in Reader(chosen.site).only(Reader.sites):
-        there = replace(site, layer=(site.layer + n_layers // 2) % n_layers)
-        own = vector[site.layer] if isinstance(vector, DirectionSet) else vector
-        moved = own.at(there.hook_point)
-        scope = Reader(chosen.scope).only(Reader.scope)
-        steps.append(Intervention(chosen.operator, (moved,), value, unit, (there,), scope))
-    return replace(chosen, role="wrong_layer", steer=resolve(steps, scale))

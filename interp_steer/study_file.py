@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from interp_steer.cell import Controls
 from interp_steer.contrast import POSITIONS, Contrast
 from interp_steer.direction import Direction, Directions, DirectionSet, is_name
 from interp_steer.errors import RequestError, nearest
@@ -30,7 +31,7 @@ from interp_steer.intervention import Vector
 from interp_steer.item import Item, read_items
 from interp_steer.model import SteeringModel
 from interp_steer.row import Sampling
-from interp_steer.study import Controls, Study, split_items
+from interp_steer.study import Study, split_items
 
 PARTS = ("choose", "prove", "neutral", "build")
 MODEL = ("model", "dtype", "revision")

@@ -63,7 +63,7 @@ study = Study(
     choose=choose,
     prove=prove,
     directions={"d": contrast},
-    sites=[1, 2] if SMALL else list(range(0, model.n_layers, 3)),
+    sites=[1, 2] if SMALL else list(range(3, model.n_layers, 5)),
     coefficients=[f"{dose} dose" for dose in (-0.2, -0.1, 0.1, 0.2)],
     metrics=["propensity", "propensity_per_token"],
     controls=Controls(random=2, shuffled=2, selected=2)

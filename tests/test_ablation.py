@@ -13,21 +13,13 @@ import pytest
 import torch
 
 from interp_steer import intervals
-from interp_steer.ablation import (
-    COMPONENTS,
-    SCORES,
-    Ablation,
-    Edit,
-    Reading,
-    Trunk,
-    ablate,
-    put,
-    summarised,
-)
+from interp_steer.ablation import COMPONENTS, Ablation, ablate
+from interp_steer.branch import Edit, Trunk, put
 from interp_steer.direction import Direction, DirectionSet
 from interp_steer.errors import RequestError
 from interp_steer.features import feature
 from interp_steer.item import Item
+from interp_steer.reading import SCORES, Reading, summarised
 from interp_steer.site import Site
 from tests.conftest import hf_streams
 from tests.test_sae import LAYER, saved

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from interp_steer import intervals
+from interp_steer.cell import Controls
 from interp_steer.direction import Direction
 from interp_steer.findings import Findings
 from interp_steer.item import Item
-from interp_steer.study import Controls, Study
+from interp_steer.study import Study
 
 WORDS = [f"number {n}" for n in range(24)]
 

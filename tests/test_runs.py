@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from interp_steer.cell import Controls
 from interp_steer.contrast import Contrast
 from interp_steer.direction import Direction
 from interp_steer.engine import Engine
@@ -19,7 +20,7 @@ from interp_steer.metrics import METRICS, metric
 from interp_steer.plan import Plan, forecast
 from interp_steer.row import Sampling
 from interp_steer.runs import Run
-from interp_steer.study import Controls, Study
+from interp_steer.study import Study
 
 WORDS = [
     "fox",

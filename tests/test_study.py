@@ -3,13 +3,15 @@
 import pytest
 import torch
 
+from interp_steer.cell import Controls
 from interp_steer.contrast import Contrast
 from interp_steer.direction import Direction
 from interp_steer.errors import RequestError
 from interp_steer.intervention import line
 from interp_steer.item import Item
 from interp_steer.scale import Scale
-from interp_steer.study import Controls, Study, split_items
+from interp_steer.stages import controlled
+from interp_steer.study import Study, split_items
 from interp_steer.study_file import StudyFile, write
 
 SCALE = Scale(tuple(float(10 + i) for i in range(7)))
@@ -71,7 +73,7 @@ def test_controls_of_a_contrastive_direction():
     g = torch.Generator().manual_seed(1)
     contrast = Contrast(torch.randn(6, 4, 64, generator=g), torch.randn(6, 4, 64, generator=g))
     made = study(directions={"d": contrast}, controls=Controls(random=3, shuffled=2))
-    cells = made.controlled(("d", "add", "resid_post 1", "0.5 dose", "all"), SCALE, 6)
+    cells = controlled(made, ("d", "add", "resid_post 1", "0.5 dose", "all"), SCALE, 6)
     assert [c.role for c in cells] == [
         "chosen", "flip", "wrong_layer", *["random"] * 3, *["shuffled"] * 2,
     ]  # fmt: skip

@@ -4,19 +4,20 @@ import itertools
 
 import pytest
 import torch
+from test_ablation import FOX, HOOKS, activations, ids_of, replacing, run, sequence
 
-from interp_steer import tracing
-from interp_steer.ablation import Trunk
+from interp_steer import selection, tracing
+from interp_steer.branch import Trunk
 from interp_steer.direction import Direction
 from interp_steer.errors import RequestError
 from interp_steer.hooks import fwd_hooks
 from interp_steer.intervention import Gate, steer
 from interp_steer.item import Item
 from interp_steer.prompt import chat
+from interp_steer.selection import select_direction
 from interp_steer.site import Site
-from interp_steer.tracing import mediation, patch, propagation, select_direction
+from interp_steer.tracing import mediation, patch, propagation
 from tests.conftest import hf_streams
-from tests.test_ablation import FOX, HOOKS, activations, ids_of, replacing, run, sequence
 
 TOWER = Item(
     "I love the tower; I hate", " the dog", " the fox", corrupted="I hate the tower; I love"
@@ -327,7 +328,7 @@ def effects(model, sides, vector, layer: int, first: int = 1) -> tuple[float, fl
     return tuple(sum(values) / len(values) for values in (added, ablated, kl))
 
 
-@pytest.mark.parametrize("by", tracing.RANKED)
+@pytest.mark.parametrize("by", selection.RANKED)
 def test_selection_scores_each_candidate_and_takes_the_best(tiny, by):
     first = by == "both"
     found = select_direction(

@@ -1,0 +1,184 @@
+"""What a study runs, in which order: each stage builds on the rows of the ones before."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from interp_steer import metrics as measures
+from interp_steer.cell import Cell, Planned, Setting
+from interp_steer.contrast import Contrast
+from interp_steer.direction import Direction, DirectionSet
+from interp_steer.grammar import Reader
+from interp_steer.intervention import Intervention, Vector, parse, resolve
+from interp_steer.matched import matched_features
+from interp_steer.model import SteeringModel
+from interp_steer.scale import Scale
+from interp_steer.study import Study
+
+FLIPPED = ("add", "add_norm_kept", "clamp")  # operators for which a negative coefficient is a flip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Rows that may run together; each stage builds on the ones before."""
+
+    name: str
+    rows: Sequence[Planned]
+
+
+def stages(
+    study: Study, model: SteeringModel, scale: Scale, known: Mapping[str, Mapping[str, Any]]
+) -> Iterator[Stage]:
+    """The stages in order; `known` has the rows of the earlier ones when the next is asked for.
+
+    Nothing is proved where no cell passes the limits.
+    """
+    unsteered = Cell("unsteered")
+    yield Stage(
+        "unsteered",
+        [Planned(unsteered, i, s, seed) for s, i in study.items() for seed in study.seeds],
+    )
+    settings = {setting: "" for setting in study.settings}
+    grid = study.grid(scale)
+    chosen: Setting | None = study.settings[0]
+    null_cells: list[Cell] = []
+    if study.choose:
+        nulls: dict[int, list[Cell]] = {}
+        for number in range(study.selected):
+            vectors = study.null_vectors(number)
+            nulls[number] = [
+                study.cell(setting, scale, "null_grid", vectors, number) for setting in settings
+            ]
+        cells = [*grid, *(cell for one in nulls.values() for cell in one)]
+        yield Stage("grid", _crossed(study, cells, "choose"))
+        chosen = choose(study, model, grid, known)
+        for number, mine in nulls.items():
+            picked = choose(study, model, mine, known)
+            if picked is not None:
+                vectors = study.null_vectors(number)
+                null_cells.append(study.cell(picked, scale, "null", vectors, number))
+    elif len(study.settings) > 1:
+        # nothing was chosen: the whole grid is shown on `prove`, and no cell of it is claimed
+        cells = [study.cell(setting, scale, "grid") for setting in study.settings]
+        yield Stage("grid", _crossed(study, cells, "prove"))
+        return
+    if chosen is None:
+        return
+    beside = controlled(study, chosen, scale, model.n_layers)
+    rows = _crossed(study, [*beside, *null_cells], "prove")
+    rows += _crossed(study, [c for c in beside if c.role in ("chosen", "flip")], "neutral")
+    yield Stage("prove", rows)
+
+
+def choose(
+    study: Study,
+    model: SteeringModel,
+    cells: Sequence[Cell],
+    known: Mapping[str, Mapping[str, Any]],
+) -> Setting | None:
+    """The cell with the largest mean effect on the `choose` prompts, of those within the limits.
+
+    The effect is the difference from the unsteered answer in `choose_by`, in the direction that is
+    better; a missing value counts as none. Of equal ones the gentlest wins (by dose, or coefficient
+    where there is none), then the first of the grid.
+    """
+    metric = measures.find(study.choose_by)
+    sign = 1.0 if metric.better == "high" else -1.0
+    best: tuple[tuple[float, float], Setting] | None = None
+    unsteered = Cell("unsteered")
+
+    def values(cell: Cell, name: str) -> list[float | None]:
+        rows = _crossed(study, [cell], "choose")
+        found = (known.get(key_of(study, model, row)) for row in rows)
+        return [row["metrics"].get(name) if row else None for row in found]
+
+    before = values(unsteered, metric.name)
+    for cell in cells:
+        if any(_beyond(values(cell, name), name, limit) for name, limit in study.limits.items()):
+            continue
+        pairs = zip(values(cell, metric.name), before, strict=True)
+        moved = [sign * (a - b) if a is not None and b is not None else 0.0 for a, b in pairs]
+        # rounded, so that equal sums in another order are equal
+        rank = round(sum(moved) / len(moved), 9), -_strength(study, model, cell, known)
+        if best is None or rank > best[0]:
+            best = rank, cell.setting
+    return best[1] if best else None
+
+
+def _strength(
+    study: Study, model: SteeringModel, cell: Cell, known: Mapping[str, Mapping[str, Any]]
+) -> float:
+    """How strongly a cell steers, as its rows say."""
+    for row in _crossed(study, [cell], "choose"):
+        if found := known.get(key_of(study, model, row)):
+            return abs(float(found["dose"] or found["coefficient"] or 0.0))
+    return 0.0
+
+
+def _beyond(values: Sequence[float | None], name: str, limit: float) -> bool:
+    """Whether the mean of what is not missing is worse than a limit; nothing at all is too."""
+    told = [v for v in values if v is not None]
+    if not told:
+        return True
+    mean = sum(told) / len(told)
+    return mean < limit if measures.find(name).better == "high" else mean > limit
+
+
+def key_of(study: Study, model: SteeringModel, row: Planned) -> str:
+    """The key of a planned row: the content of the row, and what its answer is judged by."""
+    judged = f"{row.item.id} {list(study.concept)}"
+    tail = hashlib.sha256(judged.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{study.sampled(row).key(model)}-{tail}"
+
+
+def controlled(study: Study, setting: Setting, scale: Scale, n_layers: int) -> list[Cell]:
+    """The chosen cell and its controls; what cannot be controlled so is left out."""
+    chosen = study.cell(setting, scale, "chosen")
+    name, operator, site, level, scope = setting
+    cells = [chosen]
+    if not operator:
+        named = {v.name for one in parse(name, study.vectors) for v in one.directions}
+    else:
+        named = {name}
+        value, unit = Reader(level or "0").only(Reader.coefficient)
+        if study.controls.flip and operator in FLIPPED and value:
+            turned = f"{-value!r} {unit}".strip()
+            flipped = study.cell((name, operator, site, turned, scope), scale, "flip")
+            cells.append(replace(flipped, level=level))
+        if study.controls.wrong_layer and operator != "latent_clamp":
+            cells.append(replace(_elsewhere(chosen, study.vectors[name], scale, n_layers)))
+
+    def put(role: str, made: Sequence[Mapping[str, Vector]]) -> None:
+        for number, vectors in enumerate(made):
+            cells.append(study.cell(setting, scale, role, {**study.vectors, **vectors}, number))
+
+    if operator != "latent_clamp":
+        put("random", [study.null_vectors(k) for k in range(study.controls.random)])
+    contrasts = {n: c for n, c in study.directions.items() if isinstance(c, Contrast)}
+    if named & set(contrasts):
+        drawn = [study.shuffled(contrasts, k) for k in range(study.controls.shuffled)]
+        put("shuffled", drawn)
+    features = {n: v for n, v in study.vectors.items() if isinstance(v, Direction) and v.is_feature}
+    for n in sorted(named & set(features)):
+        count = study.controls.features
+        put("features", [{n: v} for v in matched_features(features[n], count)])
+    return cells
+
+
+def _elsewhere(chosen: Cell, vector: Vector, scale: Scale, n_layers: int) -> Cell:
+    """The chosen cell with each direction half the model away from its layer, at the same level."""
+    steps: list[Intervention] = []
+    value, unit = Reader(chosen.level or "0").only(Reader.coefficient)
+    for site in Reader(chosen.site).only(Reader.sites):
+        there = replace(site, layer=(site.layer + n_layers // 2) % n_layers)
+        own = vector[site.layer] if isinstance(vector, DirectionSet) else vector
+        moved = own.at(there.hook_point)
+        scope = Reader(chosen.scope).only(Reader.scope)
+        steps.append(Intervention(chosen.operator, (moved,), value, unit, (there,), scope))
+    return replace(chosen, role="wrong_layer", steer=resolve(steps, scale))
+
+
+def _crossed(study: Study, cells: Sequence[Cell], split: str) -> list[Planned]:
+    items = getattr(study, split)
+    return [Planned(c, i, split, s) for i in items for s in study.seeds for c in cells]
