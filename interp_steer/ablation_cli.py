@@ -212,11 +212,9 @@ def _write(
     if as_json:
         print(json.dumps(json.loads(summary.to_json(orient="records")), indent=1))
         return
+    dull = [c for c in summary if summary[c].isna().all()]
     # what is the same in every line says nothing
-    same = {"missing": "0", "interval": str(summary["interval"].iloc[0])}
-    dull = [
-        c for c in summary if summary[c].isna().all() or set(map(str, summary[c])) == {same.get(c)}
-    ]
+    dull += [c for c in ("missing", "interval") if summary[c].nunique() == 1]
     shown = summary.drop(columns=dull)
     print(safe(shown.head(SHOWN).round(4).to_string(index=False)))
     if len(shown) > SHOWN:

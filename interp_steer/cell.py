@@ -52,6 +52,13 @@ class Controls:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 0 <= value <= 10_000):
                 raise RequestError(f"controls: {name} is {value!r}, expected 0 to 10000")
+        for name in ("flip", "wrong_layer"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(
+                    f"controls: {name} is {getattr(self, name)!r}, expected true or false"
+                )
+        if type(self.seed) is not int:
+            raise RequestError(f"controls: seed is {self.seed!r}, expected a whole number")
 
 
 @dataclass(frozen=True)

@@ -210,9 +210,9 @@ def metric(
     return registered
 
 
-def find(name: str) -> Metric:
+def find(name: object) -> Metric:
     """A metric by its name; raises RequestError with the nearest names."""
-    if name not in METRICS:
+    if not isinstance(name, str) or name not in METRICS:
         raise RequestError(f"unknown metric {name!r}{nearest(name, METRICS)}")
     return METRICS[name]
 

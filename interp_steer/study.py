@@ -88,7 +88,7 @@ class Study:
     lines: Any = ()
     metrics: Any = ()
     choose_by: str = ""
-    limits: Mapping[str, float] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
     concept: Any = ()
     neutral: Sequence[Any] = ()
     build: Sequence[Any] = ()
@@ -96,15 +96,15 @@ class Study:
     controls: Controls = field(default_factory=Controls)
     sampling: Sampling = field(default_factory=Sampling)
     as_chat: bool | None = None
-    system: str | None = None
+    system: Any = None
     modules: Any = ()
     chunk: int = 128
     question: str = ""
 
     def __post_init__(self) -> None:
-        put: Callable[[str, object], None] = lambda name, value: object.__setattr__(  # noqa: E731
-            self, name, value
-        )
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
         put("modules", tuple(str(Path(one).resolve()) for one in _tuple(self.modules)))
         load_modules(self.modules)
         for name in ("choose", "prove", "neutral", "build"):
@@ -128,13 +128,14 @@ class Study:
         self._check()
 
     def _check(self) -> None:
-        for name, fits in (("sites", not self.lines), ("coefficients", False)):
-            if fits and not getattr(self, name):
-                raise RequestError(f"the study has no {name}")
+        if not self.sites and not self.lines:
+            raise RequestError("the study has no sites")
         for name in ("sites", "coefficients", "operators", "scopes", "seeds", "lines", "metrics"):
             values = getattr(self, name)
             if twice := [v for i, v in enumerate(values) if v in values[:i]]:
                 raise RequestError(f"{name} hold {twice[0]!r} twice")
+        if not isinstance(self.system, (str, type(None))):
+            raise RequestError(f"system is {self.system!r}, expected text")
         if not self.prove:
             raise RequestError("the study has no prompts to prove with")
         if not self.directions:
@@ -157,6 +158,12 @@ class Study:
             raise RequestError(f"seeds are {list(self.seeds)}, expected whole numbers")
         if type(self.chunk) is not int or self.chunk < 1:
             raise RequestError(f"chunk is {self.chunk!r}, expected at least 1")
+        for word in self.concept:
+            if not isinstance(word, str) or not word.strip():
+                raise RequestError(f"concept holds {word!r}, expected words")
+        for name, limit in self.limits.items():
+            if isinstance(limit, bool) or not isinstance(limit, (int, float)):
+                raise RequestError(f"the limit of {name} is {limit!r}, expected a number")
         for name in (*self.metrics, self.choose_by, *self.limits):
             measures.find(name)
         for name in (self.choose_by, *self.limits):
