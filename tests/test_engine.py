@@ -486,7 +486,7 @@ def test_a_failed_prefill_leaves_the_running_rows_where_they_were(engine, answer
 
 @pytest.mark.parametrize("ids", [[-1], [10**9], [1.5], [True], [None]])
 def test_what_is_no_token_id_is_refused(engine, ids):
-    check = getattr(Engine._ids, "__wrapped__", Engine._ids)  # past the tests' own type checks
+    check = getattr(Engine.ids, "__wrapped__", Engine.ids)  # past the tests' own type checks
     with pytest.raises(RequestError, match="no token id"):
         check(engine, ids)
 
