@@ -73,7 +73,8 @@ class Run:
         table = pd.DataFrame(lines)
         for name in named:
             table[name] = pd.to_numeric(table[name])
-        table["null"] = table["null"].astype("Int64")
+        for name in ("null", "layer", "head"):
+            table[name] = table[name].astype("Int64")
         return table[[*first, *(c for c in table.columns if c not in first)]]
 
     def save(self, path: str | Path) -> Path:
