@@ -15,7 +15,7 @@ from interp_steer.scale import Scale
 from interp_steer.stepper import Admission
 from interp_steer.study import Study
 
-TRIED = (2, 6)  # new tokens of the two short runs that the time is extrapolated from
+TRIED = (2, 16)  # new tokens of the two short runs that the time is extrapolated from
 
 
 def check(study: Study, model: SteeringModel) -> None:

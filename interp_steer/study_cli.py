@@ -70,7 +70,7 @@ def _show(study: "Study", made: Any) -> None:
         print(f"{name:<10}  {rows:>8,}  {made.chunks[name]:>6,}")
     print(f"memory  {made.memory / 1e9:.2f} GB, of which {made.weights / 1e9:.2f} GB are weights")
     if made.seconds is not None:
-        print(f"time    at most about {_minutes(made.seconds)}")
+        print(f"time    about {_minutes(made.seconds)}")
     for note in study.notes():
         print(f"note    {note}")
 

@@ -59,7 +59,7 @@ def error(capsys, code, *words) -> str:
 
 def test_from_the_plan_to_the_report(folder, capsys):
     out, _ = said(capsys, 0, "study", "plan", folder / "s.yaml")
-    assert "unsteered" in out and "GB are weights" in out and "at most about" in out
+    assert "unsteered" in out and "GB are weights" in out and "time    about" in out
     assert "points without intervals" in out and "2 random controls; 50 are usual" in out
     planned = json.loads(said(capsys, 0, "study", "plan", folder / "s.yaml", "--json")[0])
     run = folder / "run"
