@@ -75,7 +75,7 @@ def run(
     check(study, model)
     manifest = _opened(folder, study, model, about, arguments)
     scale = study.scale(model)
-    work = _Work(study, model, folder, results, before, shard, manifest["threads"])
+    work = _Work(study, model, folder, results, before, shard)
     with _pinned(manifest["threads"]), results.writing():
         total = sum(forecast(study).values())
         with progress("running the study", total, unit="rows") as report:
@@ -98,17 +98,9 @@ def run(
     return Run(folder)
 
 
-def chunks(
-    study: Study, model: SteeringModel, stage: Stage, known: Mapping[str, Mapping[str, Any]]
-) -> list[list[tuple[str, Planned]]]:
+def chunks(study: Study, model: SteeringModel, stage: Stage) -> list[list[tuple[str, Planned]]]:
     """(key, row) of a stage in chunks: items of one kind, short prompts first, each row once."""
-    ordered = sorted(
-        {(kind(r.item), len(model.encode(r.item.prompt).ids)) for r in stage.rows},
-    )
-    rank = {pair: n for n, pair in enumerate(ordered)}
-    rows = sorted(
-        stage.rows, key=lambda r: rank[kind(r.item), len(model.encode(r.item.prompt).ids)]
-    )
+    rows = sorted(stage.rows, key=lambda r: (kind(r.item), len(model.encode(r.item.prompt).ids)))
     unique: dict[str, Planned] = {}
     for row in rows:
         unique.setdefault(key_of(study, model, row), row)
@@ -132,7 +124,6 @@ class _Work:
         results: Results,
         known: dict[str, Mapping[str, Any]],
         shard: tuple[int, int] | None,
-        threads: int,
     ) -> None:
         self.study, self.model, self.folder = study, model, folder
         self.results, self.known, self.shard = results, known, shard
@@ -148,7 +139,7 @@ class _Work:
 
     def do(self, stage: Stage) -> bool:
         """Runs what is missing of a stage; False where other shards' rows are missing still."""
-        made = chunks(self.study, self.model, stage, self.known)
+        made = chunks(self.study, self.model, stage)
         self._planned(stage, {id(row): key for part in made for key, row in part})
         todo = []
         for number, part in enumerate(made):
