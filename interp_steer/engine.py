@@ -15,7 +15,6 @@ from interp_steer.console import Report
 from interp_steer.errors import RequestError, RunError
 from interp_steer.forward import run
 from interp_steer.model import SteeringModel
-from interp_steer.prompt import readable
 from interp_steer.row import Result, Row, Score
 from interp_steer.site import Site
 from interp_steer.stepper import Admission, Stepper, Taps
@@ -194,8 +193,7 @@ class Engine:
     def ids(self, continuation: Sequence[int] | str) -> tuple[int, ...]:
         """Token ids of a continuation: as given, or of a text that follows a prompt directly."""
         if isinstance(continuation, str):
-            text = readable(continuation)
-            return tuple(self.model.tokenizer(text, add_special_tokens=False)["input_ids"])
+            return self.model.encode_after(continuation)
         for token in continuation:
             if type(token) is not int or not 0 <= token < self.model.d_vocab:
                 raise RequestError(

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ def run(
     check(study, model)
     manifest = _opened(folder, study, model, about, arguments)
     scale = study.scale(model)
-    work = _Work(study, model, folder, results, before, shard)
+    work = _Work(study, model, folder, results, before, shard, scale)
     with _pinned(manifest["threads"]), results.writing():
         total = sum(forecast(study).values())
         with progress("running the study", total, unit="rows") as report:
@@ -124,9 +123,11 @@ class _Work:
         results: Results,
         known: dict[str, Mapping[str, Any]],
         shard: tuple[int, int] | None,
+        scale: Scale,
     ) -> None:
         self.study, self.model, self.folder = study, model, folder
         self.results, self.known, self.shard = results, known, shard
+        self.scale = scale
         self.mapper: Mapper
         self.report: Callable[[float], None] = lambda done: None
         self.failures: list[Failure] = []
@@ -201,13 +202,9 @@ class _Work:
             concept=tuple(self.study.concept),
         )
 
-    @cached_property
-    def _scale(self) -> Scale:
-        return self.study.scale(self.model)
-
     def _about(self, row: Planned) -> Record:
         """What a row's record says of it, beside what comes out."""
-        strengths = [s for one in row.cell.steer for s in one.strengths(self._scale)]
+        strengths = [s for one in row.cell.steer for s in one.strengths(self.scale)]
         sites = [site for one in row.cell.steer for site in one.sites]
 
         def mean(name: str) -> float | None:

@@ -181,8 +181,7 @@ class _Reader:
                     intervals.bands(whole.to_numpy(), level=self.level, bounds=_apart(metric))
                 )
             if metric is self.decides and len(whole):
-                sign = 1.0 if metric.better == "high" else -1.0
-                best = intervals.best_set(sign * whole.to_numpy(), level=self.level)
+                best = intervals.best_set(metric.sign * whole.to_numpy(), level=self.level)
             for i, (setting, part) in enumerate(cells):
                 told = moved[i].dropna()
                 span = spans[i]
@@ -219,8 +218,8 @@ class _Reader:
         out: set[int] = set()
         for name, limit in self.manifest["limits"].items():
             mine = grid[grid["metric"] == name]
-            high = measures.find(name).better == "high"
-            beyond = mine["mean"] < limit if high else mine["mean"] > limit
+            sign = measures.find(name).sign
+            beyond = sign * mine["mean"] < sign * limit
             out |= set(mine[beyond | mine["mean"].isna()]["cell"])
         return out
 
@@ -322,8 +321,7 @@ class _Reader:
                 if not len(effects):
                     continue
                 if metric is self.decides:
-                    sign = 1.0 if metric.better == "high" else -1.0
-                    p = intervals.p_null(sign * seen, sign * effects)
+                    p = intervals.p_null(metric.sign * seen, metric.sign * effects)
                 else:
                     p = intervals.p_null(abs(seen), np.abs(effects))
                 lines.append(
@@ -419,11 +417,9 @@ class _Reader:
                 levels = levels.sort_index(axis=1).dropna()
                 if levels.shape[1] < 3 or levels.empty:
                     continue
-                each = intervals.slopes(
-                    levels.columns.to_numpy(float), levels.to_numpy(float).copy()
+                mean, negative = intervals.steerability(
+                    levels.columns.to_numpy(float), levels.to_numpy(float), level=self.level
                 )
-                mean = intervals.mean(each, level=self.level)
-                negative = intervals.rate(each < 0, level=self.level)
                 lines.append(
                     {
                         **dict(zip(group, setting, strict=True)),

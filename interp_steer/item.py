@@ -67,8 +67,8 @@ class Item:
     def as_mapping(self) -> dict[str, Any]:
         """The fields that are given, as `of` reads them back."""
         told = {k: v for k, v in vars(self).items() if v is not None and v != ()}
-        told["choices"] = list(self.choices)
-        told = {k: v for k, v in told.items() if v != []}
+        if self.choices:
+            told["choices"] = list(self.choices)
         if isinstance(self.prompt, str):
             return told
         del told["prompt"]

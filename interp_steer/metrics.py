@@ -158,6 +158,11 @@ class Metric:
     bounds: tuple[float, float] | None
     about: str
 
+    @property
+    def sign(self) -> float:
+        """1 where more is better, -1 where less is."""
+        return 1.0 if self.better == "high" else -1.0
+
     def applies(self, item: Item) -> bool:
         """Whether it can be asked of an item."""
         return {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from interp_steer.errors import RequestError
 from interp_steer.loading import find_folder, pick_device, pick_dtype, read, refuse_unsupported
-from interp_steer.prompt import Encoded, Prompt, encode, is_chat
+from interp_steer.prompt import Encoded, Prompt, encode, is_chat, readable
 from interp_steer.site import Site
 
 if TYPE_CHECKING:
@@ -183,6 +183,10 @@ class SteeringModel:
 
     def _encode(self, prompt: Prompt) -> Encoded:
         return encode(self.tokenizer, prompt, self.n_ctx, self.name)
+
+    def encode_after(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that follows a prompt directly."""
+        return tuple(self.tokenizer(readable(text), add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated tokens, without special tokens."""

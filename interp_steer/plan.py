@@ -115,7 +115,8 @@ def _seconds(study: Study, model: SteeringModel, rows: int) -> float:
     """Of one chunk of so many rows: two short runs of real cells, extrapolated over new tokens."""
     engine = Engine(model)
     items = [item for split, item in study.items() if split == "choose"] or list(study.prove)
-    cells = [study.cell(setting, study.scale(model)) for setting in study.settings[:rows]]
+    scale = study.scale(model)
+    cells = [study.cell(setting, scale) for setting in study.settings[:rows]]
     pairs = [(item, cell) for item in items for cell in cells]
     pairs = (pairs * math.ceil(rows / len(pairs)))[:rows]
     took = []

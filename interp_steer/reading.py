@@ -16,7 +16,7 @@ from interp_steer.console import Report
 from interp_steer.errors import RequestError
 from interp_steer.item import Item
 from interp_steer.model import SteeringModel
-from interp_steer.prompt import Prompt, readable
+from interp_steer.prompt import Prompt
 
 SCORES = ("logit_difference", "kl_last", "kl_all", "loss", "words")
 """`logit_difference`: log p(y+) - log p(y-) at the first token in which an item's answers differ.
@@ -54,10 +54,10 @@ class Reading:
         last, loss, shared, pair = len(prompt) - 1, (0, len(prompt) - 1), 0, None
         tail: tuple[int, ...] = ()
         if item.continuation is not None:
-            tail = token_ids(model, item.continuation)
+            tail = model.encode_after(item.continuation)
             loss = last, last + len(tail)
         if item.positive is not None and item.negative is not None:
-            yes, no = token_ids(model, item.positive), token_ids(model, item.negative)
+            yes, no = model.encode_after(item.positive), model.encode_after(item.negative)
             differs = (i for i, (y, n) in enumerate(zip(yes, no, strict=False)) if y != n)
             found = next(differs, None)
             if found is None:
@@ -100,11 +100,6 @@ class Reading:
                 "activations are exchanged between prompts of one length"
             )
         return (*ids, *self.ids[self.last + 1 :])
-
-
-def token_ids(model: SteeringModel, text: str) -> tuple[int, ...]:
-    """Tokens of a text that follows a prompt directly."""
-    return tuple(model.tokenizer(readable(text), add_special_tokens=False)["input_ids"])
 
 
 class Judge:
@@ -268,7 +263,9 @@ def chosen_scores(
 
 def first_tokens(model: SteeringModel, words: Sequence[str]) -> list[int]:
     """The first token of every word, with and without a space before it."""
-    said = [token_ids(model, text) for word in words for text in (word.strip(), f" {word.strip()}")]
+    said = [
+        model.encode_after(text) for word in words for text in (word.strip(), f" {word.strip()}")
+    ]
     if not all(said):
         raise RequestError("a word is empty")
     return sorted({ids[0] for ids in said})

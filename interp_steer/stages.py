@@ -39,33 +39,29 @@ def stages(
         "unsteered",
         [Planned(unsteered, i, s, seed) for s, i in study.items() for seed in study.seeds],
     )
-    settings = {setting: "" for setting in study.settings}
     grid = study.grid(scale)
-    chosen: Setting | None = study.settings[0]
+    chosen: Cell | None = grid[0]
     null_cells: list[Cell] = []
     if study.choose:
         nulls: dict[int, list[Cell]] = {}
         for number in range(study.selected):
             vectors = study.null_vectors(number)
             nulls[number] = [
-                study.cell(setting, scale, "null_grid", vectors, number) for setting in settings
+                study.cell(setting, scale, "null_grid", vectors, number)
+                for setting in study.settings
             ]
         cells = [*grid, *(cell for one in nulls.values() for cell in one)]
         yield Stage("grid", _crossed(study, cells, "choose"))
         chosen = choose(study, model, grid, known)
-        for number, mine in nulls.items():
-            picked = choose(study, model, mine, known)
-            if picked is not None:
-                vectors = study.null_vectors(number)
-                null_cells.append(study.cell(picked, scale, "null", vectors, number))
-    elif len(study.settings) > 1:
+        picked = (choose(study, model, mine, known) for mine in nulls.values())
+        null_cells = [replace(cell, role="null") for cell in picked if cell is not None]
+    elif len(grid) > 1:
         # nothing was chosen: the whole grid is shown on `prove`, and no cell of it is claimed
-        cells = [study.cell(setting, scale, "grid") for setting in study.settings]
-        yield Stage("grid", _crossed(study, cells, "prove"))
+        yield Stage("grid", _crossed(study, grid, "prove"))
         return
     if chosen is None:
         return
-    beside = controlled(study, chosen, scale, model.n_layers)
+    beside = controlled(study, chosen.setting, scale, model.n_layers)
     rows = _crossed(study, [*beside, *null_cells], "prove")
     rows += _crossed(study, [c for c in beside if c.role in ("chosen", "flip")], "neutral")
     yield Stage("prove", rows)
@@ -76,7 +72,7 @@ def choose(
     model: SteeringModel,
     cells: Sequence[Cell],
     known: Mapping[str, Mapping[str, Any]],
-) -> Setting | None:
+) -> Cell | None:
     """The cell with the largest mean effect on the `choose` prompts, of those within the limits.
 
     The effect is the difference from the unsteered answer in `choose_by`, in the direction that is
@@ -84,8 +80,7 @@ def choose(
     where there is none), then the first of the grid.
     """
     metric = measures.find(study.choose_by)
-    sign = 1.0 if metric.better == "high" else -1.0
-    best: tuple[tuple[float, float], Setting] | None = None
+    best: tuple[tuple[float, float], Cell] | None = None
     unsteered = Cell("unsteered")
 
     def values(cell: Cell, name: str) -> list[float | None]:
@@ -98,11 +93,13 @@ def choose(
         if any(_beyond(values(cell, name), name, limit) for name, limit in study.limits.items()):
             continue
         pairs = zip(values(cell, metric.name), before, strict=True)
-        moved = [sign * (a - b) if a is not None and b is not None else 0.0 for a, b in pairs]
+        moved = [
+            metric.sign * (a - b) if a is not None and b is not None else 0.0 for a, b in pairs
+        ]
         # rounded, so that equal sums in another order are equal
         rank = round(sum(moved) / len(moved), 9), -_strength(study, model, cell, known)
         if best is None or rank > best[0]:
-            best = rank, cell.setting
+            best = rank, cell
     return best[1] if best else None
 
 
@@ -121,8 +118,8 @@ def _beyond(values: Sequence[float | None], name: str, limit: float) -> bool:
     told = [v for v in values if v is not None]
     if not told:
         return True
-    mean = sum(told) / len(told)
-    return mean < limit if measures.find(name).better == "high" else mean > limit
+    sign = measures.find(name).sign
+    return sign * sum(told) / len(told) < sign * limit
 
 
 def key_of(study: Study, model: SteeringModel, row: Planned) -> str:
@@ -147,7 +144,7 @@ def controlled(study: Study, setting: Setting, scale: Scale, n_layers: int) -> l
             flipped = study.cell((name, operator, site, turned, scope), scale, "flip")
             cells.append(replace(flipped, level=level))
         if study.controls.wrong_layer and operator != "latent_clamp":
-            cells.append(replace(_elsewhere(chosen, study.vectors[name], scale, n_layers)))
+            cells.append(_elsewhere(chosen, study.vectors[name], scale, n_layers))
 
     def put(role: str, made: Sequence[Mapping[str, Vector]]) -> None:
         for number, vectors in enumerate(made):

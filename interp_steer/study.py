@@ -27,13 +27,20 @@ from interp_steer.contrast import Contrast
 from interp_steer.direction import Direction, DirectionSet
 from interp_steer.errors import RequestError, nearest
 from interp_steer.grammar import Reader
-from interp_steer.intervention import OPERATORS, Intervention, Vector, parse, resolve, steer
+from interp_steer.intervention import (
+    OPERATORS,
+    Intervention,
+    Vector,
+    parse,
+    resolve,
+    sites_text,
+    steer,
+)
 from interp_steer.item import Item
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import chat
 from interp_steer.row import Row, Sampling
 from interp_steer.scale import Scale
-from interp_steer.site import Site
 
 if TYPE_CHECKING:
     from interp_steer.runs import Run
@@ -372,14 +379,8 @@ def _each(given: object) -> list[str]:
     text = str(given).strip()
     one, _, rest = text.partition(" ")
     if one != "each":
-        return [_sites(Reader(text).only(Reader.sites))]
-    return [_sites((site,)) for site in Reader(rest).only(Reader.sites)]
-
-
-def _sites(sites: tuple[Site, ...]) -> str:
-    from interp_steer.intervention import sites_text
-
-    return sites_text(sites)
+        return [sites_text(Reader(text).only(Reader.sites))]
+    return [sites_text((site,)) for site in Reader(rest).only(Reader.sites)]
 
 
 def _level(given: object) -> str:
