@@ -130,6 +130,7 @@ def _traced(
     batch: int | None,
 ) -> "tuple[pd.DataFrame, pd.DataFrame]":
     """The chosen steering of a run on the prompts that prove: rows, and their summary."""
+    from interp_steer.cell import SETTING
     from interp_steer.runs import Run
     from interp_steer.study_file import StudyFile
 
@@ -144,7 +145,7 @@ def _traced(
     from interp_steer import tracing
 
     study = read.study(loaded).bound(loaded)
-    setting = tuple(chosen[part] for part in ("direction", "operator", "site", "level", "scope"))
+    setting = tuple(chosen[part] for part in SETTING)
     steer = study.cell(setting, study.scale(loaded)).steer  # type: ignore[arg-type]
     items = list(study.prove)
     if not mediate:

@@ -6,6 +6,7 @@ from interp_steer.errors import RequestError
 from interp_steer.intervention import Intervention
 from interp_steer.item import Item
 
+SETTING = ("direction", "operator", "site", "level", "scope")
 Setting = tuple[str, str, str, str, str]
 """Direction, operator, site, level and scope as a study declares them; "" where there is none."""
 

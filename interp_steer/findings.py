@@ -14,13 +14,13 @@ import pandas as pd
 
 from interp_steer import intervals
 from interp_steer import metrics as measures
+from interp_steer.cell import SETTING
 from interp_steer.errors import RequestError
 from interp_steer.intervals import Interval
 
 if TYPE_CHECKING:
     from interp_steer.runs import Run
 
-SETTING = ["direction", "operator", "site", "level", "scope"]
 ALPHA = 0.05
 NULLS = ("random", "features", "shuffled", "null")
 
@@ -165,7 +165,7 @@ class _Reader:
         rows = self.table[self.table["role"] == "grid"]
         if rows.empty:
             return pd.DataFrame(), pd.DataFrame()
-        cells = list(rows.groupby(SETTING, sort=False))
+        cells = list(rows.groupby(list(SETTING), sort=False))
         lines: list[dict[str, Any]] = []
         best: list[int] = []
         for metric in self.metrics:

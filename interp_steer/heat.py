@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from interp_steer.cell import SETTING
 from interp_steer.console import safe
 from interp_steer.errors import RequestError
 from interp_steer.metrics import METRICS
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-SETTING = ("direction", "operator", "site", "level", "scope")
 RED = "crimson"
 UNITS: dict[str | None, str] = {
     "": "coefficient (residual units)",

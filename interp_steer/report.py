@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from interp_steer import methods, plots
-from interp_steer.cell import ROLES
+from interp_steer.cell import ROLES, SETTING
 from interp_steer.errors import RequestError
 from interp_steer.files import whole
-from interp_steer.heat import SETTING, heat_map
+from interp_steer.heat import heat_map
 from interp_steer.metrics import METRICS
 from interp_steer.page import (
     Markup,
@@ -261,7 +261,7 @@ class _Report:
         tags: dict[int, list[str]] = {}
         for i in range(min(SHOWN, len(rows))):
             tags.setdefault(i, []).append("drawn at random" if len(rows) > SHOWN else "")
-        sign = 1.0 if METRICS[self.decides].better == "high" else -1.0
+        sign = METRICS[self.decides].sign
         moved = {
             i: sign * (r[self.decides] - before[r["item"], r["seed"]][self.decides])
             for i, r in enumerate(rows)
