@@ -92,14 +92,12 @@ class Trunk:
             self._rotary = model.rotary(x, where)
             for layer in range(model.n_layers):
                 self.streams.append(x)
-                with model.inside(
-                    {
-                        hook: partial(self._keep, hook)
-                        for hook in keep
-                        if hook[1] == layer and hook[0] not in BETWEEN
-                    }
-                ):
-                    x = model.block(layer, x, self._rotary, None)
+                changes = {
+                    hook[0]: partial(self._keep, hook)
+                    for hook in keep
+                    if hook[1] == layer and hook[0] not in BETWEEN
+                }
+                x = model.block(layer, x, self._rotary, None, None, changes)
             self.streams.append(x)
 
     def _keep(self, hook: Hook, x: Tensor) -> Tensor:
@@ -165,7 +163,7 @@ class Trunk:
         self, x: Float[Tensor, "entry item pos d_model"], layer: int, edits: list[Variant]
     ) -> Float[Tensor, "entry item pos d_model"]:
         """Edits before a block, and the block with the edits inside it."""
-        inside: dict[Hook, list[tuple[int, Edit]]] = {}
+        inside: dict[str, list[tuple[int, Edit]]] = {}
         for entry, variant in enumerate(edits):
             for edit in variant:
                 if edit.block != layer:
@@ -173,7 +171,7 @@ class Trunk:
                 if edit.component in BETWEEN:
                     x[entry] = edit.change(x[entry])  # x is the batch's own copy
                 else:
-                    inside.setdefault((edit.component, layer), []).append((entry, edit))
+                    inside.setdefault(edit.component, []).append((entry, edit))
         if layer == self.model.n_layers:
             return x
 
@@ -184,8 +182,8 @@ class Trunk:
                 part.copy_(edit.change(part))
             return torch.flatten(out, 0, 1)
 
-        with self.model.inside({hook: partial(changed, some) for hook, some in inside.items()}):
-            flat = self.model.block(layer, x.flatten(0, 1), self._rotary, None)
+        changes = {component: partial(changed, some) for component, some in inside.items()}
+        flat = self.model.block(layer, x.flatten(0, 1), self._rotary, None, None, changes)
         return flat.view(x.shape)
 
 

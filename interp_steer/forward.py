@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp_steer.bank import Bank, Hook, compile_banks
+from interp_steer.block import Change
 from interp_steer.intervention import Intervention
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import Encoded
@@ -47,9 +48,7 @@ class Cache:
         )
         self.length = 0
 
-    def update(
-        self, keys: Tensor, values: Tensor, layer: int, **_: object
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """What a block calls: stores the newest slot, gives all up to it."""
         end = self.length
         self.keys[layer][:, :, end - keys.shape[2] : end] = keys
@@ -89,9 +88,7 @@ class _Capture:
     keys: Tensor
     values: Tensor
 
-    def update(
-        self, keys: Tensor, values: Tensor, layer: int, **_: object
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         self.keys, self.values = keys, values
         return keys, values
 
@@ -220,15 +217,15 @@ def run(
             watch(hook, x, batch.place)
         return x
 
-    inner = _inner_hooks(banks, watch, at)
+    inner = _inner(banks, watch, at)
     for layer in range(model.n_layers):
         batch.regroup(layer)
         if layer > 0:
             batch.x = at(("resid_post", layer - 1), batch.x)
         batch.x = at(("resid_pre", layer), batch.x)
         capture = _Capture() if cache else None
-        with model.inside({hook: change for hook, change in inner.items() if hook[1] == layer}):
-            batch.x = model.block(layer, batch.x, batch.rotary, batch.mask, capture)
+        changes = inner.get(layer, {})
+        batch.x = model.block(layer, batch.x, batch.rotary, batch.mask, capture, changes)
         if cache and capture:
             cache.keys[layer][:, :, :slots] = capture.keys[batch.place]
             cache.values[layer][:, :, :slots] = capture.values[batch.place]
@@ -304,11 +301,11 @@ class Stream:
 
         x = model.embed(tokens[:, None])
         rotary = model.rotary(x, positions)
-        with model.inside(_inner_hooks(self.banks, watch, at)):
-            for layer in range(model.n_layers):
-                x = at(("resid_pre", layer), x)
-                x = model.block(layer, x, rotary, mask, cache)
-                x = at(("resid_post", layer), x)
+        inner = _inner(self.banks, watch, at)
+        for layer in range(model.n_layers):
+            x = at(("resid_pre", layer), x)
+            x = model.block(layer, x, rotary, mask, cache, inner.get(layer, {}))
+            x = at(("resid_post", layer), x)
         return x[:, 0]
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -330,12 +327,14 @@ class Stream:
         return merged
 
 
-def _inner_hooks(
+def _inner(
     banks: dict[Hook, Bank],
     watch: Watch | None,
     at: Callable[[Hook, Tensor], Tensor],
-) -> dict[Hook, Callable[[Tensor], Tensor]]:
-    """Changes inside blocks; hooks that nobody steers or watches are not registered at all."""
-    hooks = set(banks) | (watch.hooks if watch else set())
-    inner = {hook for hook in hooks if hook[0] not in ("resid_pre", "resid_post")}
-    return {hook: partial(at, hook) for hook in inner}
+) -> dict[int, dict[str, Change]]:
+    """Changes inside blocks, by layer and component; none where nobody steers or watches."""
+    inner: dict[int, dict[str, Change]] = {}
+    for component, layer in set(banks) | (watch.hooks if watch else set()):
+        if component not in ("resid_pre", "resid_post"):
+            inner.setdefault(layer, {})[component] = partial(at, (component, layer))
+    return inner

@@ -6,14 +6,15 @@ of TransformerLens. It knows nothing of steering.
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property, lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from interp_steer.block import Change, Keeps, block, linear, normed, signed
 from interp_steer.errors import RequestError
 from interp_steer.loading import find_folder, pick_device, pick_dtype, read, refuse_unsupported
 from interp_steer.prompt import Encoded, Prompt, encode, is_chat, readable
@@ -48,6 +49,12 @@ class SteeringModel:
             RequestError: the model is of a kind that the two views would not agree on.
         """
         refuse_unsupported(hf.config, name or "this model")
+        for part, module in hf.named_modules():
+            if part.endswith(("_proj", "lm_head")) and type(module) is not torch.nn.Linear:
+                raise RequestError(
+                    f"{part} of {name or 'this model'} is a {type(module).__name__}, expected a "
+                    "Linear: both views read plain weights; merge an adapter into them first"
+                )
         self.hf = hf.eval()
         self.tokenizer = tokenizer
         self.name, self.revision = name, revision
@@ -209,10 +216,11 @@ class SteeringModel:
 
     def rotary(
         self, x: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "#batch pos"]
-    ) -> tuple[Float[Tensor, "#batch pos d_head"], Float[Tensor, "#batch pos d_head"]]:
-        """Cosines and sines of the rotary embedding at absolute positions."""
-        cos, sin = self.hf.model.rotary_emb(x, position_ids=positions)
-        return cos, sin
+    ) -> tuple[Float[Tensor, "#batch 1 pos d_head"], Float[Tensor, "#batch 1 pos d_head"]]:
+        """Cosines and sines of the rotary embedding at absolute positions, as `block` takes them:
+        the first half of the sines is negated.
+        """
+        return signed(self.hf.model.rotary_emb(x, position_ids=positions))
 
     def block(
         self,
@@ -220,66 +228,35 @@ class SteeringModel:
         x: Float[Tensor, "batch pos d_model"],
         rotary: tuple[Tensor, Tensor],
         mask: Bool[Tensor, "#batch 1 pos key_pos"] | None,
-        cache: object = None,
+        cache: Keeps | None = None,
+        changes: Mapping[str, Change] = MappingProxyType({}),
     ) -> Float[Tensor, "batch pos d_model"]:
         """One block. `mask` is True where a query may look; None means plain causal.
 
-        `cache` needs one method, `update(keys, values, layer, **_)`, which returns the keys and
-        values to attend to.
+        Hooks that somebody registers on `hf` are not called here.
+
+        Args:
+            cache: its `update` gets the new keys and values, and returns those to attend to.
+            changes: functions that `attn_out`, `mlp_out` `[batch pos d_model]` or `z`
+                `[batch pos head d_head]` of this block pass through.
         """
-        # by position: transformers 5.24 renamed `past_key_values` to `cache`
-        out: Tensor = self.hf.model.layers[layer](x, mask, None, cache, position_embeddings=rotary)
-        return out
+        return block(self.hf.model.layers[layer], layer, x, rotary, mask, cache, changes)
 
     def unembed(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
         """Final norm and unembedding: logits of a residual stream after the last block."""
-        out: Tensor = self.hf.lm_head(self.hf.model.norm(x))
-        return out
-
-    @contextmanager
-    def inside(
-        self, changes: Mapping[tuple[str, int], Callable[[Tensor], Tensor]]
-    ) -> Iterator[None]:
-        """Passes `attn_out`, `mlp_out` `[batch pos d_model]` or `z` `[batch pos head d_head]` of
-        the named (component, layer) through a function, until the block ends, however it ends.
-        """
-        handles = []
-        try:
-            for (component, layer), change in changes.items():
-                block = self.hf.model.layers[layer]
-                if component == "attn_out":
-                    handles.append(
-                        block.self_attn.register_forward_hook(
-                            lambda _m, _i, out, change=change: (change(out[0]), *out[1:])
-                        )
-                    )
-                elif component == "mlp_out":
-                    handles.append(
-                        block.mlp.register_forward_hook(
-                            lambda _m, _i, out, change=change: change(out)
-                        )
-                    )
-                elif component == "z":
-                    handles.append(
-                        block.self_attn.o_proj.register_forward_pre_hook(
-                            lambda _m, i, change=change: (
-                                change(i[0].unflatten(-1, (self.n_heads, self.d_head))).flatten(-2),
-                            )
-                        )
-                    )
-                else:
-                    raise ValueError(f"{component} lies between blocks, not inside one")
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return linear(normed(x, self.hf.model.norm), self.hf.lm_head)
 
     def residuals(
-        self, encoded: Sequence[Encoded]
+        self,
+        encoded: Sequence[Encoded],
+        changes: Mapping[tuple[str, int], Change] = MappingProxyType({}),
     ) -> Iterator[tuple[int, Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"]]]:
         """One unsteered pass over prompts as one right-padded batch: yields (layer, resid_post,
         which positions are real) block by block, so that all layers need the memory of one.
         The stream before block 0 comes first, as layer -1.
+
+        Args:
+            changes: as for `block`, by (component, layer).
         """
         longest = max(len(one.ids) for one in encoded)
         ids = torch.zeros(len(encoded), longest, dtype=torch.long)
@@ -293,7 +270,7 @@ class SteeringModel:
             rotary = self.rotary(x, torch.arange(longest, device=self.device)[None])
             yield -1, x, real
             for layer in range(self.n_layers):
-                x = self.block(layer, x, rotary, None)
+                x = self.block(layer, x, rotary, None, None, _inside(changes, layer))
                 yield layer, x, real
 
     def read(
@@ -315,9 +292,8 @@ class SteeringModel:
 
         between = site.component in ("resid_pre", "resid_post")
         last = site.layer - (site.component == "resid_pre")
-        with self.inside({} if between else {(site.component, site.layer): keep}):
-            passes = self.residuals(encoded)
-            x, real = next((x, real) for layer, x, real in passes if layer == last)
+        passes = self.residuals(encoded, {} if between else {(site.component, site.layer): keep})
+        x, real = next((x, real) for layer, x, real in passes if layer == last)
         return (x if between else seen[0]), real
 
     def cross_entropy(
@@ -333,13 +309,13 @@ class SteeringModel:
         between = site.component in ("resid_pre", "resid_post")
         at = site.layer + (site.component == "resid_post")
         ids = torch.tensor([one.ids], device=self.device)
-        hooks = {} if between else {(site.component, site.layer): changed}
-        with torch.no_grad(), self.inside(hooks):
+        changes = {} if between else {(site.component, site.layer): changed}
+        with torch.no_grad():
             x = self.embed(ids)
             rotary = self.rotary(x, torch.arange(len(one.ids), device=self.device)[None])
             for layer in range(self.n_layers):
                 x = changed(x) if between and layer == at else x
-                x = self.block(layer, x, rotary, None)
+                x = self.block(layer, x, rotary, None, None, _inside(changes, layer))
             x = changed(x) if between and at == self.n_layers else x
             logprobs = self.unembed(x[0, :-1]).float().log_softmax(-1)
         return -logprobs.gather(1, ids[0, 1:, None])[:, 0]
@@ -352,3 +328,7 @@ class SteeringModel:
         from interp_steer.hooked import hooked_view
 
         return hooked_view(self)
+
+
+def _inside(changes: Mapping[tuple[str, int], Change], layer: int) -> dict[str, Change]:
+    return {component: one for (component, at), one in changes.items() if at == layer}

@@ -300,7 +300,7 @@ def _far(b: _Bench) -> Result:
     )
     with torch.no_grad():
         x = torch.zeros(1, n, 1, device=model.device)
-        hf_cos, hf_sin = model.rotary(x, torch.arange(n, device=model.device)[None])
+        hf_cos, hf_sin = model.hf.model.rotary_emb(x, torch.arange(n, device=model.device)[None])
     apart = max(b.apart(cos.to(model.device), hf_cos[0]), b.apart(sin.to(model.device), hf_sin[0]))
     # angles of n radians carry an error of about n * 2^-23 in float32
     return apart, n * 2.0**-22

@@ -20,10 +20,6 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from torch.nn.functional import scaled_dot_product_attention
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
 from interp_steer import Engine, Row, Sampling, SteeringModel
 from interp_steer.console import progress
 
@@ -34,19 +30,6 @@ USER, ANSWER, END = "\n<|im_start|>user\n", "\n<|im_start|>assistant\n", "<|im_e
 
 
 # %%
-def grouped(module, query, key, value, attention_mask, **options):
-    """Attention for decoding steps: heads that share keys become queries of one head.
-
-    On a CPU in bfloat16 six times as fast as repeating the keys, and the same numbers otherwise.
-    """
-    rows, heads, new, width = query.shape
-    if new > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    query = query.view(rows, key.shape[1], -1, width)
-    out = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-    return out.reshape(rows, 1, heads, width), None
-
-
 def sample(engine: Engine, seed: int) -> list[str]:
     """A batch of chats, each at least LENGTH tokens long or dropped."""
     texts = [OPEN + END + USER] * BATCH
@@ -80,8 +63,6 @@ def missing(model: SteeringModel, text: str) -> int:
 def chats(out: Path, wanted: int, first_seed: int) -> None:
     """Appends batches until there are enough; a batch is written whole, so a rerun goes on."""
     model = SteeringModel.load("starter", dtype="bfloat16")
-    ALL_ATTENTION_FUNCTIONS.register("grouped", grouped)
-    model.hf.config._attn_implementation = "grouped"
     engine = Engine(model)
     done = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
     seed = 1 + max((json.loads(line)["seed"] for line in done), default=first_seed - 1)

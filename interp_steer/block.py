@@ -1,0 +1,127 @@
+"""The arithmetic of a Llama block, on the weights of transformers' own modules.
+
+Formulas and rounding are transformers' (`LlamaDecoderLayer`, which tests and `verify` compare it
+with). What differs is the cost: heads that share keys read them once instead of repeating them,
+float32 products on a CPU go to the faster library, and changes inside the block are called where
+they act, so that no hook is ever registered on a module.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
+
+Change = Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class Keeps(Protocol):
+    """Where a block leaves keys and values, and finds those to attend to."""
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int
+    ) -> tuple[Tensor, Tensor]: ...  # [batch kv_head pos d_head] each
+
+
+def linear(x: Float[Tensor, "*rows d_in"], module: torch.nn.Linear) -> Float[Tensor, "*rows d_out"]:
+    """x W' without a bias.
+
+    torch gives float32 products on a CPU to MKL; oneDNN, which it carries too, is 1.1 to 3 times as
+    fast on an AMD processor, most at a few rows (`scripts/benchmark.py products`).
+    """
+    weight = module.weight
+    if (
+        weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and _ONEDNN is not None
+        and not torch.is_grad_enabled()
+    ):
+        out: Tensor = _ONEDNN(x, weight, None, "none", [], "")
+        return out
+    return functional.linear(x, weight)
+
+
+def _onednn() -> Callable[..., Tensor] | None:
+    """oneDNN's product: the operation that torch.compile emits, under no public name."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+_ONEDNN = _onednn()
+
+
+def normed(x: Float[Tensor, "*rows d_model"], norm: Any) -> Float[Tensor, "*rows d"]:
+    """x / rms(x), formed in float32, times the weight of a `LlamaRMSNorm`."""
+    weight: Tensor = norm.weight
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+    return weight * (wide * scale).to(x.dtype)
+
+
+def rotated(x: Float[Tensor, "batch head pos d"], rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """x cos + (x with its halves swapped, the first negated) sin.
+
+    `rotary` carries the sign in its sines: (cos, sin), `[batch 1 pos d]` each.
+    """
+    cos, sin = rotary
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
+
+
+def signed(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[batch pos d]` as `rotated` takes them."""
+    cos, sin = rotary
+    half = sin.shape[-1] // 2
+    return cos[:, None], torch.cat([-sin[..., :half], sin[..., half:]], -1)[:, None]
+
+
+def attention(
+    q: Float[Tensor, "batch head pos d"],
+    k: Float[Tensor, "batch kv_head key_pos d"],
+    v: Float[Tensor, "batch kv_head key_pos d"],
+    mask: Bool[Tensor, "#batch 1 pos key_pos"] | None,
+) -> Float[Tensor, "batch pos head d"]:
+    """softmax(q k' / sqrt(d)) v; heads in groups that share keys. No mask means causal."""
+    batch, heads, new, width = q.shape
+    attend = functional.scaled_dot_product_attention
+    if new == 1:
+        # the heads of a group become queries of one head: the keys, most of what a step reads
+        # beside the weights, are read once
+        grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], width)
+        return attend(grouped, k, v, attn_mask=mask).reshape(batch, 1, heads, width)
+    shared = heads != k.shape[1]
+    out = attend(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared)
+    return out.transpose(1, 2)
+
+
+def block(
+    layer: Any,
+    number: int,
+    x: Float[Tensor, "batch pos d_model"],
+    rotary: tuple[Tensor, Tensor],
+    mask: Bool[Tensor, "#batch 1 pos key_pos"] | None,
+    cache: Keeps | None,
+    changes: Mapping[str, Change],
+) -> Float[Tensor, "batch pos d_model"]:
+    """A `LlamaDecoderLayer`; `changes` act on `z`, `attn_out`, `mlp_out`; `rotary` is `signed`."""
+
+    def changed(name: str, y: Tensor) -> Tensor:
+        return changes[name](y) if name in changes else y
+
+    own, mlp = layer.self_attn, layer.mlp
+    h = normed(x, layer.input_layernorm)
+    q, k, v = (
+        linear(h, part).unflatten(-1, (-1, own.head_dim)).transpose(1, 2)
+        for part in (own.q_proj, own.k_proj, own.v_proj)
+    )
+    q, k = rotated(q, rotary), rotated(k, rotary)
+    if cache is not None:
+        k, v = cache.update(k, v, number)
+    z = changed("z", attention(q, k, v, mask))
+    x = x + changed("attn_out", linear(z.flatten(2), own.o_proj))
+    h = normed(x, layer.post_attention_layernorm)
+    gate = functional.silu(linear(h, mlp.gate_proj), inplace=True)
+    return x + changed("mlp_out", linear(gate.mul_(linear(h, mlp.up_proj)), mlp.down_proj))
