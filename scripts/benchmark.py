@@ -1,0 +1,373 @@
+# %% [markdown]
+# Steering side by side with transformers, TransformerLens and the peers on PyPI: the same starter
+# model, prompts, vectors, numbers of tokens and machine, in turn, in one run.
+#
+#     python scripts/benchmark.py                        # everything; an hour or two on 2 cores
+#     python scripts/benchmark.py check sweep --dtype float32 --repeats 3 --json
+#
+# Every contender lives in a process of its own and waits without using a core (`contenders.py`);
+# the peers in environments of their own, made under `cache/benchmark/` on first use. A peer runs a
+# sweep one setting at a time; `--sample` of its 240 settings are timed and multiplied.
+
+# %%
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import transformers
+
+from interp_steer import SteeringModel, starter
+from interp_steer.block import linear
+from interp_steer.console import progress
+from interp_steer.files import cache_dir
+
+PINNED = [f"torch=={torch.__version__.split('+')[0]}", "accelerate"]
+NEW = f"transformers=={transformers.__version__}"
+ENVIRONMENTS = {  # what each needs; the first two hold transformers below 5
+    "steering-vectors": ["steering-vectors==0.12.2", *PINNED],
+    "repeng": ["repeng==0.4.0", "transformers<5", *PINNED],
+    "nnsight": ["nnsight==0.8.1", NEW, *PINNED],
+    "nnterp": ["nnterp==1.3.0", "nnsight==0.7.0", NEW, *PINNED],  # does not start with 0.8
+}
+UNSTEERED = ["transformers", "transformers again"]
+LOOPING = ["transformers + hook", "HookedTransformer", "HookedTransformer, zero copy"]
+LOOPING += ["TransformerBridge", *ENVIRONMENTS]
+PARTS = ("products", "check", "decoding", "settings", "sweep")
+SETTINGS = 240  # 30 blocks x 8 vectors
+LENGTH = 20.0  # of a vector; about half of the median norm in the middle of the starter
+
+# all of one length, so that nobody pays for padding
+PLACES = ["forest", "garden", "city", "library", "desert", "village", "museum", "market"]
+TEXTS = [f"Please describe a long and quiet walk through a small {place}." for place in PLACES]
+
+
+# %%
+def python_of(name: str) -> Path:
+    """The interpreter of a peer's environment, made if it is not there yet."""
+    folder = cache_dir("benchmark") / name
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    if not (folder / "ready").exists():
+        print(f"making an environment for {name}", file=sys.stderr)
+        venv.create(folder, with_pip=True, clear=True)
+        wanted = [*ENVIRONMENTS[name], "numpy"]
+        subprocess.run([python, "-m", "pip", "install", "-q", *wanted], check=True)
+        (folder / "ready").touch()
+    return python
+
+
+class Contender:
+    """A process that waits for requests."""
+
+    def __init__(self, name: str, folder: Path, dtype: str, width: int) -> None:
+        self.name, self.width = name, width
+        python = python_of(name) if name in ENVIRONMENTS else sys.executable
+        script = Path(__file__).with_name("contenders.py")
+        self.process = subprocess.Popen(
+            [python, script, name, folder, dtype],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        self.about = self._read()
+
+    def _read(self) -> dict:
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else {"error": "the process ended"}
+
+    def ask(self, do: str, texts: list[str], ids: list, settings: list, new: int = 1) -> dict:
+        asked = {"do": do, "texts": texts, "ids": ids, "settings": settings, "new": new}
+        try:
+            self.process.stdin.write(
+                json.dumps({**asked, "width": self.width, "length": LENGTH}) + "\n"
+            )
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return {"error": "the process ended"}
+        reply = self._read()
+        tokens = [len(one) for one in reply.get("out", [])] if do == "generate" else []
+        if any(n != new for n in tokens) or (tokens and len(tokens) != len(ids) * len(settings)):
+            return {"error": f"generated {tokens[:4]} tokens, asked were {new}"}
+        return reply
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def flops(model: SteeringModel, new: int) -> float:
+    """Of one row that decodes so many tokens: two for every weight that multiplies."""
+    return 2.0 * new * sum(p.numel() for p in model.hf.parameters() if p.ndim == 2)
+
+
+def product_rate(dtype: str) -> float:
+    """Operations a second of this machine's best matrix product, 2048 x 2048."""
+    a = torch.randn(2048, 2048).to(getattr(torch, dtype))
+    layer = torch.nn.Linear(2048, 2048, bias=False, dtype=a.dtype)
+    best = 0.0
+    with torch.no_grad():
+        for _ in range(10):
+            begun = time.perf_counter()
+            linear(a, layer)
+            best = max(best, 2 * 2048**3 / (time.perf_counter() - begun))
+    return best
+
+
+class Bench:
+    """One run in one number format."""
+
+    def __init__(self, given: argparse.Namespace, dtype: str) -> None:
+        self.given, self.dtype = given, dtype
+        self.folder = starter.folder()
+        self.model = SteeringModel.load("starter", dtype=dtype)
+        self.ids = [list(self.model.encode(text).ids) for text in TEXTS]
+        assert len({len(ids) for ids in self.ids}) == 1, "prompts of different lengths"
+        layers = self.model.n_layers
+        self.settings = [(i % layers, i // layers) for i in range(SETTINGS)]
+        self.running: dict[str, Contender] = {}
+        self.failed: dict[str, str] = {}
+
+    def start(self, names: list[str]) -> list[str]:
+        """Starts contenders; names of those that run."""
+        for name in names:
+            if name not in self.running and name not in self.failed:
+                one = Contender(name, self.folder, self.dtype, self.model.d_model)
+                if "error" in one.about:
+                    self.failed[name] = one.about["error"]
+                    one.close()
+                else:
+                    self.running[name] = one
+        return [name for name in names if name in self.running]
+
+    def seconds(self, name: str, prompts: int, settings: list, new: int) -> float:
+        one = self.running[name]
+        reply = one.ask("generate", self.texts(prompts), self.tokens(prompts), settings, new)
+        if "error" in reply:
+            self.failed[name] = reply["error"]
+            self.running.pop(name).close()
+            return float("nan")
+        return reply["seconds"]
+
+    def texts(self, n: int) -> list[str]:
+        return [TEXTS[i % len(TEXTS)] for i in range(n)]
+
+    def tokens(self, n: int) -> list:
+        return [self.ids[i % len(TEXTS)] for i in range(n)]
+
+    def in_turn(self, calls: dict, repeats: int, what: str) -> dict[str, list[float]]:
+        """Seconds of named calls, all of them once a repeat, in an order that turns around."""
+        for name, call in calls.items():
+            if name in self.running:
+                call(True)
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        with progress(f"{self.dtype}: {what}", repeats) as report:
+            for repeat in range(repeats):
+                order = list(calls)[:: -1 if repeat % 2 else 1]
+                for name in order:
+                    if name.split(":")[0] in self.running:
+                        times[name].append(calls[name](False))
+                report(repeat + 1)
+        return {name: found for name, found in times.items() if found and found == found}
+
+    def products(self) -> list[dict]:
+        """The unembedding of so many rows by torch's own `linear` and by the engine's."""
+        rows, head = [], self.model.hf.lm_head
+        with torch.no_grad():
+            for n in (1, 2, 8, 32, 128, 240):
+                x = torch.randn(n, self.model.d_model).to(head.weight.dtype)
+                times: dict[str, list[float]] = {"torch": [], "engine": []}
+                for _ in range(7):
+                    for name, product in (("torch", head), ("engine", lambda x: linear(x, head))):
+                        begun = time.perf_counter()
+                        product(x)
+                        times[name].append(time.perf_counter() - begun)
+                ms = {name: 1000 * statistics.median(took) for name, took in times.items()}
+                rows.append({"rows": n, **ms})
+        return rows
+
+    def check(self) -> dict:
+        """Last logits of teacher-forced text, steered, against interp-steer's."""
+        names = self.start(["interp-steer", "transformers + hook", *LOOPING[1:]])
+        worst = {}
+        for layer, seed in self.settings[:: SETTINGS // 4]:
+            found = {}
+            for name in names:
+                reply = self.running[name].ask("logits", TEXTS, self.ids, [(layer, seed)])
+                if "error" in reply:
+                    self.failed[name] = reply["error"]
+                else:
+                    found[name] = torch.tensor(reply["out"])
+            for name, logits in found.items():
+                apart = float((logits - found["interp-steer"]).abs().max())
+                worst[name] = max(worst.get(name, 0.0), apart)
+        return {"largest_difference": worst, "failed": dict(self.failed)}
+
+    def decoding(self) -> list[dict]:
+        """Steered decoding against the A/A pair of `transformers.generate`, at equal batch."""
+        self.start(["interp-steer", *UNSTEERED])
+        new, rows = self.given.decode, []
+        for batch in self.given.batches:
+            names = [UNSTEERED[0], "interp-steer", UNSTEERED[1]]
+            calls = {
+                name: lambda _, name=name, batch=batch: self.seconds(name, batch, [(13, 0)], new)
+                for name in names
+            }
+            times = self.in_turn(calls, self.given.pairs, f"decoding, batch {batch}")
+            both = statistics.median([*times[UNSTEERED[0]], *times[UNSTEERED[1]]])
+            aa = [a / b for a, b in zip(times[UNSTEERED[0]], times[UNSTEERED[1]], strict=True)]
+            rows.append(
+                {
+                    "batch": batch,
+                    "tokens_per_s": batch * new / statistics.median(times["interp-steer"]),
+                    "transformers_tokens_per_s": batch * new / both,
+                    "ratio": spread([both / mine for mine in times["interp-steer"]]),
+                    "a_a": spread(aa),
+                }
+            )
+        return rows
+
+    def one_or_many(self) -> dict:
+        """256 rows under one setting and under 256 different ones."""
+        self.start(["interp-steer"])
+        layers, new = self.model.n_layers, self.given.decode
+        many = [(i % layers, i) for i in range(256)]
+        one = [(13, 0)] * 256
+        calls = {
+            "interp-steer:1": lambda _: self.seconds("interp-steer", 1, one, new),
+            "interp-steer:256": lambda _: self.seconds("interp-steer", 1, many, new),
+        }
+        times = self.in_turn(calls, self.given.repeats, "1 and 256 settings")
+        pairs = zip(times["interp-steer:1"], times["interp-steer:256"], strict=True)
+        return {"throughput_share": spread([a / b for a, b in pairs])}
+
+    def sweep(self) -> list[dict]:
+        """240 settings over 1 and 8 prompts; those that loop are timed on a sample."""
+        self.start(["interp-steer", *LOOPING])
+        rows, new = [], self.given.new
+        step = max(1, SETTINGS // self.given.sample)
+        some = self.settings[::step]
+        for prompts in self.given.prompts:
+
+            def call(name: str, warm: bool, prompts: int = prompts) -> float:
+                if name == "interp-steer":
+                    settings = self.settings[:8] if warm else self.settings
+                    return self.seconds(name, prompts, settings, new)
+                settings = some[:1] if warm else some
+                took = self.seconds(name, prompts, settings, 4 if warm else new)
+                return took * SETTINGS / len(settings)
+
+            calls = {
+                name: lambda warm, name=name, call=call: call(name, warm)
+                for name in ["interp-steer", *LOOPING]
+                if name in self.running
+            }
+            times = self.in_turn(calls, self.given.repeats, f"sweep over {prompts} prompts")
+            mine = times.pop("interp-steer")
+            rate = flops(self.model, new) * SETTINGS * prompts / statistics.median(mine)
+            rows.append(
+                {
+                    "prompts": prompts,
+                    "seconds": spread(mine),
+                    "share_of_products": rate / product_rate(self.dtype),
+                    "times_as_fast_as": {
+                        name: spread([theirs / m for theirs, m in zip(found, mine, strict=False)])
+                        for name, found in times.items()
+                    },
+                }
+            )
+        return rows
+
+    def close(self) -> None:
+        for one in self.running.values():
+            one.close()
+
+
+# %%
+def table(found: dict) -> str:
+    """The figures as Markdown."""
+    lines = []
+
+    def cells(*values: object) -> None:
+        lines.append("| " + " | ".join(str(value) for value in values) + " |")
+
+    def ranged(one: dict[str, float]) -> str:
+        return "{median:.2f} ({least:.2f}-{most:.2f})".format(**one)
+
+    for dtype, parts in found.items():
+        if "check" in parts:
+            cells("logits apart from interp-steer's", dtype)
+            cells("---", "---")
+            for name, apart in parts["check"]["largest_difference"].items():
+                cells(name, f"{apart:.1e}")
+            lines.append("")
+        for one in parts.get("products", []):
+            ratio = one["torch"] / one["engine"]
+            lines.append(
+                f"{dtype}, unembedding of {one['rows']} rows: torch {one['torch']:.1f} ms, engine "
+                f"{one['engine']:.1f} ms, {ratio:.2f}x"
+            )
+        if "decoding" in parts:
+            cells("batch", "steered, tokens/s", "transformers, unsteered", "ratio", "A/A", dtype)
+            cells(*["---"] * 6)
+            for one in parts["decoding"]:
+                mine, theirs = one["tokens_per_s"], one["transformers_tokens_per_s"]
+                ratio, aa = ranged(one["ratio"]), ranged(one["a_a"])
+                cells(one["batch"], f"{mine:.0f}", f"{theirs:.0f}", ratio, aa, "")
+            lines.append("")
+        if "settings" in parts:
+            lines += [f"256 settings, share of 1: {ranged(parts['settings']['throughput_share'])}"]
+            lines.append("")
+        for one in parts.get("sweep", []):
+            cells(f"240 settings, {one['prompts']} prompts, {dtype}", "interp-steer is faster by")
+            cells("---", "---")
+            for name, times in one["times_as_fast_as"].items():
+                cells(name, ranged(times))
+            share = f"{one['share_of_products']:.0%} of the machine's matrix products"
+            cells("itself", f"{one['seconds']['median']:.0f} s, {share}")
+            lines.append("")
+        for name, why in parts["failed"].items():
+            lines.append(f"{name} did not run: {why}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Steering side by side with its peers.")
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="all by default")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 128])
+    parser.add_argument("--prompts", nargs="+", type=int, default=[1, 8], help="of a sweep")
+    parser.add_argument("--pairs", type=int, default=15, help="of steered and unsteered decoding")
+    parser.add_argument("--repeats", type=int, default=3, help="of everything else")
+    parser.add_argument("--decode", type=int, default=32, help="tokens of a decoding run")
+    parser.add_argument("--new", type=int, default=64, help="tokens of a sweep's answers")
+    parser.add_argument("--sample", type=int, default=2, help="settings timed of those that loop")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    given = parser.parse_args()
+    found: dict[str, dict] = {}
+    for dtype in given.dtype:
+        bench = Bench(given, dtype)
+        try:
+            parts = {
+                "products": bench.products,
+                "check": bench.check,
+                "decoding": bench.decoding,
+                "settings": bench.one_or_many,
+                "sweep": bench.sweep,
+            }
+            found[dtype] = {
+                name: part() for name, part in parts.items() if name in (given.parts or parts)
+            }
+            found[dtype]["failed"] = bench.failed
+        finally:
+            bench.close()
+    print(json.dumps(found, indent=1) if given.json else table(found))
