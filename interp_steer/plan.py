@@ -111,29 +111,35 @@ def _working(study: Study, model: SteeringModel, rows: int) -> int:
     return cache + passing + logits
 
 
-def _seconds(study: Study, model: SteeringModel, rows: int) -> float:
-    """Of one chunk of so many rows: two short runs of real cells, extrapolated over new tokens."""
-    engine = Engine(model)
+def typical(study: Study, model: SteeringModel, rows: int, new: int | None = None) -> Chunk:
+    """A chunk of real cells, with made-up unsteered answers of full length.
+
+    Args:
+        new: tokens to generate; None for as many as the study's.
+    """
     items = [item for split, item in study.items() if split == "choose"] or list(study.prove)
     scale = study.scale(model)
     cells = [study.cell(setting, scale) for setting in study.settings[:rows]]
     pairs = [(item, cell) for item in items for cell in cells]
     pairs = (pairs * math.ceil(rows / len(pairs)))[:rows]
+    sampling = replace(study.sampling, **({"max_new_tokens": new} if new else {}))
+    return Chunk(
+        keys=tuple(map(str, range(rows))),
+        rows=tuple(Row(item.prompt, cell.steer, sampling, study.seeds[0]) for item, cell in pairs),
+        items=tuple(item for item, _ in pairs),
+        about=({},) * rows,
+        unsteered=(tuple(range(sampling.max_new_tokens)),) * rows,
+        metrics=tuple(study.metrics),
+        concept=tuple(study.concept),
+    )
+
+
+def _seconds(study: Study, model: SteeringModel, rows: int) -> float:
+    """Of one chunk of so many rows: two short runs, extrapolated over new tokens."""
+    engine = Engine(model)
     took = []
     for new in TRIED if study.sampling.max_new_tokens > max(TRIED) else (None,):
-        sampling = replace(study.sampling, **({"max_new_tokens": new} if new else {}))
-        length = sampling.max_new_tokens
-        chunk = Chunk(
-            keys=tuple(map(str, range(rows))),
-            rows=tuple(
-                Row(item.prompt, cell.steer, sampling, study.seeds[0]) for item, cell in pairs
-            ),
-            items=tuple(item for item, _ in pairs),
-            about=({},) * rows,
-            unsteered=(tuple(range(length)),) * rows,
-            metrics=tuple(study.metrics),
-            concept=tuple(study.concept),
-        )
+        chunk = typical(study, model, rows, new)
         start = time.perf_counter()
         measure(engine, chunk)
         took.append(time.perf_counter() - start)

@@ -46,7 +46,10 @@ class Transformers:
         return out[:, ids.shape[1] :].tolist()
 
     def logits(self, prompts, layer, vector):
-        return self.model(torch.tensor(prompts)).logits[:, -1]
+        ids = torch.tensor(prompts)
+        # repeng looks at them, and needs a row for each prompt
+        positions = torch.arange(ids.shape[1]).expand(ids.shape)
+        return self.model(ids, position_ids=positions).logits[:, -1]
 
 
 class Hook(Transformers):
