@@ -236,12 +236,9 @@ class InterpSteer:
         return rows
 
     def sweep(self, texts, settings, new):
-        results = self.engine.generate(self.rows(texts, settings, new), batch=len(settings))
+        batch = max(len(settings), len(texts))
+        results = self.engine.generate(self.rows(texts, settings, new), batch=batch)
         return [list(result.token_ids) for result in results]
-
-    def generate(self, texts, layer, vector, new):
-        rows = self.rows(texts, [(layer, vector)], new)
-        return [list(one.token_ids) for one in self.engine.generate(rows, batch=len(rows))]
 
     def logits(self, texts, layer, vector):
         rows = self.rows(texts, [(layer, vector)])
