@@ -364,10 +364,16 @@ if __name__ == "__main__":
                 "settings": bench.one_or_many,
                 "sweep": bench.sweep,
             }
-            found[dtype] = {
-                name: part() for name, part in parts.items() if name in (given.parts or parts)
-            }
-            found[dtype]["failed"] = bench.failed
+            for name, part in parts.items():
+                if name in (given.parts or parts):
+                    one = {name: part()}
+                    found.setdefault(dtype, {}).update(one)
+                    if not given.json:  # an interrupted run keeps what it has
+                        print(table({dtype: {**one, "failed": {}}}), flush=True)
+            found.setdefault(dtype, {})["failed"] = bench.failed
+            if not given.json:
+                print(table({dtype: {"failed": bench.failed}}))
         finally:
             bench.close()
-    print(json.dumps(found, indent=1) if given.json else table(found))
+    if given.json:
+        print(json.dumps(found, indent=1))
