@@ -1,7 +1,7 @@
 """One set of weights seen twice: a Hugging Face module to decode with, and a HookedTransformer.
 
-Together with `hooked.py` this is the only file that touches the insides of transformers' Llama and
-of TransformerLens. It knows nothing of steering.
+Together with `block.py` and `hooked.py` this is the only file that touches the insides of
+transformers' Llama and of TransformerLens. It knows nothing of steering.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ class SteeringModel:
     """A Llama-architecture model with its tokenizer, in both views.
 
     Attributes:
-        hf: the Hugging Face `LlamaForCausalLM`, used for decoding.
+        hf: the Hugging Face `LlamaForCausalLM`, whose weights decoding uses.
         tokenizer: its fast tokenizer.
         name: hub id, folder or `"starter"`, as asked for.
         revision: the hub's commit, or "" for a folder.

@@ -115,12 +115,9 @@ class Nnsight(Hook):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.traced = LanguageModel(self.model, tokenizer=tokenizer)
 
-    def blocks(self):
-        return self.traced.model.layers
-
     def generate(self, prompts, layer, vector, new):
         ids = torch.tensor(prompts)
-        lm, block = self.traced, self.blocks()[layer]
+        lm, block = self.traced, self.traced.model.layers[layer]
         options = {"max_new_tokens": new, "do_sample": False}
         with torch.no_grad(), lm.generate({"input_ids": ids}, **options) as tracer:
             with tracer.iter[:new]:
@@ -129,20 +126,19 @@ class Nnsight(Hook):
         return out[:, ids.shape[1] :].tolist()
 
     def logits(self, prompts, layer, vector):
-        lm, block = self.traced, self.blocks()[layer]
+        lm, block = self.traced, self.traced.model.layers[layer]
         with torch.no_grad(), lm.trace({"input_ids": torch.tensor(prompts)}):
             block.output = block.output + vector
             out = lm.output.logits[:, -1].save()
         return out
 
 
-class Nnterp(Nnsight):
+class Nnterp:
     """nnterp: nnsight under standard names."""
 
     def __init__(self, folder, dtype):
         from nnterp import StandardizedTransformer
 
-        Hook.__init__(self, folder, dtype)
         self.traced = StandardizedTransformer(folder, dtype=getattr(torch, dtype), device_map="cpu")
         self.traced._model.generation_config.eos_token_id = None
         self.traced._model.generation_config.pad_token_id = 0
@@ -202,10 +198,9 @@ class Bridge(ZeroCopy):
 
     def __init__(self, folder, dtype):
         from transformer_lens.model_bridge import TransformerBridge
-
-        plain = Transformers(folder, dtype).model
         from transformers import AutoTokenizer
 
+        plain = Transformers(folder, dtype).model
         self.hooked = TransformerBridge.boot_transformers(
             folder, hf_model=plain, tokenizer=AutoTokenizer.from_pretrained(folder),
             device="cpu", dtype=getattr(torch, dtype),
@@ -274,12 +269,13 @@ def answer(contender, asked: dict, dtype: str) -> dict:
         (layer, vector_of(seed, asked["width"], asked["length"], dtype))
         for layer, seed in asked["settings"]
     ]
-    prompts = asked["texts"] if isinstance(contender, InterpSteer) else asked["ids"]
+    whole = isinstance(contender, InterpSteer)  # takes texts, and all settings at once
+    prompts = asked["texts" if whole else "ids"]
     begun = time.perf_counter()
     with torch.no_grad():
         if asked["do"] == "logits":
             out = contender.logits(prompts, *settings[0]).float().tolist()
-        elif hasattr(contender, "sweep"):
+        elif whole:
             out = contender.sweep(prompts, settings, asked["new"])
         else:
             out = [
