@@ -160,28 +160,35 @@ class Engine:
                     [sequences[r] for r in chunk],
                     watch=Taps(part) if taps else None,
                 )
+                ends = [len(given[r]) + 1 for r in chunk]
+                streams = [x[len(x) - n :] for x, n in zip(out, ends, strict=True)]
+                kept.update({r: x for r, x in zip(chunk, streams, strict=True) if r in wanted})
+                # in place: small results that stay between large ones that go would leave holes in
+                # the heap, and a gigabyte of them
+                logprobs, kl = (torch.empty(sum(ends)).split(ends) for _ in range(2))
+                finals = torch.empty(len(chunk) if last_logits else 0, model.d_vocab)
                 last: tuple[int, Tensor] | None = None
-                for r, stream in zip(chunk, out, strict=True):
-                    stream = stream[len(stream) - len(given[r]) - 1 :]
-                    if r in wanted:
-                        kept[r] = stream
-                    logits = model.unembed(stream).float()
-                    logprobs = logits.log_softmax(-1)
-                    kl = None
+                for i, r in enumerate(chunk):
+                    logits = model.unembed(streams[i]).float()
+                    if last_logits:
+                        finals[i] = logits[-1]
+                    logits = logits.log_softmax(-1)
+                    ids = torch.tensor(given[r], dtype=torch.long, device=model.device)
+                    logprobs[i][:-1] = logits[:-1].gather(1, ids[:, None])[:, 0]
                     if (other := against[r]) is not None:
                         if last is None or last[0] != other:
                             last = other, model.unembed(kept[other]).float().log_softmax(-1)
-                        kl = (last[1].exp() * (last[1] - logprobs)).sum(-1).cpu()
-                    ids = torch.tensor(given[r], dtype=torch.long, device=model.device)
+                        kl[i][:] = (last[1].exp() * (last[1] - logits)).sum(-1)
+                    if report:
+                        report(len(found) + i + 1)
+                for i, r in enumerate(chunk):
                     found[r] = Score(
                         given[r],
-                        logprobs[:-1].gather(1, ids[:, None])[:, 0].cpu(),
-                        logits[-1].cpu() if last_logits else None,
-                        kl,
+                        logprobs[i][:-1].clone(),
+                        finals[i].clone() if last_logits else None,
+                        kl[i].clone() if against[r] is not None else None,
                         {site: torch.cat(parts) for site, parts in lives[r].seen.items()},
                     )
-                    if report:
-                        report(len(found))
 
         lengths = [len(s) for s in sequences]
         order = sorted(range(len(rows)), key=lambda r: (len(sequences[r]), sequences[r]))
@@ -234,20 +241,33 @@ class Engine:
 
     def _rows_that_fit(self, tokens: int) -> int:
         """Rows of so many tokens for which half of the free memory suffices."""
-        model = self.model
-        if model.device.type == "cuda":
-            free = torch.cuda.mem_get_info(model.device)[0]
+        if self.model.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.model.device)[0]
         else:
             import psutil
 
             free = psutil.virtual_memory().available
-        wide = model.dtype.itemsize
-        kept = 2 * model.n_layers * model.n_kv_heads * model.d_head * wide
-        passing = (6 * model.d_model + 3 * model.hf.config.intermediate_size) * wide
-        passing += model.n_heads * tokens * 4  # attention scores of one block
-        return max(
-            1, min(LARGEST_BATCH, int(free / 2 / (tokens * (kept + passing) + 16 * model.d_vocab)))
-        )
+        each = working(self.model, tokens, tokens)
+        return max(1, min(LARGEST_BATCH, int(free / 2 / each)))
+
+
+def working(model: SteeringModel, read: int, kept: int) -> int:
+    """Bytes that one row needs beside the weights, at its peak.
+
+    Args:
+        read: tokens that pass through a block at once: the prompt, or all of a text that is scored.
+        kept: tokens whose keys and values are kept; 0 for scoring.
+    """
+    wide, on_gpu = model.dtype.itemsize, model.device.type == "cuda"
+    cache = 2 * model.n_layers * model.n_kv_heads * model.d_head * wide
+    wider: int = model.hf.config.intermediate_size
+    passing = (4 * model.d_model + 3 * wider) * wide * read
+    if on_gpu:  # under a mask, all scores of one block
+        passing += model.n_heads * read**2 * 4
+    # a GPU gives a whole cache at once, an operating system a page when it is written
+    early = cache * (kept if on_gpu else min(read, kept)) + passing
+    logits = 3 * model.d_vocab * 4  # of one position, in float32, and copies to choose from
+    return max(early, cache * kept + logits)
 
 
 def _out_of_memory(error: BaseException) -> bool:

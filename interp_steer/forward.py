@@ -143,7 +143,8 @@ class _Together:
     """Trunks and the rows that have left them, as one batch that changes from block to block.
 
     Rows with one token sequence follow one trunk, which is computed unsteered. A row leaves its
-    trunk before its first steered block; a trunk ends when nobody follows it any more.
+    trunk before its first steered block; a trunk ends when nobody follows it any more. Rows that
+    are steered alike as well, such as a sweep's seeds, stand where the first of them stands.
     """
 
     def __init__(
@@ -152,6 +153,11 @@ class _Together:
         numbers = {ids: n for n, ids in enumerate(dict.fromkeys(map(tuple, sequences)))}
         self.trunk_of = [numbers[tuple(ids)] for ids in sequences]
         self.leaves = [shared_blocks(steer, model.n_layers) for steer, _ in rows]
+        alike = [
+            (trunk, *map(id, steer)) for trunk, (steer, _) in zip(self.trunk_of, rows, strict=True)
+        ]
+        firsts = {key: r for r, key in reversed(list(enumerate(alike)))}
+        self.first = [firsts[key] for key in alike]
         layout = Layout.of(list(numbers), model.device)
         self._positions, self._mask = layout.positions, layout.mask()
         self.x = model.embed(layout.ids)
@@ -164,7 +170,7 @@ class _Together:
         """Lets the rows leave that are steered from this block on."""
         rows = range(len(self.leaves))
         followed = sorted({self.trunk_of[r] for r in rows if self.leaves[r] > layer})
-        away = [r for r in rows if self.leaves[r] <= layer]
+        away = [r for r in rows if self.leaves[r] <= layer and self.first[r] == r]
         if len(away) == len(self.row_at) and len(followed) == len(self.trunk_at):
             return
         sources = [*(self.trunk_at[n] for n in followed), *(self._stands(r) for r in away)]
@@ -175,7 +181,7 @@ class _Together:
 
     def _stands(self, row: int) -> int:
         """The entry of the batch that is, or still speaks for, a row."""
-        return self.row_at.get(row, self.trunk_at.get(self.trunk_of[row], -1))
+        return self.row_at.get(self.first[row], self.trunk_at.get(self.trunk_of[row], -1))
 
     def _settle(self, trunks: list[int]) -> None:
         """What attention needs for a batch whose entries have these trunks' tokens."""

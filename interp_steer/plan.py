@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from interp_steer.chunk import Chunk, measure
 from interp_steer.contrast import Contrast
 from interp_steer.direction import Direction
-from interp_steer.engine import Engine
+from interp_steer.engine import Engine, working
 from interp_steer.item import Item
 from interp_steer.model import SteeringModel
 from interp_steer.row import Row
@@ -15,6 +15,7 @@ from interp_steer.scale import Scale
 from interp_steer.stepper import Admission
 from interp_steer.study import Study
 
+BESIDE = 64 * 2**20  # bytes: the tokenizer, and what is small
 TRIED = (2, 16)  # new tokens of the two short runs that the time is extrapolated from
 
 
@@ -100,15 +101,12 @@ def _longest(study: Study, model: SteeringModel) -> Item:
 
 
 def _working(study: Study, model: SteeringModel, rows: int) -> int:
-    """Bytes beside the weights while so many rows decode."""
-    wide = model.dtype.itemsize
+    """Bytes beside the weights while so many rows decode, and while what they say is scored."""
     prompt = len(model.encode(_longest(study, model).prompt).ids)
-    tokens = prompt + study.sampling.max_new_tokens
-    cache = 2 * model.n_layers * model.n_kv_heads * model.d_head * wide * rows * tokens
-    wider: int = model.hf.config.intermediate_size
-    passing = rows * tokens * (4 * model.d_model + 3 * wider) * wide
-    logits = model.d_vocab * 4 * max(3 * rows, 3 * study.sampling.max_new_tokens)
-    return cache + passing + logits
+    new = study.sampling.max_new_tokens
+    scored = rows * working(model, prompt + new, 0)
+    scored += 3 * 4 * model.d_vocab * new  # logits, a row at a time
+    return max(rows * working(model, prompt, prompt + new), scored) + BESIDE
 
 
 def typical(study: Study, model: SteeringModel, rows: int, new: int | None = None) -> Chunk:

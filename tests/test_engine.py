@@ -216,6 +216,23 @@ def test_shared_prefill_computes_each_prompt_once(engine, directions, blocks):
     assert [size for _, size, _ in blocks] == [1, 1, 1, 1, 8, 8]
 
 
+def test_rows_that_differ_by_their_seed_are_read_once(engine, directions, blocks):
+    one, other = (
+        (
+            steer("add", directions["one"], coefficient=c, at=[Site("attn_out", 1)]),
+            steer("clamp", directions["one"], coefficient=c, at=3),
+        )
+        for c in (3, 4)
+    )
+    hot = Sampling(max_new_tokens=3, temperature=1.0)
+    rows = [Row(PROMPTS[0], s, hot, seed) for seed in range(4) for s in (one, other)]
+    together = engine.generate(rows)
+    assert [size for _, size, n in blocks if n > 1] == [1, *[2] * 5]
+    alone = [engine.generate([row])[0].token_ids for row in rows]
+    assert [result.token_ids for result in together] == alone
+    assert len({*alone}) > 4
+
+
 def test_late_rows_share_the_whole_prompt(tiny, directions, blocks):
     setting = steer("add", directions["one"], coefficient=3, at=1, on="generated")
     rows = [((setting,), tiny.encode(PROMPTS[1]))] * 5
