@@ -7,6 +7,7 @@ transformers' Llama and of TransformerLens. It knows nothing of steering.
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
+from os import PathLike
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -72,7 +73,7 @@ class SteeringModel:
     @classmethod
     def load(
         cls,
-        name: str = "starter",
+        name: str | PathLike[str] = "starter",
         *,
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
@@ -106,6 +107,7 @@ class SteeringModel:
             )
         place = pick_device(device)
         kind = pick_dtype(dtype, place)
+        name = str(name)
         folder, commit = find_folder(name, revision)
         return cls(*read(folder, name, kind, place), name=name, revision=commit)
 

@@ -2,7 +2,7 @@
 # Steering side by side with transformers, TransformerLens and the peers on PyPI: the same starter
 # model, prompts, vectors, numbers of tokens and machine, in turn, in one run.
 #
-#     python scripts/benchmark.py                        # everything; an hour or two on 2 cores
+#     python scripts/benchmark.py                        # everything; about an hour on 2 cores
 #     python scripts/benchmark.py check sweep --dtype float32 --repeats 3 --json
 #
 # Every contender lives in a process of its own and waits without using a core (`contenders.py`);
@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import transformers
+from contenders import InterpSteer, vector_of
 
 from interp_steer import SteeringModel, starter
 from interp_steer.block import linear
@@ -41,7 +42,7 @@ ENVIRONMENTS = {  # what each needs; the first two hold transformers below 5
 UNSTEERED = ["transformers", "transformers again"]
 LOOPING = ["transformers + hook", "HookedTransformer", "HookedTransformer, zero copy"]
 LOOPING += ["TransformerBridge", *ENVIRONMENTS]
-PARTS = ("products", "check", "decoding", "settings", "sweep")
+PARTS = ("start", "products", "check", "decoding", "settings", "sweep")
 SETTINGS = 240  # 30 blocks x 8 vectors
 LENGTH = 20.0  # of a vector; about half of the median norm in the middle of the starter
 
@@ -75,7 +76,9 @@ class Contender:
             [python, script, name, folder, dtype],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
+        begun = time.perf_counter()
         self.about = self._read()
+        self.ready = time.perf_counter() - begun  # imports and loading
 
     def _read(self) -> dict:
         line = self.process.stdout.readline()
@@ -137,7 +140,7 @@ class Bench:
         self.running: dict[str, Contender] = {}
         self.failed: dict[str, str] = {}
 
-    def start(self, names: list[str]) -> list[str]:
+    def begin(self, names: list[str]) -> list[str]:
         """Starts contenders; names of those that run."""
         for name in names:
             if name not in self.running and name not in self.failed:
@@ -179,6 +182,31 @@ class Bench:
                 report(repeat + 1)
         return {n: found for n, found in times.items() if n.split(":")[0] in self.running}
 
+    def start(self) -> dict:
+        """Seconds until the command line answers, and until a process with a model is ready."""
+        commands = {
+            "python -c 'import torch'": [sys.executable, "-c", "import torch"],
+            "interp-steer --help": [Path(sys.executable).with_name("interp-steer"), "--help"],
+        }
+        names = ["interp-steer", "transformers", *(n for n in LOOPING if "Transformer" in n)]
+        took: dict[str, list[float]] = {}
+        loads: dict[str, list[float]] = {}
+        with progress(f"{self.dtype}: start", self.given.repeats) as report:
+            for repeat in range(self.given.repeats):
+                for name, command in commands.items():
+                    begun = time.perf_counter()
+                    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+                    took.setdefault(name, []).append(time.perf_counter() - begun)
+                for name in names:
+                    one = Contender(name, self.folder, self.dtype, self.model.d_model)
+                    one.close()
+                    if "error" not in one.about:
+                        took.setdefault(name, []).append(one.ready)
+                        loads.setdefault(name, []).append(one.about["load"])
+                report(repeat + 1)
+        spreads = {name: spread(found) for name, found in took.items()}
+        return {"ready": spreads, "load": {name: spread(found) for name, found in loads.items()}}
+
     def products(self) -> list[dict]:
         """The unembedding of so many rows by torch's own `linear` and by the engine's."""
         rows, head = [], self.model.hf.lm_head
@@ -197,7 +225,7 @@ class Bench:
 
     def check(self) -> dict:
         """Last logits of teacher-forced text, steered, against interp-steer's."""
-        names = self.start(["interp-steer", *LOOPING])
+        names = self.begin(["interp-steer", *LOOPING])
         worst = {}
         for layer, seed in self.settings[:: SETTINGS // 4]:
             found = {}
@@ -214,7 +242,7 @@ class Bench:
 
     def decoding(self) -> list[dict]:
         """Steered decoding against the A/A pair of `transformers.generate`, at equal batch."""
-        self.start(["interp-steer", *UNSTEERED])
+        self.begin(["interp-steer", *UNSTEERED])
         new, rows = self.given.decode, []
         for batch in self.given.batches:
             names = [UNSTEERED[0], "interp-steer", UNSTEERED[1]]
@@ -237,22 +265,35 @@ class Bench:
         return rows
 
     def one_or_many(self) -> dict:
-        """256 rows under one setting and under 256 different ones."""
-        self.start(["interp-steer"])
-        layers, new = self.model.n_layers, self.given.decode
-        many = [(i % layers, i) for i in range(256)]
-        one = [(13, 0)] * 256
-        calls = {
-            "interp-steer:1": lambda _: self.seconds("interp-steer", 1, one, new),
-            "interp-steer:256": lambda _: self.seconds("interp-steer", 1, many, new),
-        }
-        times = self.in_turn(calls, self.given.repeats, "1 and 256 settings")
-        pairs = zip(times["interp-steer:1"], times["interp-steer:256"], strict=True)
-        return {"throughput_share": spread([a / b for a, b in pairs])}
+        """Decoding steps of 256 rows under one setting and under 256 different ones, in turn."""
+        steps, layers = self.given.steps, self.model.n_layers
+        mine = InterpSteer(self.folder, self.dtype)
+        batches = {}
+        for different in (1, 256):
+            settings = [(i % layers if different > 1 else 13, i % different) for i in range(256)]
+            drawn = [
+                (layer, vector_of(seed, self.model.d_model, LENGTH, self.dtype))
+                for layer, seed in settings
+            ]
+            batches[different] = mine.engine.stepper()
+            for row in mine.rows(TEXTS[:1], drawn, steps + 2):
+                batches[different].add(row)
+            for _ in range(2):  # reads the prompts; warms up
+                batches[different].step()
+        times: dict[int, list[float]] = {n: [] for n in batches}
+        with progress(f"{self.dtype}: 1 and 256 settings", steps) as report:
+            for step in range(steps):
+                for n in list(batches)[:: -1 if step % 2 else 1]:
+                    begun = time.perf_counter()
+                    batches[n].step()
+                    times[n].append(time.perf_counter() - begun)
+                report(step + 1)
+        pairs = zip(times[1], times[256], strict=True)
+        return {"throughput_share": spread([one / many for one, many in pairs])}
 
     def sweep(self) -> list[dict]:
         """240 settings over 1 and 8 prompts; those that loop are timed on a sample."""
-        self.start(["interp-steer", *LOOPING])
+        self.begin(["interp-steer", *LOOPING])
         rows, new = [], self.given.new
         step = max(1, SETTINGS // self.given.sample)
         some = self.settings[::step]
@@ -310,6 +351,13 @@ def table(found: dict) -> str:
             for name, apart in parts["check"]["largest_difference"].items():
                 cells(name, f"{apart:.1e}")
             lines.append("")
+        if "start" in parts:
+            cells("seconds until ready", "with imports", f"loading, {dtype}")
+            cells(*["---"] * 3)
+            for name, ready in parts["start"]["ready"].items():
+                load = parts["start"]["load"].get(name)
+                cells(name, ranged(ready), ranged(load) if load else "")
+            lines.append("")
         for one in parts.get("products", []):
             ratio = one["torch"] / one["engine"]
             lines.append(
@@ -325,7 +373,8 @@ def table(found: dict) -> str:
                 cells(one["batch"], f"{mine:.0f}", f"{theirs:.0f}", ratio, aa, "")
             lines.append("")
         if "settings" in parts:
-            lines += [f"256 settings, share of 1: {ranged(parts['settings']['throughput_share'])}"]
+            share = ranged(parts["settings"]["throughput_share"])
+            lines.append(f"{dtype}: decoding under 256 settings, share of under 1: {share}")
             lines.append("")
         for one in parts.get("sweep", []):
             cells(f"240 settings, {one['prompts']} prompts, {dtype}", "interp-steer is faster by")
@@ -348,8 +397,9 @@ if __name__ == "__main__":
     parser.add_argument("--prompts", nargs="+", type=int, default=[1, 8], help="of a sweep")
     parser.add_argument("--pairs", type=int, default=15, help="of steered and unsteered decoding")
     parser.add_argument("--repeats", type=int, default=3, help="of everything else")
-    parser.add_argument("--decode", type=int, default=32, help="tokens of a decoding run")
-    parser.add_argument("--new", type=int, default=64, help="tokens of a sweep's answers")
+    parser.add_argument("--decode", type=int, default=16, help="tokens of a decoding run")
+    parser.add_argument("--steps", type=int, default=30, help="of 256 rows, one or many settings")
+    parser.add_argument("--new", type=int, default=32, help="tokens of a sweep's answers")
     parser.add_argument("--sample", type=int, default=2, help="settings timed of those that loop")
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
     given = parser.parse_args()
@@ -358,6 +408,7 @@ if __name__ == "__main__":
         bench = Bench(given, dtype)
         try:
             parts = {
+                "start": bench.start,
                 "products": bench.products,
                 "check": bench.check,
                 "decoding": bench.decoding,

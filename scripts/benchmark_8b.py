@@ -154,8 +154,9 @@ if __name__ == "__main__":
     print("| batch | steered, tokens/s | unsteered transformers | ratio | of the limit | peak |")
     print("|---|---|---|---|---|---|")
     for one in found:
+        peak = f"{one['peak'] / 2**30:.1f} GiB" if one["peak"] else "not read"
         ratio, share = one["steered"] / one["unsteered"], one["steered"] / one["limit"]
         print(
             f"| {one['batch']} | {one['steered']:.1f} | {one['unsteered']:.1f} | {ratio:.2f} "
-            f"| {share:.0%} | {one['peak'] / 2**30:.1f} GiB |"
+            f"| {share:.0%} | {peak} |"
         )

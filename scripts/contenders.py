@@ -292,8 +292,10 @@ if __name__ == "__main__":
     try:
         import transformers
 
+        begun = time.perf_counter()
         contender = CONTENDERS[name](folder, dtype)
-        print(json.dumps({"transformers": transformers.__version__}), file=replies, flush=True)
+        about = {"transformers": transformers.__version__, "load": time.perf_counter() - begun}
+        print(json.dumps(about), file=replies, flush=True)
     except Exception as error:
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=replies, flush=True)
         sys.exit()

@@ -234,7 +234,7 @@ def test_sites_are_checked_against_the_model(tiny):
 
 
 def test_fingerprint_tells_weights_apart(tiny, tiny_folder, tmp_path):
-    assert SteeringModel.load(str(tiny_folder)).fingerprint == tiny.fingerprint
+    assert SteeringModel.load(tiny_folder).fingerprint == tiny.fingerprint
     other = make_llama(tmp_path / "other", seed=1)
     assert SteeringModel.load(str(other)).fingerprint != tiny.fingerprint
 
