@@ -135,13 +135,16 @@ def typical(study: Study, model: SteeringModel, rows: int, new: int | None = Non
 def _seconds(study: Study, model: SteeringModel, rows: int) -> float:
     """Of one chunk of so many rows: two short runs, extrapolated over new tokens."""
     engine = Engine(model)
-    took = []
-    for new in TRIED if study.sampling.max_new_tokens > max(TRIED) else (None,):
+
+    def seconds(new: int | None) -> float:
         chunk = typical(study, model, rows, new)
         start = time.perf_counter()
         measure(engine, chunk)
-        took.append(time.perf_counter() - start)
-    if len(took) == 1:
-        return took[0]
+        return time.perf_counter() - start
+
+    if study.sampling.max_new_tokens <= max(TRIED):
+        return seconds(None)
+    seconds(TRIED[0])  # a first run is slower, which would make the slope too flat
+    took = [seconds(new) for new in TRIED]
     slope = max(0.0, took[1] - took[0]) / (TRIED[1] - TRIED[0])
     return took[0] + slope * (study.sampling.max_new_tokens - TRIED[0])

@@ -30,6 +30,7 @@ from interp_steer import SteeringModel, starter
 from interp_steer.block import linear
 from interp_steer.console import progress
 from interp_steer.files import cache_dir
+from interp_steer.stepper import Stepper
 
 PINNED = [f"torch=={torch.__version__.split('+')[0]}", "accelerate"]
 NEW = f"transformers=={transformers.__version__}"
@@ -42,7 +43,12 @@ ENVIRONMENTS = {  # what each needs; the first two hold transformers below 5
 UNSTEERED = ["transformers", "transformers again"]
 LOOPING = ["transformers + hook", "HookedTransformer", "HookedTransformer, zero copy"]
 LOOPING += ["TransformerBridge", *ENVIRONMENTS]
-PARTS = ("start", "products", "check", "decoding", "settings", "sweep")
+PARTS = ("start", "products", "profile", "check", "decoding", "settings", "sweep")
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+    "copies": ("aten::copy_", "aten::index_select", "aten::cat"),
+}
 SETTINGS = 240  # 30 blocks x 8 vectors
 LENGTH = 20.0  # of a vector; about half of the median norm in the middle of the starter
 
@@ -214,6 +220,7 @@ class Bench:
             for n in (1, 2, 8, 32, 128, 240):
                 x = torch.randn(n, self.model.d_model).to(head.weight.dtype)
                 times: dict[str, list[float]] = {"torch": [], "engine": []}
+                head(x)  # a first product is slower
                 for _ in range(7):
                     for name, product in (("torch", head), ("engine", lambda x: linear(x, head))):
                         begun = time.perf_counter()
@@ -222,6 +229,42 @@ class Bench:
                 ms = {name: 1000 * statistics.median(took) for name, took in times.items()}
                 rows.append({"rows": n, **ms})
         return rows
+
+    def profile(self) -> list[dict]:
+        """Where the time of a decoding step goes, by kinds of operations of torch."""
+        from torch.profiler import ProfilerActivity, profile
+
+        mine = InterpSteer(self.folder, self.dtype)
+        found = []
+        for rows in (1, 32, 240):
+            stepper = self.stepper(mine, self.settings[:rows], 12)
+            for _ in range(3):  # reads the prompts; warms up
+                stepper.step()
+            with profile(activities=[ProfilerActivity.CPU]) as seen:
+                begun = time.perf_counter()
+                for _ in range(8):
+                    stepper.step()
+                wall = (time.perf_counter() - begun) / 8
+            kinds = dict.fromkeys([*KINDS, "elementwise and the like"], 0.0)
+            for one in seen.key_averages():
+                kind = next((k for k, ops in KINDS.items() if one.key in ops), list(kinds)[-1])
+                kinds[kind] += one.self_cpu_time_total / 8e6
+            kinds["outside torch"] = max(0.0, wall - sum(kinds.values()))
+            found.append(
+                {"rows": rows, "ms": 1000 * wall, "shares": {k: s / wall for k, s in kinds.items()}}
+            )
+        return found
+
+    def stepper(self, mine: InterpSteer, settings: list, new: int) -> Stepper:
+        """Rows of one prompt under these settings, about to be read."""
+        drawn = [
+            (layer, vector_of(seed, self.model.d_model, LENGTH, self.dtype))
+            for layer, seed in settings
+        ]
+        stepper = mine.engine.stepper()
+        for row in mine.rows(TEXTS[:1], drawn, new):
+            stepper.add(row)
+        return stepper
 
     def check(self) -> dict:
         """Last logits of teacher-forced text, steered, against interp-steer's."""
@@ -271,13 +314,7 @@ class Bench:
         batches = {}
         for different in (1, 256):
             settings = [(i % layers if different > 1 else 13, i % different) for i in range(256)]
-            drawn = [
-                (layer, vector_of(seed, self.model.d_model, LENGTH, self.dtype))
-                for layer, seed in settings
-            ]
-            batches[different] = mine.engine.stepper()
-            for row in mine.rows(TEXTS[:1], drawn, steps + 2):
-                batches[different].add(row)
+            batches[different] = self.stepper(mine, settings, steps + 2)
             for _ in range(2):  # reads the prompts; warms up
                 batches[different].step()
         times: dict[int, list[float]] = {n: [] for n in batches}
@@ -364,6 +401,14 @@ def table(found: dict) -> str:
                 f"{dtype}, unembedding of {one['rows']} rows: torch {one['torch']:.1f} ms, engine "
                 f"{one['engine']:.1f} ms, {ratio:.2f}x"
             )
+        if "profile" in parts:
+            kinds = list(parts["profile"][0]["shares"])
+            cells("rows", f"a step, {dtype}", *kinds)
+            cells(*["---"] * (2 + len(kinds)))
+            for one in parts["profile"]:
+                shares = [f"{share:.0%}" for share in one["shares"].values()]
+                cells(one["rows"], f"{one['ms']:.0f} ms", *shares)
+            lines.append("")
         if "decoding" in parts:
             cells("batch", "steered, tokens/s", "transformers, unsteered", "ratio", "A/A", dtype)
             cells(*["---"] * 6)
@@ -410,6 +455,7 @@ if __name__ == "__main__":
             parts = {
                 "start": bench.start,
                 "products": bench.products,
+                "profile": bench.profile,
                 "check": bench.check,
                 "decoding": bench.decoding,
                 "settings": bench.one_or_many,

@@ -147,7 +147,7 @@ class Nnterp:
         ids = torch.tensor(prompts)
         options = {"max_new_tokens": new, "do_sample": False}
         with torch.no_grad(), self.traced.generate({"input_ids": ids}, **options) as tracer:
-            with tracer.all():
+            with tracer.iter[:new]:  # after `all()` nothing more is run
                 self.traced.layers_output[layer] = self.traced.layers_output[layer] + vector
             out = tracer.result.save()
         return out[:, ids.shape[1] :].tolist()

@@ -52,3 +52,16 @@ def test_studies_run_at_small_size(name, tiny_folder, tmp_path, monkeypatch, cap
     runpy.run_path(str(SCRIPTS / f"{name}.py"))
     wrote = tmp_path / ("profile.png" if name == "layer_ablation" else "report.html")
     assert wrote.stat().st_size > 5000 and str(wrote) in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peaks as Linux does")
+def test_memory_is_as_planned():
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "benchmark_memory.py"), "--rows", "64", "--json"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for one in json.loads(done.stdout):
+        assert one["load"] <= 1.10
+        assert 0.8 <= one["planned"] / one["peak"] <= 1.2
