@@ -140,14 +140,13 @@ class Nnterp:
         from nnterp import StandardizedTransformer
 
         self.traced = StandardizedTransformer(folder, dtype=getattr(torch, dtype), device_map="cpu")
-        self.traced._model.generation_config.eos_token_id = None
-        self.traced._model.generation_config.pad_token_id = 0
 
     def generate(self, prompts, layer, vector, new):
         ids = torch.tensor(prompts)
-        options = {"max_new_tokens": new, "do_sample": False}
+        # who stops early never reaches the last step, nor what follows it here
+        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
         with torch.no_grad(), self.traced.generate({"input_ids": ids}, **options) as tracer:
-            with tracer.iter[:new]:  # after `all()` nothing more is run
+            for _ in tracer.iter[:new]:
                 self.traced.layers_output[layer] = self.traced.layers_output[layer] + vector
             out = tracer.result.save()
         return out[:, ids.shape[1] :].tolist()
