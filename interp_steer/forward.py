@@ -153,8 +153,10 @@ class _Together:
         numbers = {ids: n for n, ids in enumerate(dict.fromkeys(map(tuple, sequences)))}
         self.trunk_of = [numbers[tuple(ids)] for ids in sequences]
         self.leaves = [shared_blocks(steer, model.n_layers) for steer, _ in rows]
+        # the prompt too: one sequence may be divided into prompt and continuation in several ways
         alike = [
-            (trunk, *map(id, steer)) for trunk, (steer, _) in zip(self.trunk_of, rows, strict=True)
+            (trunk, prompt, *map(id, steer))
+            for trunk, (steer, prompt) in zip(self.trunk_of, rows, strict=True)
         ]
         firsts = {key: r for r, key in reversed(list(enumerate(alike)))}
         self.first = [firsts[key] for key in alike]

@@ -94,8 +94,8 @@ def test_every_row_equals_transformerlens(tiny, engine, rows, answers):
 
 
 @pytest.mark.parametrize("sampling", [
-    Sampling(max_new_tokens=12),
-    Sampling(temperature=0.9, top_p=0.95, top_k=40, repetition_penalty=1.2, max_new_tokens=12),
+    Sampling(max_new_tokens=24),
+    Sampling(temperature=0.9, top_p=0.95, top_k=40, repetition_penalty=1.2, max_new_tokens=24),
 ])  # fmt: skip
 def test_texts_alone_and_batched_are_equal_or_part_at_a_near_tie(engine, rows, sampling):
     rows = [Row(r.prompt, r.steer, sampling, seed) for seed, r in enumerate(rows)]
@@ -231,6 +231,21 @@ def test_rows_that_differ_by_their_seed_are_read_once(engine, directions, blocks
     alone = [engine.generate([row])[0].token_ids for row in rows]
     assert [result.token_ids for result in together] == alone
     assert len({*alone}) > 4
+
+
+def test_one_sequence_divided_in_two_ways_is_two_rows(tiny, engine, directions):
+    """Where the prompt ends decides what scope `generated` covers."""
+    setting = (steer("add", directions["one"], coefficient=6, at=2, on="generated"),)
+    short, long = "The tower stands", "The tower stands in the rain"
+    first, whole = tiny.encode(short).ids, (*tiny.encode(long).ids, 7, 8, 9)
+    assert whole[: len(first)] == first
+    cases = [(Row(short, setting), whole[len(first) :]), (Row(long, setting), (7, 8, 9))]
+    rows, given = [row for row, _ in cases], [after for _, after in cases]
+    together = engine.score(rows, given, last_logits=True)
+    for (row, after), score in zip(cases, together, strict=True):
+        alone = engine.score([row], [after], last_logits=True)[0]
+        assert torch.allclose(score.last_logits, alone.last_logits, atol=1e-4)
+    assert not torch.allclose(together[0].last_logits, together[1].last_logits, atol=1e-2)
 
 
 def test_late_rows_share_the_whole_prompt(tiny, directions, blocks):
