@@ -17,7 +17,14 @@ from torch import Tensor
 
 from interp_steer.block import Change, Keeps, block, linear, normed, signed
 from interp_steer.errors import RequestError
-from interp_steer.loading import find_folder, pick_device, pick_dtype, read, refuse_unsupported
+from interp_steer.loading import (
+    find_folder,
+    pick_device,
+    pick_dtype,
+    read,
+    refuse_unsupported,
+    refuse_wrong_weights,
+)
 from interp_steer.prompt import Encoded, Prompt, encode, is_chat, readable
 from interp_steer.site import Site
 
@@ -44,18 +51,15 @@ class SteeringModel:
         name: str = "",
         revision: str = "",
     ) -> None:
-        """Wraps a model that is already in memory.
+        """Wraps a model that is already in memory, and puts it into evaluation mode.
 
         Raises:
-            RequestError: the model is of a kind that the two views would not agree on.
+            RequestError: the model is of a kind that the two views would not agree on, or is not
+                what its configuration says.
+            RunError: weights that are not finite.
         """
         refuse_unsupported(hf.config, name or "this model")
-        for part, module in hf.named_modules():
-            if part.endswith(("_proj", "lm_head")) and type(module) is not torch.nn.Linear:
-                raise RequestError(
-                    f"{part} of {name or 'this model'} is a {type(module).__name__}, expected a "
-                    "Linear: both views read plain weights; merge an adapter into them first"
-                )
+        refuse_wrong_weights(hf, name or "this model")
         self.hf = hf.eval()
         self.tokenizer = tokenizer
         self.name, self.revision = name, revision

@@ -78,6 +78,8 @@ class Admission:
     """Lets rows in: checks them against the model, and judges their gates once a prompt."""
 
     def __init__(self, model: SteeringModel) -> None:
+        if model.device.type == "meta":
+            raise RequestError(f"{model.name or 'this model'} has no weights (they are on 'meta')")
         self.model = model
         self._gates: dict[tuple[tuple[int, ...], Gate], bool] = {}
 
