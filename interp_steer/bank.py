@@ -187,7 +187,12 @@ class Bank:
             x: [batch, pos, d_model], or [batch, pos, head, d_head] at z.
             positions: absolute positions of each row of `x`; negative ones are padding.
             place: where in `x` each row of the bank stands; None if it is the same.
+
+        Raises:
+            RequestError: without `place`, a batch of another size than the bank's.
         """
+        if place is None and len(x) != self.batch:
+            raise RequestError(f"this bank steers {self.batch} rows, the batch has {len(x)}")
         for stage in self.stages:
             rows = stage.rows if place is None else place[stage.rows]
             part = x[rows] if stage.heads is None else x[rows, :, stage.heads]

@@ -6,12 +6,14 @@ with model.hooked.hooks(fwd_hooks=hooks):
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from interp_steer.bank import Bank, compile_banks
+from interp_steer.bank import Bank, Hook, compile_banks
+from interp_steer.errors import RequestError
 from interp_steer.intervention import Intervention
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import Prompt
@@ -30,7 +32,11 @@ def fwd_hooks(
     *,
     cached: bool = False,
 ) -> list[tuple[str | Callable[..., Any], Callable[..., Any]]]:
-    """Interventions as TransformerLens hooks, for a batch of one sequence without padding.
+    """Interventions as TransformerLens hooks, for sequences that begin with one prompt.
+
+    Every row of a batch is steered alike. A row that begins otherwise (another prompt, padding on
+    the left) is refused when it is embedded: its positions would be wrong. What follows the prompt
+    may differ from row to row.
 
     Args:
         steer: resolved interventions (lengths, not doses).
@@ -45,23 +51,51 @@ def fwd_hooks(
         RequestError: an intervention does not fit the model or has no length yet.
     """
     row = Admission(model).steered(Row(prompt, tuple(steer)))
-    banks = compile_banks([row], model.device)
-    return [
-        (Site(component, layer, 0 if component == "z" else None).hook_name, _hook(bank, cached))
-        for (component, layer), bank in banks.items()
+
+    @lru_cache(maxsize=4)
+    def banks(batch: int) -> dict[Hook, Bank]:
+        return compile_banks([row] * batch, model.device)
+
+    found = [
+        (Site(at[0], at[1], 0 if at[0] == "z" else None).hook_name, _hook(banks, at, cached))
+        for at in banks(1)
     ]
+    return [("hook_embed", _guard(model, row[1].ids, cached)), *found] if found else []
 
 
-def _hook(bank: Bank, cached: bool) -> Callable[..., Tensor]:
+def _hook(
+    banks: Callable[[int], dict[Hook, Bank]], at: Hook, cached: bool
+) -> Callable[..., Tensor]:
     read = 0
 
     def steered(x: Tensor, hook: Any) -> Tensor:
         nonlocal read
-        positions = torch.arange(read, read + x.shape[1], device=x.device)[None]
+        positions = torch.arange(read, read + x.shape[1], device=x.device)
         read += x.shape[1] if cached else 0
-        return bank.apply(x, positions)
+        return banks(len(x))[at].apply(x, positions.expand(len(x), -1))
 
     return steered
+
+
+def _guard(model: SteeringModel, ids: Sequence[int], cached: bool) -> Callable[..., None]:
+    """Refuses sequences that do not begin with these tokens, by what they are embedded as."""
+    read = 0
+
+    def check(x: Tensor, hook: Any) -> None:
+        nonlocal read
+        here = torch.tensor(ids[read : read + x.shape[1]], dtype=torch.long, device=x.device)
+        read += x.shape[1] if cached else 0
+        begins = model.embed(here[None])[0]
+        for number, embedded in enumerate(x):
+            if not torch.equal(embedded[: len(begins)], begins[: len(embedded)].to(x)):
+                raise RequestError(
+                    f"row {number} of the batch does not begin with the {len(ids)} tokens of the "
+                    "prompt that these hooks were made for (another prompt, or padding): they "
+                    "would steer wrong positions; run each prompt with hooks of its own, or use "
+                    "Engine, which takes rows of any prompts"
+                )
+
+    return check
 
 
 def run_with_cache(
