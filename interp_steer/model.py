@@ -330,10 +330,32 @@ class SteeringModel:
 
     @cached_property
     def hooked(self) -> "HookedTransformer":
-        """The same weights as a TransformerLens HookedTransformer, built on first use."""
+        """The same weights as a TransformerLens HookedTransformer, built on first use.
+
+        Nothing is folded or centred, so activations equal the Hugging Face module's. Direct logit
+        attribution as TransformerLens's tutorials do it needs `folded()`. What would change the
+        shared weights is refused.
+        """
         from interp_steer.hooked import hooked_view
 
         return hooked_view(self)
+
+    def folded(self, dtype: torch.dtype | str = "float32") -> "HookedTransformer":
+        """A copy as TransformerLens's tutorials expect it: the weights of every RMS norm folded
+        into the matrix that reads it, the unembedding centred (which takes from each position's
+        logits their mean). Its norms only divide, so contributions to the stream add up to the
+        logits.
+
+        The copy has weights of its own: 4 bytes a parameter in float32, 2 in bfloat16 (a head that
+        is tied to the embeddings is a matrix of its own here), and while it is made up to twice 4.
+        Nothing is kept: every call makes one.
+
+        Args:
+            dtype: of the copy; folding is done in float32 and rounded once.
+        """
+        from interp_steer.hooked import folded_copy
+
+        return folded_copy(self, pick_dtype(dtype, self.device))
 
 
 def _inside(changes: Mapping[tuple[str, int], Change], layer: int) -> dict[str, Change]:
