@@ -4,7 +4,6 @@ Together with `block.py` and `hooked.py` this is the only file that touches the 
 transformers' Llama and of TransformerLens. It knows nothing of steering.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from os import PathLike
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from interp_steer.block import Change, Keeps, block, linear, normed, signed
 from interp_steer.errors import RequestError
+from interp_steer.fingerprint import Fingerprint
 from interp_steer.loading import (
     find_folder,
     pick_device,
@@ -63,6 +63,8 @@ class SteeringModel:
         self.hf = hf.eval()
         self.tokenizer = tokenizer
         self.name, self.revision = name, revision
+        self._fingerprint = Fingerprint(hf)
+        self._hooked: tuple[list[int], HookedTransformer] | None = None
         # rendering a chat costs a millisecond; a sweep asks for one prompt hundreds of times
         self._encoded = lru_cache(maxsize=4096)(self._encode)
         config: Any = hf.config  # its fields are typed as optional
@@ -133,14 +135,12 @@ class SteeringModel:
         dtype: torch.dtype = self.hf.model.embed_tokens.weight.dtype
         return dtype
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """A short hash of the configuration and of a sample of every weight matrix."""
-        digest = hashlib.sha256(repr(sorted(self.hf.config.to_diff_dict().items())).encode())
-        for weight in self.hf.parameters():
-            sample = weight.detach().reshape(-1)[:: max(1, weight.numel() // 64)][:64]
-            digest.update(sample.float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """A short hash of the configuration and of a sample of every weight matrix; another one
+        once weights have been changed in place.
+        """
+        return str(self._fingerprint)
 
     def check(self, site: Site, width: int) -> None:
         """Whether a vector of that width fits at a site of this model.
@@ -328,17 +328,21 @@ class SteeringModel:
 
     # --- the second view ------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def hooked(self) -> "HookedTransformer":
         """The same weights as a TransformerLens HookedTransformer, built on first use.
 
         Nothing is folded or centred, so activations equal the Hugging Face module's. Direct logit
         attribution as TransformerLens's tutorials do it needs `folded()`. What would change the
-        shared weights is refused.
+        shared weights is refused. Once `hf` has moved its weights it is another one.
         """
         from interp_steer.hooked import hooked_view
 
-        return hooked_view(self)
+        places = [weight.data_ptr() for weight in self.hf.parameters()]
+        if self._hooked is None or self._hooked[0] != places:
+            refuse_wrong_weights(self.hf, self.name or "this model")
+            self._hooked = places, hooked_view(self)
+        return self._hooked[1]
 
     def folded(self, dtype: torch.dtype | str = "float32") -> "HookedTransformer":
         """A copy as TransformerLens's tutorials expect it: the weights of every RMS norm folded

@@ -75,13 +75,19 @@ class Taps:
 
 
 class Admission:
-    """Lets rows in: checks them against the model, and judges their gates once a prompt."""
+    """Lets rows in: checks them against the model, and judges their gates once a prompt.
+
+    The latest verdicts are kept while the weights stay as they are.
+    """
+
+    KEPT = 4096
 
     def __init__(self, model: SteeringModel) -> None:
         if model.device.type == "meta":
             raise RequestError(f"{model.name or 'this model'} has no weights (they are on 'meta')")
         self.model = model
-        self._gates: dict[tuple[tuple[int, ...], Gate], bool] = {}
+        self._verdicts: dict[tuple[tuple[int, ...], Gate], bool] = {}
+        self._judged = ""  # the fingerprint of the weights that gave the verdicts
 
     def steered(self, row: Row) -> Steered:
         """A row as forward passes take it: checked, without interventions whose gate is shut."""
@@ -116,15 +122,17 @@ class Admission:
 
     def judge(self, lives: Sequence[Live]) -> None:
         """Judges every gate on its unsteered prompt, once, and drops what stays shut."""
-        asked = {
-            (live.prompt, one.gate)
-            for live in lives
-            for one in live.row.steer
-            if one.gate and (live.prompt.ids, one.gate) not in self._gates
+        gated = [(live, one.gate) for live in lives for one in live.row.steer if one.gate]
+        if gated and self._judged != self.model.fingerprint:
+            self._verdicts, self._judged = {}, self.model.fingerprint
+        opens = {
+            (live.prompt.ids, gate): self._verdicts.get((live.prompt.ids, gate))
+            for live, gate in gated
         }
-        by_prompt: dict[Encoded, list[Gate]] = {}
-        for prompt, gate in asked:
-            by_prompt.setdefault(prompt, []).append(gate)
+        by_prompt: dict[Encoded, set[Gate]] = {}
+        for live, gate in gated:
+            if opens[live.prompt.ids, gate] is None:
+                by_prompt.setdefault(live.prompt, set()).add(gate)
         for prompt, gates in by_prompt.items():
             for layer, x, _ in self.model.residuals([prompt]):
                 for gate in gates:
@@ -135,12 +143,14 @@ class Admission:
                         )
                         mean = cosine.mean().item() if len(cosine) else 0.0
                         passed = mean > gate.threshold if gate.above else mean < gate.threshold
-                        self._gates[prompt.ids, gate] = passed
+                        opens[prompt.ids, gate] = self._verdicts[prompt.ids, gate] = passed
+        for oldest in list(self._verdicts)[: -self.KEPT]:
+            del self._verdicts[oldest]
         for live in lives:
             live.steer = tuple(
                 one
                 for one in live.row.steer
-                if one.gate is None or self._gates[live.prompt.ids, one.gate]
+                if one.gate is None or opens[live.prompt.ids, one.gate]
             )
 
 
