@@ -513,7 +513,8 @@ def test_a_feature_without_a_label_has_that_of_the_store():
         said = Row(*where, 5, "e", "towers", "gpt", "np", None, 0.25, 12.0)
         store.commit(source, "explanations/a", None, [said, Row(*where, 6, max_activation=3.0)])
     got = feature(f"{SOURCE}/5")
-    assert (got.max_activation, got.source["label"], got.source["density"]) == (12, "towers", "0.25")
+    assert (got.max_activation, got.source["label"]) == (12.0, "towers")
+    assert got.source["density"] == "0.25"
     assert feature(*SCOPE, 6).max_activation == 3.0  # a feature that nobody has explained
     assert "label" not in feature(*SCOPE, 6).source
     assert feature(*SCOPE, 7).max_activation is None
