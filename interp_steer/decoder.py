@@ -111,7 +111,7 @@ def llama_scope(files: Repo | Folder, prefix: str, entry: Entry, index: int) -> 
             f"{path}: a transcoder from {hook} to {about['hook_point_out']}; SAELens scales its "
             "rows by its input, so they have no known length where they are written"
         )
-    steerable(hook, str(path))
+    hook = steerable(hook, str(path))
     name = f"{prefix}checkpoints/final.safetensors"
     file = Safetensors(LocalFile(files.path(name)))  # a column over HTTP would be d_in requests
     vector = file.column("decoder.weight", index).float()
@@ -164,8 +164,7 @@ def temporal(files: Repo | Folder, prefix: str, entry: Entry, index: int) -> Dec
         raise RunError(f"{path} is damaged: sae.scaling_factor is {factor}")
     layer = re.search(r"layer_(\d+)", prefix)
     told = dict(entry.overrides).get("hook_name")
-    hook = told or (f"blocks.{layer[1]}.hook_resid_post" if layer else "")
-    steerable(hook, str(path))
+    hook = steerable(told or (f"blocks.{layer[1]}.hook_resid_post" if layer else ""), str(path))
     name = f"{prefix}latest_ckpt.safetensors"
     file = Safetensors(files.parts(name))
     vector = file.row("D", index).float()
@@ -206,19 +205,18 @@ def _kind(about: dict[str, Any]) -> str:
 
 
 def steerable(hook: str, what: str) -> str:
-    """A hook point that can be steered, as it was given.
+    """A hook point that can be steered, by TransformerLens's name.
 
     Raises:
         RequestError: it cannot; the message says what can.
     """
     try:
-        Site.parse(hook)
+        return Site.parse(hook).hook_point
     except RequestError as error:
         raise RequestError(
             f"{what}: this SAE is trained on {hook or 'an unnamed place'}, which cannot be "
             f"steered here; what can: {', '.join(COMPONENTS)} (z one head at a time)"
         ) from error
-    return hook
 
 
 def written_to(hook_in: str, hook_out: str, transcoder: bool, what: str) -> str:

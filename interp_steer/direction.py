@@ -48,7 +48,7 @@ class Direction:
 
     def __post_init__(self) -> None:
         _check_name(self.name)
-        Site.parse(self.hook_point)
+        object.__setattr__(self, "hook_point", Site.parse(self.hook_point).hook_point)
         if self.unit.ndim != 1 or not self.unit.is_floating_point():
             raise RequestError(
                 f"direction {self.name!r} is {self.unit.dtype} of shape {list(self.unit.shape)}; "

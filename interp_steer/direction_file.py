@@ -23,7 +23,7 @@ def read(path: Path) -> Direction | DirectionSet:
             if not isinstance(entries, list) or not entries:
                 raise ValueError("it lists no members")
             members = [_member(file, about["name"], entry) for entry in entries]
-            if {m.hook_point for m in members} != set(file.keys()):
+            if {entry["hook_point"] for entry in entries} != set(file.keys()):
                 raise ValueError("its members are not its tensors")
             members = [with_present_maximum(member) for member in members]
             one = about["kind"] == "direction" and len(members) == 1

@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from interp_steer import decoder, hub, registry
-from interp_steer.direction import is_name, load
+from interp_steer.direction import Direction, is_name, load
 from interp_steer.errors import RequestError, RunError
 from interp_steer.features import Located, feature, locate
 from interp_steer.intervention import steer
@@ -314,6 +314,40 @@ def test_layouts_that_only_saelens_reads_are_loaded_whole(monkeypatch):
     assert got.hook_point == "blocks.2.hook_mlp_out"
     with pytest.raises(RequestError, match=rf"{release}/.* has features 0-{D_SAE - 1}$"):
         feature(*names, D_SAE)
+
+
+@pytest.mark.parametrize(
+    ("module", "hook"),
+    [
+        ("model.layers.3", "blocks.3.hook_resid_post"),
+        ("model.layers.3.output", "blocks.3.hook_resid_post"),
+        ("layers.3.mlp", "blocks.3.hook_mlp_out"),
+        ("model.layers.3.self_attn", "blocks.3.hook_attn_out"),
+    ],
+)
+def test_the_modules_of_transformers_are_places(module, hook, tiny, tiny_folder, tmp_path):
+    """Their outputs are what a hook of torch reads there."""
+    from transformers import AutoModelForCausalLM
+
+    from interp_steer.sae import Sae
+    from interp_steer.site import Site
+
+    assert Site.parse(module).hook_point == hook
+    folder = saved(tmp_path / "mine", hook=module)
+    assert feature(folder, 5).hook_point == Sae.load(folder).site.hook_point == hook
+    made = Direction(torch.eye(64)[0], module)
+    assert load(made.save(tmp_path / "one")) == made and made.hook_point == hook
+    seen = []
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype="float32")
+    name = module.removeprefix("model.").removesuffix(".output")
+    theirs.get_submodule(f"model.{name}").register_forward_hook(
+        lambda *a: seen.append(a[2] if isinstance(a[2], torch.Tensor) else a[2][0])
+    )
+    encoded = tiny.encode("The tower stands in Paris.")
+    with torch.no_grad():
+        theirs(torch.tensor([encoded.ids]))
+    x, _ = tiny.read(Site.parse(module), [encoded])
+    torch.testing.assert_close(x[0], seen[0][0], rtol=1e-4, atol=1e-5)
 
 
 # --- names ------------------------------------------------------------------------------------
