@@ -574,6 +574,41 @@ def test_a_write_replaces_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+SIDE = torch.zeros(4, 3, WIDTH)
+SOURCE = {"source": json.dumps({"model": "tiny"})}
+CONTRASTS = {
+    "a side missing": ({"positive": SIDE}, {}),
+    "float64": ({"positive": SIDE.double(), "negative": SIDE.double()}, {}),
+    "int64": ({"positive": SIDE.long(), "negative": SIDE.long()}, {}),
+    "two axes": ({"positive": SIDE[0], "negative": SIDE[0]}, {}),
+    "no prompts": ({"positive": SIDE[:, :0], "negative": SIDE}, {}),
+    "other layers": ({"positive": SIDE, "negative": SIDE[:2]}, {}),
+    "other widths": ({"positive": SIDE, "negative": SIDE[..., :8]}, {}),
+    "NaN": ({"positive": SIDE, "negative": SIDE * math.nan}, {}),
+    "no source": ({"positive": SIDE, "negative": SIDE}, {"source": None}),
+    "a list as source": ({"positive": SIDE, "negative": SIDE}, {"source": "[1]"}),
+    "numbers in the source": ({"positive": SIDE, "negative": SIDE}, {"source": '{"a": 1}'}),
+    "a source too deep": ({"positive": SIDE, "negative": SIDE}, {"source": "[" * 100_000}),
+    "huge metadata": ({"positive": SIDE, "negative": SIDE}, {"source": LONG}),
+}
+
+
+@pytest.mark.parametrize("what", CONTRASTS)
+def test_a_hostile_contrast_file_is_one_line(tmp_path, what):
+    from interp_steer.contrast import FORMAT as OF_CONTRASTS
+    from interp_steer.contrast import Contrast
+
+    path = tmp_path / "contrast.safetensors"
+    tensors, change = CONTRASTS[what]
+    about = {"format": OF_CONTRASTS, **SOURCE}
+    save_file({"positive": SIDE.clone(), "negative": SIDE.clone()}, path, about)
+    assert Contrast.load(path).source == {"model": "tiny"}
+    about = {key: value for key, value in {**about, **change}.items() if value is not None}
+    save_file({key: side.contiguous().clone() for key, side in tensors.items()}, path, about)
+    with pytest.raises(RunError, match=r"^[^\n]*contrast\.safetensors is damaged [^\n]*$"):
+        Contrast.load(path)
+
+
 # --- by name ----------------------------------------------------------------------------------
 
 

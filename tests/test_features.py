@@ -183,7 +183,7 @@ def made_sae(kind: str, **more):
     settings = {"architecture": kind, "d_in": D_IN, "d_sae": D_SAE, "dtype": "float32"}
     if kind == "topk":
         settings["k"] = 4
-    short = more.pop("short_rows", 1.0)
+    length = more.pop("rows_of", None)
     if "transcoder" in kind:
         settings["apply_b_dec_to_input"] = False
     sae = SAE.from_dict({**settings, **more})
@@ -191,7 +191,8 @@ def made_sae(kind: str, **more):
     with torch.no_grad():
         for weight in sae.parameters():
             weight.copy_(torch.randn(weight.shape))
-        sae.W_dec *= short
+        if length is not None:
+            sae.W_dec *= length / sae.W_dec.norm(dim=-1, keepdim=True)
     return sae
 
 
@@ -441,7 +442,7 @@ def on_a_dashboard(folder: Path, x: torch.Tensor, index: int) -> tuple[float, fl
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_largest_activation_is_in_residual_units(kind, tmp_path, monkeypatch):
     hook = "blocks.13.hook_resid_post"
-    folder = saved(tmp_path / "mine", kind.split()[0], hook, short_rows=0.25, **ARCHITECTURES[kind])
+    folder = saved(tmp_path / "mine", kind.split()[0], hook, rows_of=0.25, **ARCHITECTURES[kind])
     monkeypatch.setattr(registry, "STARTER_DATA", folder)
     shown, activation, length = on_a_dashboard(folder, random(400, D_IN, seed=8) * 3, 5)
     assert activation > 0 and shown > 0
@@ -502,7 +503,7 @@ def as_stored_before(row, number: float, path: Path) -> Path:
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_an_old_files_largest_activation_is_read_by_the_present_rule(kind, tmp_path, monkeypatch):
     hook = "blocks.13.hook_resid_post"
-    folder = saved(tmp_path / "mine", kind.split()[0], hook, short_rows=0.25, **ARCHITECTURES[kind])
+    folder = saved(tmp_path / "mine", kind.split()[0], hook, rows_of=0.25, **ARCHITECTURES[kind])
     monkeypatch.setattr(registry, "STARTER_DATA", folder)
     label = Label("m", "3-s", 5, "x", max_activation=12.0, release="starter", sae_id=hook)
     row = feature(label)
