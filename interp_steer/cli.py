@@ -15,7 +15,7 @@ from typer.exceptions import Abort, Exit, TyperException
 
 from interp_steer.ablation_cli import ablate
 from interp_steer.console import progress, safe
-from interp_steer.errors import RequestError, SteerError
+from interp_steer.errors import RequestError, SteerError, nearest
 from interp_steer.feature_cli import app as features
 from interp_steer.feature_cli import saes
 from interp_steer.labels.cli import app as labels
@@ -230,7 +230,6 @@ def make(
     device: Device = None,
 ) -> None:
     """A direction from contrasting prompts, for every layer from one pass."""
-    from interp_steer.errors import nearest
     from interp_steer.files import cache_dir
 
     methods = ("mean-difference", "principal-component", "logistic-probe", "actadd")
@@ -289,12 +288,18 @@ def make(
 
 
 @direction.command("show")
-def show(file: Path, as_json: Json = False) -> None:
+def show(
+    file: Annotated[str, typer.Argument(help="A file, or the name of a stored direction.")],
+    as_json: Json = False,
+) -> None:
     """What a direction file holds, and where it came from."""
-    from interp_steer.direction import Direction
-    from interp_steer.direction import load as read
+    from interp_steer.direction import Direction, Directions
 
-    found = read(file)
+    known = Directions()
+    try:
+        found = known[file]
+    except KeyError:
+        raise RequestError(f"no direction file {file}{nearest(file, known)}") from None
     members = [found] if isinstance(found, Direction) else list(found)
     if as_json:
         print(

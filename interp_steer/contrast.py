@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp_steer import tensor_file
 from interp_steer.console import progress
 from interp_steer.direction import Direction, DirectionSet
-from interp_steer.errors import RequestError, RunError, nearest
+from interp_steer.errors import RequestError, nearest
 from interp_steer.files import explained, whole
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import Encoded, Prompt, chat
@@ -178,19 +179,20 @@ class Contrast:
             RequestError: there is no such file, or it is no contrast.
             RunError: the file is damaged.
         """
-        from safetensors import SafetensorError, safe_open
-
         path = Path(path)
         if not path.is_file():
             raise RequestError(f"no contrast file {path}")
-        try:
-            with explained(path), safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                if about.get("format") == FORMAT:
-                    sides = (file.get_tensor("positive"), file.get_tensor("negative"))
-                    return cls(*sides, json.loads(about["source"]))
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{path} is damaged or not a safetensors file: {error}") from error
+        with tensor_file.opened(path) as file:
+            about = file.metadata() or {}
+            if about.get("format") == FORMAT:
+                source = tensor_file.texts(tensor_file.parsed(about, "source"), "its source")
+                sides = [tensor_file.floats(file, side, 3) for side in ("positive", "negative")]
+                one, other = sides
+                if one.shape[::2] != other.shape[::2]:
+                    raise ValueError("its two sides have other layers or widths")
+                if not (one.isfinite().all() and other.isfinite().all()):
+                    raise ValueError("it holds numbers that are not finite")
+                return cls(one, other, source)
         raise RequestError(f"{path} is a safetensors file but not a contrast ({FORMAT})")
 
     def shuffled(self, seed: int) -> "Contrast":

@@ -45,6 +45,7 @@ class DecoderRow:
             `vector` has no fixed length in the residual stream; "none" if it does not.
         rescaled: whether SAELens counts this SAE's activations in residual units already, dividing
             by the row's norm as it decodes.
+        architecture: SAELens's word for the SAE's kind.
     """
 
     vector: Float[Tensor, " d_model"]
@@ -53,6 +54,19 @@ class DecoderRow:
     revision: str
     normalize: str = "none"
     rescaled: bool = False
+    architecture: str = ""
+
+
+def folds(architecture: str, rescaled: bool) -> bool:
+    """Whether SAELens's `fold_W_dec_norm` moves the length of every row into the encoder.
+
+    Neuronpedia's dashboards are made after it, so that their activations are lengths in the stream.
+    SAELens refuses it where it would change which latents are active; an SAE of unknown kind is
+    taken to be of the common kinds, which it folds.
+    """
+    if architecture in ("topk", "abstopk"):
+        return rescaled
+    return architecture not in ("temporal", "matching_pursuit")
 
 
 # --- layouts ----------------------------------------------------------------------------------
@@ -84,7 +98,8 @@ def sae_lens(files: Repo | Folder, prefix: str, entry: Entry, index: int) -> Dec
         vector /= entry.norm_scaling_factor
         normalize = "none"
     rescaled = bool(about.get("rescale_acts_by_decoder_norm"))
-    return DecoderRow(vector, hook, name, file.revision, str(normalize), rescaled)
+    kind = _kind(about)
+    return DecoderRow(vector, hook, name, file.revision, str(normalize), rescaled, kind)
 
 
 def llama_scope(files: Repo | Folder, prefix: str, entry: Entry, index: int) -> DecoderRow:
@@ -96,27 +111,29 @@ def llama_scope(files: Repo | Folder, prefix: str, entry: Entry, index: int) -> 
             f"{path}: a transcoder from {hook} to {about['hook_point_out']}; SAELens scales its "
             "rows by its input, so they have no known length where they are written"
         )
-    steerable(hook, str(path))
+    hook = steerable(hook, str(path))
     name = f"{prefix}checkpoints/final.safetensors"
     file = Safetensors(LocalFile(files.path(name)))  # a column over HTTP would be d_in requests
     vector = file.column("decoder.weight", index).float()
     if entry.norm_scaling_factor is None:
-        return DecoderRow(vector, hook, name, file.revision, SCALED)
+        return DecoderRow(vector, hook, name, file.revision, SCALED, architecture="jumprelu")
     vector /= entry.norm_scaling_factor
-    return DecoderRow(vector, hook, name, file.revision)
+    return DecoderRow(vector, hook, name, file.revision, architecture="jumprelu")
 
 
 def dictionary_learning(files: Repo | Folder, prefix: str, entry: Entry, index: int) -> DecoderRow:
     """The dictionary_learning library: `decoder.weight` [d_in, d_sae], or its transpose `W_dec`."""
     about, path = _json(files, f"{prefix}config.json")
-    hook = f"blocks.{_need(_need(about, 'trainer', str(path)), 'layer', str(path))}.hook_resid_post"
+    trainer = _need(about, "trainer", str(path))
+    hook = f"blocks.{_need(trainer, 'layer', str(path))}.hook_resid_post"
     steerable(hook, str(path))
+    kind = _TRAINED.get(str(trainer.get("dict_class")), "standard")
     name = f"{prefix}ae.pt"
     file = files.path(name)
     held = _checkpoint(file)
     key, axis = ("W_dec", 0) if "W_dec" in held else ("decoder.weight", 1)
     vector = _picked(held, key, axis, index, file)
-    return DecoderRow(vector, hook, name, commit(file))
+    return DecoderRow(vector, hook, name, commit(file), architecture=kind)
 
 
 def goodfire(files: Repo | Folder, prefix: str, entry: Entry, index: int) -> DecoderRow:
@@ -126,7 +143,8 @@ def goodfire(files: Repo | Folder, prefix: str, entry: Entry, index: int) -> Dec
         raise RequestError(f"{entry.path} does not say its layer, expected such as ...-l19.pth")
     file = files.path(entry.path)
     vector = _picked(_checkpoint(file), "decoder_linear.weight", 1, index, file)
-    return DecoderRow(vector, f"blocks.{found[1]}.hook_resid_post", entry.path, commit(file))
+    hook = f"blocks.{found[1]}.hook_resid_post"
+    return DecoderRow(vector, hook, entry.path, commit(file), architecture="standard")
 
 
 def temporal(files: Repo | Folder, prefix: str, entry: Entry, index: int) -> DecoderRow:
@@ -146,13 +164,12 @@ def temporal(files: Repo | Folder, prefix: str, entry: Entry, index: int) -> Dec
         raise RunError(f"{path} is damaged: sae.scaling_factor is {factor}")
     layer = re.search(r"layer_(\d+)", prefix)
     told = dict(entry.overrides).get("hook_name")
-    hook = told or (f"blocks.{layer[1]}.hook_resid_post" if layer else "")
-    steerable(hook, str(path))
+    hook = steerable(told or (f"blocks.{layer[1]}.hook_resid_post" if layer else ""), str(path))
     name = f"{prefix}latest_ckpt.safetensors"
     file = Safetensors(files.parts(name))
     vector = file.row("D", index).float()
     vector /= factor
-    return DecoderRow(vector, hook, name, file.revision)
+    return DecoderRow(vector, hook, name, file.revision, architecture="temporal")
 
 
 LAYOUTS = {
@@ -164,24 +181,42 @@ LAYOUTS = {
 }
 """By SAELens's word for the loader; for any other, SAELens loads the whole SAE."""
 
+ONE_KIND = {"llama_scope": "jumprelu", "goodfire": "standard", "temporal": "temporal"}
+"""The architecture in layouts whose SAEs are all of one."""
+
+# SAELens's reading of the dictionary_learning library's classes; any other is "standard".
+_TRAINED = {
+    "AutoEncoderTopK": "topk",
+    "GatedAutoEncoder": "gated",
+    "MatryoshkaBatchTopKSAE": "jumprelu",
+    "BatchTopKSAE": "jumprelu",
+    "JumpReluAutoEncoder": "jumprelu",
+}
+
+
+def _kind(about: dict[str, Any]) -> str:
+    """The architecture in SAELens's own settings; before version 6 "topk" was a function's name."""
+    function = about.get("activation_fn", about.get("activation_fn_str"))
+    topk = function == "topk" and (about.get("activation_fn_kwargs") or {}).get("k") is not None
+    return "topk" if topk else str(about.get("architecture") or "standard")
+
 
 # --- places -----------------------------------------------------------------------------------
 
 
 def steerable(hook: str, what: str) -> str:
-    """A hook point that can be steered, as it was given.
+    """A hook point that can be steered, by TransformerLens's name.
 
     Raises:
         RequestError: it cannot; the message says what can.
     """
     try:
-        Site.parse(hook)
+        return Site.parse(hook).hook_point
     except RequestError as error:
         raise RequestError(
             f"{what}: this SAE is trained on {hook or 'an unnamed place'}, which cannot be "
             f"steered here; what can: {', '.join(COMPONENTS)} (z one head at a time)"
         ) from error
-    return hook
 
 
 def written_to(hook_in: str, hook_out: str, transcoder: bool, what: str) -> str:

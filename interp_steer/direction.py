@@ -1,10 +1,12 @@
 """Directions: unit vectors with a home in the model and a record of where they came from."""
 
 import hashlib
-import json
 import math
+import numbers
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -13,11 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_steer.errors import RequestError, RunError
-from interp_steer.files import cache_dir, explained, whole
+from interp_steer.errors import RequestError, SteerError
+from interp_steer.files import cache_dir
 from interp_steer.site import Site
 
 FORMAT = "interp-steer/1"
+SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +48,12 @@ class Direction:
 
     def __post_init__(self) -> None:
         _check_name(self.name)
-        Site.parse(self.hook_point)
+        object.__setattr__(self, "hook_point", Site.parse(self.hook_point).hook_point)
+        if self.unit.ndim != 1 or not self.unit.is_floating_point():
+            raise RequestError(
+                f"direction {self.name!r} is {self.unit.dtype} of shape {list(self.unit.shape)}; "
+                "expected floating-point numbers on one axis"
+            )
         length = self.unit.double().norm().item()
         if not math.isfinite(length) or not math.isfinite(self.norm):
             raise RequestError(f"direction {self.name!r} holds numbers that are not finite")
@@ -54,10 +62,21 @@ class Direction:
                 f"direction {self.name!r} has a unit vector of length {length:.4g} and norm "
                 f"{self.norm:.4g}; use Direction.of(vector, ...) for a vector of any length above 0"
             )
+        peak = self.max_activation
+        if peak is not None and (
+            isinstance(peak, bool)
+            or not isinstance(peak, numbers.Real)
+            or not 0 <= peak <= sys.float_info.max
+        ):
+            raise RequestError(
+                f"direction {self.name!r} has a largest activation of {peak!r:.60}; expected a "
+                "number from 0, or none"
+            )
         # + 0.0 copies, and makes -0.0 0.0: equal directions have one sha
         unit = self.unit.detach().to("cpu", torch.float32) + 0.0
         object.__setattr__(self, "unit", unit)
         object.__setattr__(self, "norm", float(self.norm))
+        object.__setattr__(self, "max_activation", None if peak is None else float(peak))
         object.__setattr__(self, "source", MappingProxyType(dict(self.source)))
 
     @classmethod
@@ -303,51 +322,15 @@ def load(path: str | Path) -> Direction | DirectionSet:
         RequestError: there is no such file, or it is none of ours.
         RunError: the file is damaged.
     """
-    from safetensors import SafetensorError, safe_open
+    from interp_steer import direction_file
 
-    path = Path(path)
-    if not path.is_file():
-        raise RequestError(f"no direction file {path}")
-    try:
-        with explained(path), safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-            ours = about.get("format") == FORMAT
-            members = [
-                Direction(
-                    file.get_tensor(entry["hook_point"]),
-                    entry["hook_point"],
-                    float.fromhex(entry["norm"]),
-                    about["name"],
-                    entry["source"],
-                    entry["max_activation"],
-                )
-                for entry in (json.loads(about["members"]) if ours else ())
-            ]
-            if ours:
-                one = about["kind"] == "direction" and len(members) == 1
-                return members[0] if one else DirectionSet(members, about["name"])
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged or not a safetensors file: {error}") from error
-    raise RequestError(f"{path} is a safetensors file but not a direction ({FORMAT})")
+    return direction_file.read(Path(path))
 
 
 def _save(path: Path, name: str, members: list[Direction], kind: str) -> Path:
-    from safetensors.torch import save
+    from interp_steer import direction_file
 
-    about = [
-        {
-            "hook_point": m.hook_point,
-            "norm": m.norm.hex(),
-            "source": dict(m.source),
-            "max_activation": m.max_activation,
-        }
-        for m in members
-    ]
-    metadata = {"format": FORMAT, "kind": kind, "name": name, "members": json.dumps(about)}
-    data = save({m.hook_point: m.unit.contiguous() for m in members}, metadata)
-    with whole(path) as part:
-        part.write_bytes(data)
-    return path
+    return direction_file.write(path, name, members, kind)
 
 
 def is_name(text: str) -> bool:
@@ -365,12 +348,18 @@ def _check_name(name: str) -> None:
 
 
 class Directions(Mapping[str, Direction | DirectionSet]):
-    """Directions by name, for `parse`: given as `NAME=FILE`, else a file of that path, else
-    `directions/NAME.safetensors` in the cache.
+    """Directions by name, for `parse`: given as `NAME=FILE`, else a file, else a stored one.
+
+    What has a slash or ends in `.safetensors` is a path. Any other name is that of a direction in
+    the cache's `directions/`; only where none is stored, that of a file in the working directory.
     """
 
-    def __init__(self, given: Sequence[str] = ()) -> None:
-        """Raises RequestError if an entry is not of the form NAME=FILE."""
+    def __init__(self, given: Sequence[str] = (), beside: Path | None = None) -> None:
+        """Files are looked for in the folder `beside` first, then in the working directory.
+
+        Raises RequestError if an entry is not of the form NAME=FILE.
+        """
+        self._beside = beside or Path()
         self._files: dict[str, Path] = {}
         for entry in given:
             name, sign, file = entry.partition("=")
@@ -379,21 +368,53 @@ class Directions(Mapping[str, Direction | DirectionSet]):
             self._files[name] = Path(file)
 
     def __getitem__(self, name: str) -> Direction | DirectionSet:
+        """Raises KeyError where nothing has the name, RequestError where two things have it, and
+        whatever `load` does of the one that has: no other takes a damaged file's place.
+        """
+        return load(self.path(name))
+
+    def path(self, name: str) -> Path:
+        """The file of a name; raises as `directions[name]` does."""
         if name in self._files:
-            return load(self._files[name])
-        kept = cache_dir("directions")
-        for path in (name, f"{name}.safetensors", kept / f"{name}.safetensors"):
-            try:
-                file = Path(path).expanduser()
-                if file.is_file() and (file.parent == kept or kept not in file.parents):
-                    return load(file)
-            except (OSError, RuntimeError):  # a name too long for a file, or an unknown ~user
-                continue
+            return self._files[name]
+        if "/" in name or "\\" in name or name.lower().endswith(SUFFIX):
+            if file := self._here(name):
+                return file
+            raise KeyError(name)
+        stored, file = cache_dir("directions") / f"{name}{SUFFIX}", self._here(f"{name}{SUFFIX}")
+        if _is_file(stored):
+            if file and not _equal(file, stored):
+                raise RequestError(
+                    f"{name!r} is the stored direction {stored} and another file, {file}: for "
+                    f"that one write ./{name}{SUFFIX}, or rename one of them"
+                )
+            return stored
+        if found := file or self._here(name):
+            return found
         raise KeyError(name)
 
+    def _here(self, name: str) -> Path | None:
+        """A file of that path, relative to the folder beside or to the working directory."""
+        with suppress(OSError, RuntimeError):  # a name too long for a file, or an unknown ~user
+            path = Path(name).expanduser()
+            return next((p for p in (self._beside / path, path) if p.is_file()), None)
+        return None
+
     def __iter__(self) -> Iterator[str]:
-        kept = {path.stem for path in cache_dir("directions").glob("*.safetensors")}
+        kept = {path.stem for path in cache_dir("directions").glob(f"*{SUFFIX}")}
         return iter(sorted({*self._files, *kept}))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
+
+
+def _equal(file: Path, stored: Path) -> bool:
+    with suppress(SteerError):  # damaged, or no direction
+        return file.resolve() == stored.resolve() or load(file) == load(stored)
+    return False
+
+
+def _is_file(path: Path) -> bool:
+    with suppress(OSError):  # a name too long for a file
+        return path.is_file()
+    return False

@@ -6,6 +6,8 @@ folder that SAELens saved; `locate` finds the whole SAE by the same names.
 
 import operator
 import re
+import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +15,20 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from interp_steer import registry
-from interp_steer.decoder import LAYOUTS, DecoderRow, OutOfRange, check_index, written_to
+from interp_steer.decoder import (
+    LAYOUTS,
+    ONE_KIND,
+    DecoderRow,
+    OutOfRange,
+    check_index,
+    folds,
+    written_to,
+)
 from interp_steer.direction import Direction
 from interp_steer.errors import RequestError, RunError, SteerError, nearest
 from interp_steer.files import cache_dir
 from interp_steer.hub import Folder, Repo, why
-from interp_steer.labels.label import NUMBER, Label
+from interp_steer.labels.label import NUMBER, Label, Source
 from interp_steer.registry import Entry
 
 if TYPE_CHECKING:
@@ -112,7 +122,9 @@ class Located:
         hook = written_to(hook_in, hook_out, transcoder, self.name)
         check_index(index, sae.cfg.d_sae)
         vector = sae.W_dec.detach()[index].float().clone()
-        return DecoderRow(vector, hook, "", "", sae.cfg.normalize_activations)
+        rescaled = bool(getattr(sae.cfg, "rescale_acts_by_decoder_norm", False))
+        scaling, kind = sae.cfg.normalize_activations, sae.cfg.architecture()
+        return DecoderRow(vector, hook, "", "", scaling, rescaled, kind)
 
 
 def feature(
@@ -143,9 +155,12 @@ def feature(
         offline: never open a connection.
 
     Returns:
-        A direction with `source`: release, sae_id, index, repo, file, revision, model; neuronpedia,
-        label and density where known. From a label also `max_activation`: the label's, times the
-        row's norm.
+        A direction with `source`: release, sae_id, index, repo, file, revision, model,
+        architecture; neuronpedia where known, and label and density where a label was given or the
+        label store has one. From the label also `max_activation`: its number is a length in the
+        stream already where SAELens folds the rows' norms (see `decoder.folds`), else it is
+        multiplied by the row's norm. `label_max_activation` in `source` is the number as it was,
+        `label_max_activation_is` which of the two it was taken for.
 
     Raises:
         RequestError: an unknown name, no such feature, or an SAE of a place that cannot be steered.
@@ -153,13 +168,19 @@ def feature(
     """
     label = where if isinstance(where, Label) else None
     found, at = _split(where, sae_id, index)
-    made = _kept(found, at) if found.folder is None else None
-    if made is None:
-        made = _made(found, at, found.row(at, offline))
-        if found.folder is None:
+    made = kept = _kept(found, at) if found.folder is None else None
+    if made is None or "architecture" not in made.source:  # kept by an earlier version
+        try:
+            made = _made(found, at, found.row(at, offline))
+        except RunError:
+            if kept is None:
+                raise
+            made = kept
+        if made is not kept and found.folder is None:
             with suppress(SteerError):  # a cache that cannot be written costs time only
                 made.save(_place(found, at))
     made = made.named(f"f{made.site.layer}-{at}" if name is None else name)
+    label = _with_numbers(label, found, at)
     return _labelled(made, label) if label else made
 
 
@@ -282,6 +303,7 @@ def _made(found: Located, index: int, row: DecoderRow) -> Direction:
         "file": row.file,
         "revision": row.revision,
         "model": found.model or "",
+        "architecture": row.architecture,
     }
     if found.neuronpedia:
         source["neuronpedia"] = f"{found.neuronpedia}/{index}"
@@ -296,15 +318,80 @@ def _made(found: Located, index: int, row: DecoderRow) -> Direction:
 
 def _labelled(made: Direction, label: Label) -> Direction:
     """A direction with what a label says of its feature."""
-    source = {**made.source, "label": label.label}
+    source = dict(made.source)
+    if label.label:
+        source["label"] = label.label
     if label.density is not None:
         source["density"] = repr(label.density)
-    largest = None
-    if label.max_activation is not None and "normalize_activations" not in source:
-        # with rescaled activations the SAE itself divides by the row's norm
-        unit = 1.0 if "rescale_acts_by_decoder_norm" in source else made.norm
-        largest = label.max_activation * unit
-    return replace(made, source=source, max_activation=largest)
+    made = replace(made, source=source)
+    return made if label.max_activation is None else _with_maximum(made, label.max_activation)
+
+
+def _with_maximum(made: Direction, number: float) -> Direction:
+    """A feature with its largest activation, out of the number that its label has."""
+    if "normalize_activations" in made.source:  # no activation of it has a fixed length
+        return made
+    source = {**made.source, "label_max_activation": repr(number)}
+    kind = source.get("architecture", "")
+    if folds(kind, "rescale_acts_by_decoder_norm" in source):
+        source["label_max_activation_is"] = "contribution" if kind else "contribution (assumed)"
+        return replace(made, source=source, max_activation=number)
+    source["label_max_activation_is"] = "activation"
+    return replace(made, source=source, max_activation=number * made.activation_unit)
+
+
+def with_present_maximum(stored: Direction) -> Direction:
+    """A feature that an earlier version stored, its largest activation by today's rule.
+
+    It multiplied the label's number by the row's norm, whatever the SAE. The norm is taken out
+    again, and what was stored is noted as `max_activation_was`. Any other direction is unchanged.
+    """
+    known, source = stored.max_activation, stored.source
+    if known is None or not stored.is_feature or "label" not in source:
+        return stored
+    if "label_max_activation" in source or "normalize_activations" in source:
+        return stored
+    if kind := source.get("architecture") or _kind_of(source):
+        stored = replace(stored, source={**source, "architecture": kind})
+    read = _with_maximum(stored, known / stored.activation_unit)
+    now = read.max_activation or 0.0
+    if abs(now - known) <= 1e-5 * abs(known):
+        return replace(read, max_activation=known)
+    warnings.warn(
+        f"{stored.label}: the largest activation was stored as {known:.4g}, the label's number "
+        f"times the row's norm; that norm is in the number already, so it is read as {now:.4g}",
+        stacklevel=2,
+    )
+    return replace(read, source={**read.source, "max_activation_was": repr(known)})
+
+
+def _kind_of(source: Mapping[str, str]) -> str:
+    """The architecture of a stored feature's SAE from what is on this machine, or ''."""
+    with suppress(SteerError):
+        found = locate(source["release"], source.get("sae_id") or None)
+        loader = found.entry.loader if found.entry else "sae_lens"
+        if loader in ONE_KIND:
+            return ONE_KIND[loader]
+        if found.folder or loader in LAYOUTS:  # any other would be loaded whole
+            return found.row(_index(int(source["index"])), offline=True).architecture
+    return ""
+
+
+def _with_numbers(label: Label | None, found: Located, index: int) -> Label | None:
+    """A label with density and largest activation from the label store, where it has none."""
+    if found.neuronpedia is None or (label and label.max_activation is not None):
+        return label
+    from interp_steer.labels.store import Store, default_path
+
+    with suppress(SteerError):  # a store that cannot be read costs the label only
+        if default_path().is_file():
+            with Store() as store:
+                known = store.feature(Source.parse(found.neuronpedia), index)
+            best = label or next(iter(known.labels), None)
+            blank = Label(known.source.model, known.source.name, index, "")
+            largest = known.max_activation
+            return replace(best or blank, density=known.density, max_activation=largest)
+    return label
 
 
 def _place(found: Located, index: int) -> Path:

@@ -26,6 +26,7 @@ from torch import Tensor
 from interp_steer.direction import Direction, DirectionSet
 from interp_steer.errors import RequestError, nearest
 from interp_steer.model import SteeringModel
+from interp_steer.registry import STARTER
 from interp_steer.scale import Scale
 from interp_steer.site import Site
 
@@ -234,14 +235,19 @@ class Intervention:
                 )
             return tuple(self.value * scale.at(site) for site in self.sites)
         if self.unit == "max":
-            peaks = [self.peak(site) for site in self.sites]
-            if None in peaks:
-                raise RequestError(
-                    f"{self.directions[0].label} has no maximum activation, as features of an SAE "
-                    "do; give the coefficient as a number or a dose"
-                )
-            return tuple(self.value * (peak or 0.0) for peak in peaks)
+            return tuple(self.value * self._known_peak(site) for site in self.sites)
         return tuple(self.value for _ in self.sites)
+
+    def _known_peak(self, site: Site) -> float:
+        if peak := self.peak(site):
+            return peak
+        direction = self.at(site)[0]
+        why = "it never fired where its largest activation was measured"
+        if peak is None:
+            why = _no_maximum(direction)
+        raise RequestError(
+            f"{direction.label}: {why}; or give the coefficient as a number or a dose"
+        )
 
     def peak(self, site: Site) -> float | None:
         """The feature's largest activation in the coefficient's own units, None if not known."""
@@ -284,6 +290,23 @@ class Intervention:
                 }
             )
         return shown
+
+
+def _no_maximum(direction: Direction) -> str:
+    """Why a direction has no largest activation, and where that of a feature is found."""
+    source = direction.source
+    if not direction.is_feature:
+        return "`max` is for features of an SAE, and this is none"
+    if scaling := source.get("normalize_activations"):
+        return f"its SAE rescales activations ({scaling}), so that they have no fixed length"
+    if not (place := source.get("neuronpedia", "").rpartition("/")[0]):
+        return "no label says what the largest activation of this feature is"
+    starter = source["release"] == STARTER
+    get = f"import {STARTER}" if starter else f"sync {place} --numbers"
+    return (
+        "its largest activation is not known here: get it with `interp-steer labels "
+        f"{get}` and make the feature again"
+    )
 
 
 def _at(vector: Vector, site: Site) -> Direction:

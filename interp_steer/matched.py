@@ -16,8 +16,8 @@ from interp_steer.registry import STARTER
 def matched_features(to: Direction, n: int) -> list[Direction]:
     """The n features of the same SAE that are most alike in density and largest activation.
 
-    Distance is Euclidean in (ln density, ln largest activation). Both come from the labels that are
-    stored of the SAE, or that ship with the starter's.
+    Distance is Euclidean in (ln density, ln largest activation), both as the labels say them that
+    are stored of the SAE, or that ship with the starter's.
 
     Raises:
         RequestError: the direction is no feature, or no labels of its SAE are known.

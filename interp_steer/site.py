@@ -16,6 +16,14 @@ _HOOKS = {
     "z": "attn.hook_z",
 }
 
+# transformers' names of modules whose output is one of these
+_MODULE = re.compile(
+    r"(?:(?:language_)?model\.)*layers\.(\d+)(?:\.(mlp|self_attn|self_attn\.o_proj))?(?:\.output)?"
+)
+_OUTPUTS = {
+    None: "resid_post", "mlp": "mlp_out", "self_attn": "attn_out", "self_attn.o_proj": "attn_out"
+}  # fmt: skip
+
 
 @dataclass(frozen=True, order=True)
 class Site:
@@ -47,12 +55,19 @@ class Site:
 
     @classmethod
     def parse(cls, hook_point: str) -> "Site":
-        """From `blocks.15.hook_resid_post`; raises RequestError for anything else."""
+        """From `blocks.15.hook_resid_post`, or the name of a module of transformers whose output
+        it is: `model.layers.15`, and `.mlp` and `.self_attn` of it.
+
+        Raises:
+            RequestError: any other text.
+        """
         for component, hook in _HOOKS.items():
             found = re.fullmatch(rf"blocks\.(\d+)\.{re.escape(hook)}(?:\.(\d+))?", hook_point)
             if found:
                 layer, head = found.groups()
                 return cls(component, int(layer), None if head is None else int(head))
+        if found := _MODULE.fullmatch(hook_point):
+            return cls(_OUTPUTS[found[2]], int(found[1]))
         raise RequestError(
             f"unknown hook point {hook_point!r}; expected such as 'blocks.15.hook_resid_post'"
         )

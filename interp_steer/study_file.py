@@ -164,11 +164,10 @@ class StudyFile:
         self, name: str, told: Any, model: SteeringModel
     ) -> tuple[Vector | Contrast, list[Item]]:
         if isinstance(told, str):
-            path = self._path(told)
-            known = Directions([f"{name}={path}"] if path.is_file() else [])
+            known = Directions(beside=self.folder)
             found: Direction | DirectionSet
             try:
-                found = known[name if path.is_file() else told]
+                found = known[told]
             except KeyError:
                 raise RequestError(
                     f"direction {name!r}: {told!r} is no file and no stored direction"

@@ -22,6 +22,7 @@ import torch
 from interp_steer import SteeringModel
 from interp_steer.console import progress
 from interp_steer.contexts import Context, top_contexts, windows
+from interp_steer.decoder import folds
 from interp_steer.fit import Tally
 from interp_steer.sae import Sae
 from interp_steer.screen import promoted
@@ -86,6 +87,10 @@ if __name__ == "__main__":
     with progress("promoted tokens"):
         _, tokens = promoted(model, sae.rows(torch.arange(sae.d_sae)))
 
+    # as on Neuronpedia's dashboards: the rows' lengths are in the activations where they can be
+    peaks = tally.peak
+    if folds(sae.architecture, bool(getattr(sae.inner.cfg, "rescale_acts_by_decoder_norm", False))):
+        peaks = peaks * sae.rows(torch.arange(sae.d_sae)).norm(dim=-1)
     model_id, _, source = str(sae.where.neuronpedia).partition("/")
     place = {"modelId": model_id, "layer": source}
     explanations, features = [], []
@@ -95,7 +100,7 @@ if __name__ == "__main__":
                 **place,
                 "index": str(index),
                 "frac_nonzero": round(tally.fired[index].item() / tally.tokens, 8),
-                "maxActApprox": round(tally.peak[index].item(), 4),
+                "maxActApprox": round(peaks[index].item(), 4),
             }
         )
         if contexts[index]:

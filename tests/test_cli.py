@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from interp_steer import cli
 
@@ -24,6 +25,30 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, **environment},
         timeout=300,
     )
+
+
+def test_a_direction_is_shown_by_its_name_or_its_path(tmp_path, monkeypatch, capsys):
+    from interp_steer.direction import Direction
+
+    monkeypatch.setenv("INTERP_STEER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    stored = Direction.of(torch.eye(4)[0], "blocks.1.hook_resid_post", "joy")
+    other = Direction.of(torch.eye(4)[1], "blocks.2.hook_resid_post", "joy")
+    stored.save(tmp_path / "cache" / "directions" / "joy.safetensors")
+
+    def shown(name: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["interp-steer", "direction", "show", name])
+        with contextlib.suppress(SystemExit):
+            cli.main()
+        return capsys.readouterr().out
+
+    assert shown("joy").startswith(stored.label)
+    other.save(tmp_path / "joy.safetensors")
+    assert shown("./joy.safetensors").startswith(other.label)
+    assert "stored direction" in one_line(2, "direction", "show", "joy")
+    assert "nearest: joy" in one_line(2, "direction", "show", "joyy")
+    (tmp_path / "joy.safetensors").write_bytes(b"x")
+    assert "joy.safetensors is damaged" in one_line(1, "direction", "show", "joy.safetensors")
 
 
 def one_line(code: int, *words: str) -> str:

@@ -462,6 +462,70 @@ def test_wrong_metadata_is_damage(tmp_path, changes):
     assert "damaged" in error_of(path, RunError)
 
 
+UNIT = made(1).unit
+LONG = json.dumps([{**ENTRY, "source": {"x": "y" * 2**23}}])
+HOSTILE = {
+    "a norm beyond floats": (UNIT, {"norm": "0x1p+99999"}),
+    "a norm of words": (UNIT, {"norm": "long"}),
+    "a column": (UNIT[:, None], {}),
+    "a row": (UNIT[None], {}),
+    "a scalar": (torch.tensor(1.0), {}),
+    "nothing": (torch.zeros(0), {}),
+    "int64": (torch.eye(WIDTH, dtype=torch.int64)[0].clone(), {}),
+    "float64": (UNIT.double(), {}),
+    "bfloat16": (UNIT.bfloat16(), {}),
+    "complex": (UNIT.to(torch.complex64), {}),
+    "NaN": (UNIT * math.nan, {}),
+    "not a unit": (UNIT * 2, {}),
+    "a million and more numbers": (torch.full((2**20 + 1,), (2**20 + 1) ** -0.5), {}),
+    "a text as maximum": (UNIT, {"max_activation": "12"}),
+    "true as maximum": (UNIT, {"max_activation": True}),
+    "NaN as maximum": (UNIT, {"max_activation": math.nan}),
+    "an infinite maximum": (UNIT, {"max_activation": math.inf}),
+    "a maximum beyond floats": (UNIT, {"max_activation": 10**400}),
+    "a maximum below 0": (UNIT, {"max_activation": -1.0}),
+    "a list as maximum": (UNIT, {"max_activation": [1]}),
+    "a place that cannot be steered": (UNIT, {"hook_point": "blocks.3.mlp.hook_post"}),
+    "z without a head": (UNIT, {"hook_point": "blocks.3.attn.hook_z"}),
+    "a number as hook point": (UNIT, {"hook_point": 3}),
+    "a list as source": (UNIT, {"source": ["a"]}),
+    "numbers in the source": (UNIT, {"source": {"index": 3}}),
+    "members too deep": (UNIT, "[" * 100_000 + "]" * 100_000),
+    "a member of 6,000 digits": (UNIT, "[" + "1" * 6000 + "]"),
+    "huge metadata": (UNIT, LONG),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_file_is_one_line(tmp_path, what):
+    unit, change = HOSTILE[what]
+    path = tmp_path / "one.safetensors"
+    members = change if isinstance(change, str) else json.dumps([{**ENTRY, **change}])
+    hook = change["hook_point"] if "hook_point" in change and "cannot" in what else HOME
+    save_file({hook: unit.contiguous()}, path, {**ABOUT, "members": members})
+    assert "damaged" in error_of(path, RunError)
+
+
+@pytest.mark.parametrize("kind", ["direction", "set"])
+def test_members_and_tensors_are_the_same(tmp_path, kind):
+    path, about = tmp_path / "one.safetensors", {**ABOUT, "kind": kind}
+    other = {**ENTRY, "hook_point": "blocks.4.hook_resid_post"}
+    for tensors, members in (
+        ({HOME: UNIT, "blocks.4.hook_resid_post": UNIT}, [ENTRY]),
+        ({HOME: UNIT}, [ENTRY, other]),
+        ({HOME: UNIT}, []),
+    ):
+        save_file({key: unit.clone() for key, unit in tensors.items()}, path,
+                  {**about, "members": json.dumps(members)})  # fmt: skip
+        assert "damaged" in error_of(path, RunError)
+
+
+def test_a_header_that_claims_gigabytes_is_refused_unread(tmp_path):
+    path = tmp_path / "one.safetensors"
+    path.write_bytes((2**33).to_bytes(8, "little") + b"{}")
+    assert "8,589,934,592 bytes long" in error_of(path, RunError)
+
+
 @pytest.mark.parametrize(
     ("number", "said"),
     [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "permission denied")],
@@ -510,6 +574,41 @@ def test_a_write_replaces_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+SIDE = torch.zeros(4, 3, WIDTH)
+SOURCE = {"source": json.dumps({"model": "tiny"})}
+CONTRASTS = {
+    "a side missing": ({"positive": SIDE}, {}),
+    "float64": ({"positive": SIDE.double(), "negative": SIDE.double()}, {}),
+    "int64": ({"positive": SIDE.long(), "negative": SIDE.long()}, {}),
+    "two axes": ({"positive": SIDE[0], "negative": SIDE[0]}, {}),
+    "no prompts": ({"positive": SIDE[:, :0], "negative": SIDE}, {}),
+    "other layers": ({"positive": SIDE, "negative": SIDE[:2]}, {}),
+    "other widths": ({"positive": SIDE, "negative": SIDE[..., :8]}, {}),
+    "NaN": ({"positive": SIDE, "negative": SIDE * math.nan}, {}),
+    "no source": ({"positive": SIDE, "negative": SIDE}, {"source": None}),
+    "a list as source": ({"positive": SIDE, "negative": SIDE}, {"source": "[1]"}),
+    "numbers in the source": ({"positive": SIDE, "negative": SIDE}, {"source": '{"a": 1}'}),
+    "a source too deep": ({"positive": SIDE, "negative": SIDE}, {"source": "[" * 100_000}),
+    "huge metadata": ({"positive": SIDE, "negative": SIDE}, {"source": LONG}),
+}
+
+
+@pytest.mark.parametrize("what", CONTRASTS)
+def test_a_hostile_contrast_file_is_one_line(tmp_path, what):
+    from interp_steer.contrast import FORMAT as OF_CONTRASTS
+    from interp_steer.contrast import Contrast
+
+    path = tmp_path / "contrast.safetensors"
+    tensors, change = CONTRASTS[what]
+    about = {"format": OF_CONTRASTS, **SOURCE}
+    save_file({"positive": SIDE.clone(), "negative": SIDE.clone()}, path, about)
+    assert Contrast.load(path).source == {"model": "tiny"}
+    about = {key: value for key, value in {**about, **change}.items() if value is not None}
+    save_file({key: side.contiguous().clone() for key, side in tensors.items()}, path, about)
+    with pytest.raises(RunError, match=r"^[^\n]*contrast\.safetensors is damaged [^\n]*$"):
+        Contrast.load(path)
+
+
 # --- by name ----------------------------------------------------------------------------------
 
 
@@ -538,6 +637,37 @@ def test_a_line_finds_a_file_by_its_path_in_an_empty_cache(tmp_path, cache):
     assert len(Directions()) == 0
     (one,) = parse(f"add({path}, 1) at 3", Directions())
     assert one.directions == (made(1),)
+
+
+def test_a_damaged_file_is_said_to_be_damaged_and_no_namesake_takes_its_place(tmp_path, cache):
+    made(1).save(cache / "joy.safetensors")
+    (tmp_path / "joy.safetensors").write_bytes(b"damaged")
+    (cache / "sad.safetensors").write_bytes(b"damaged")
+    for name in ("./joy.safetensors", "joy.safetensors", "sad"):
+        with pytest.raises(RunError, match=r"(joy|sad)\.safetensors is damaged"):
+            Directions()[name]
+
+
+def test_a_bare_name_is_a_stored_direction_and_a_path_a_file(tmp_path, cache):
+    made(1).save(cache / "joy.safetensors")
+    made(2).save(tmp_path / "joy.safetensors")
+    (tmp_path / "joy").write_text("notes of somebody")
+    for name in ("joy.safetensors", "./joy.safetensors", str(tmp_path / "joy.safetensors")):
+        assert Directions()[name] == made(2)
+    with pytest.raises(RequestError, match=r"'joy' is the stored direction .* and another file"):
+        Directions()["joy"]
+    made(1).save(tmp_path / "joy.safetensors")  # the same: nothing to decide
+    assert Directions()["joy"] == made(1)
+    (tmp_path / "joy.safetensors").unlink()
+    assert Directions()["joy"] == made(1)  # whatever else has that name
+    assert Directions([f"joy={made(3).save(tmp_path / 'other')}"])["joy"] == made(3)
+
+
+def test_files_beside_a_study_come_before_those_of_the_working_directory(tmp_path, cache):
+    made(1).save(tmp_path / "joy.safetensors")
+    made(2).save(tmp_path / "study" / "joy.safetensors")
+    assert Directions(beside=tmp_path / "study")["joy.safetensors"] == made(2)
+    assert Directions(beside=tmp_path / "elsewhere")["joy.safetensors"] == made(1)
 
 
 @pytest.mark.parametrize("name", ["none", "../cache/directions/kept", "", "."])

@@ -161,3 +161,4 @@ def test_the_starters_feature_by_its_label():
     assert "paris" in hit.label.lower() and row.site == sae.site
     torch.testing.assert_close(row.vector, sae.inner.W_dec[hit.index].detach())
     assert row.max_activation == pytest.approx(hit.max_activation * row.norm)
+    assert row.source["label_max_activation_is"] == "activation"  # its TopK cannot be folded

@@ -1,12 +1,16 @@
 import hashlib
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,10 +20,13 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from interp_steer import decoder, hub, registry
-from interp_steer.direction import is_name
+from interp_steer.direction import Direction, is_name, load
 from interp_steer.errors import RequestError, RunError
 from interp_steer.features import Located, feature, locate
-from interp_steer.labels import Label
+from interp_steer.intervention import steer
+from interp_steer.labels import Label, Store
+from interp_steer.labels.label import Source
+from interp_steer.labels.rows import Row
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 D_IN, D_SAE = 8, 16
@@ -176,6 +183,7 @@ def made_sae(kind: str, **more):
     settings = {"architecture": kind, "d_in": D_IN, "d_sae": D_SAE, "dtype": "float32"}
     if kind == "topk":
         settings["k"] = 4
+    length = more.pop("rows_of", None)
     if "transcoder" in kind:
         settings["apply_b_dec_to_input"] = False
     sae = SAE.from_dict({**settings, **more})
@@ -183,6 +191,8 @@ def made_sae(kind: str, **more):
     with torch.no_grad():
         for weight in sae.parameters():
             weight.copy_(torch.randn(weight.shape))
+        if length is not None:
+            sae.W_dec *= length / sae.W_dec.norm(dim=-1, keepdim=True)
     return sae
 
 
@@ -234,6 +244,7 @@ def test_rows_are_those_of_saelens_to_the_bit(names, put, hook, monkeypatch):
         want = want if factor is None else want / factor
         row = locate(*names).row(index)
         assert row.vector.dtype == torch.float32
+        assert row.architecture == sae.cfg.architecture()
         assert (row.vector - want).abs().max().item() == 0.0
         got = feature(*names, index)
         assert_exact(got, want)
@@ -306,6 +317,40 @@ def test_layouts_that_only_saelens_reads_are_loaded_whole(monkeypatch):
         feature(*names, D_SAE)
 
 
+@pytest.mark.parametrize(
+    ("module", "hook"),
+    [
+        ("model.layers.3", "blocks.3.hook_resid_post"),
+        ("model.layers.3.output", "blocks.3.hook_resid_post"),
+        ("layers.3.mlp", "blocks.3.hook_mlp_out"),
+        ("model.layers.3.self_attn", "blocks.3.hook_attn_out"),
+    ],
+)
+def test_the_modules_of_transformers_are_places(module, hook, tiny, tiny_folder, tmp_path):
+    """Their outputs are what a hook of torch reads there."""
+    from transformers import AutoModelForCausalLM
+
+    from interp_steer.sae import Sae
+    from interp_steer.site import Site
+
+    assert Site.parse(module).hook_point == hook
+    folder = saved(tmp_path / "mine", hook=module)
+    assert feature(folder, 5).hook_point == Sae.load(folder).site.hook_point == hook
+    made = Direction(torch.eye(64)[0], module)
+    assert load(made.save(tmp_path / "one")) == made and made.hook_point == hook
+    seen = []
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype="float32")
+    name = module.removeprefix("model.").removesuffix(".output")
+    theirs.get_submodule(f"model.{name}").register_forward_hook(
+        lambda *a: seen.append(a[2] if isinstance(a[2], torch.Tensor) else a[2][0])
+    )
+    encoded = tiny.encode("The tower stands in Paris.")
+    with torch.no_grad():
+        theirs(torch.tensor([encoded.ids]))
+    x, _ = tiny.read(Site.parse(module), [encoded])
+    torch.testing.assert_close(x[0], seen[0][0], rtol=1e-4, atol=1e-5)
+
+
 # --- names ------------------------------------------------------------------------------------
 
 
@@ -357,36 +402,166 @@ def test_what_a_label_says_comes_along(tmp_path):
     label = Label("llama3.1-8b", "15-llamascope-res-32k", 5, "towers", density=0.25,
                   max_activation=12.0)  # fmt: skip
     got = feature(label, name="eiffel")
-    assert got.max_activation == pytest.approx(12 * got.norm)
+    assert got.max_activation == 12.0  # a JumpReLU's dashboards have the row's length in it
+    assert got.source["architecture"] == "jumprelu"
+    assert got.source["label_max_activation"] == "12.0"
+    assert got.source["label_max_activation_is"] == "contribution"
     assert (got.name, got.source["label"], got.source["density"]) == ("eiffel", "towers", "0.25")
     bare = feature(*SCOPE, 5)  # from the cache, which keeps no label
     assert bare == got and bare.max_activation is None and "label" not in bare.source
     assert feature(label).max_activation == got.max_activation
 
 
-@pytest.mark.parametrize(
-    ("settings", "of_norm"),
-    [
-        ({}, 1.0),
-        ({"rescale_acts_by_decoder_norm": True}, None),
-        ({"normalize_activations": "layer_norm"}, 0.0),
-    ],
-)
-def test_the_largest_activation_is_in_residual_units(settings, of_norm, tmp_path, monkeypatch):
-    """None: the SAE divides by the row's norm itself. 0: its units differ by position."""
-    folder = saved(tmp_path / "mine", **settings)
+ARCHITECTURES = {
+    "standard": {},
+    "jumprelu": {},
+    "gated": {},
+    "topk": {"k": 4},
+    "topk rescaled": {"k": 4, "rescale_acts_by_decoder_norm": True},
+    "abstopk": {"k": 4},
+}
+
+
+def on_a_dashboard(folder: Path, x: torch.Tensor, index: int) -> tuple[float, float, float]:
+    """By SAELens alone: the maximum as a dashboard shows it, which folds the rows' lengths into the
+    encoder wherever SAELens can; as the SAE's own activation; and as a length in the stream.
+    """
+    from sae_lens import SAE
+
+    sae = SAE.load_from_disk(folder, dtype="float32")
+    activation = sae.encode(x)[:, index].max().item()
+    one = torch.zeros(2, D_SAE)
+    one[1, index] = 1
+    off, on = sae.decode(one).detach()
+    with suppress(NotImplementedError):  # SAELens refuses it where it would change the activations
+        sae.fold_W_dec_norm()
+    shown = sae.encode(x)[:, index].max().item()
+    return shown, activation, activation * (on - off).norm().item()
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_largest_activation_is_in_residual_units(kind, tmp_path, monkeypatch):
+    hook = "blocks.13.hook_resid_post"
+    folder = saved(tmp_path / "mine", kind.split()[0], hook, rows_of=0.25, **ARCHITECTURES[kind])
     monkeypatch.setattr(registry, "STARTER_DATA", folder)
-    label = Label("m", "3-s", 5, "x", max_activation=12.0, release="starter",
-                  sae_id="blocks.13.hook_resid_post")  # fmt: skip
+    shown, activation, length = on_a_dashboard(folder, random(400, D_IN, seed=8) * 3, 5)
+    assert activation > 0 and shown > 0
+    label = Label("m", "3-s", 5, "x", max_activation=shown, release="starter", sae_id=hook)
     got = feature(label)
-    want = {1.0: 12 * got.norm, None: 12.0, 0.0: None}[of_norm]
-    assert got.max_activation == (want if want is None else pytest.approx(want))
-    if of_norm is None:  # one unit of the latent adds a vector of length 1
-        sae = locate(folder).whole()
-        one = torch.zeros(2, D_SAE)
-        one[1, 5] = 1
-        off, on = sae.decode(one).detach()
-        assert (on - off).norm() == pytest.approx(1, abs=1e-5)
+    assert got.max_activation == pytest.approx(length, rel=1e-4)
+    plain = kind in ("topk", "abstopk")
+    assert got.source["label_max_activation_is"] == ("activation" if plain else "contribution")
+    clamp = steer("latent_clamp", got, coefficient="1 max", at=13)
+    assert clamp.resolve()[0].value == pytest.approx(activation, rel=1e-4)
+    assert steer("add", got, coefficient="2 max", at=13).resolve()[0].value == pytest.approx(
+        2 * length, rel=1e-4
+    )
+
+
+def test_where_a_norm_cannot_be_folded_is_saelens_own_answer():
+    from sae_lens.registry import SAE_CLASS_REGISTRY
+
+    settings = {
+        "temporal": {"n_heads": 1, "bottleneck_factor": 2, "kval_topk": 4},
+        "matching_pursuit": {"residual_threshold": 0.1},
+        "topk": {"k": 4},
+        "abstopk": {"k": 4},
+    }
+    transcoder = {"d_out": D_IN, "apply_b_dec_to_input": False}
+    for kind in SAE_CLASS_REGISTRY:
+        more = settings.get(kind, transcoder if "transcoder" in kind else {})
+        for rescaled in (False, True) if "topk" in kind else (False,):
+            own = {**more, "rescale_acts_by_decoder_norm": True} if rescaled else more
+            sae = made_sae(kind, **own)
+            try:
+                sae.fold_W_dec_norm()
+                folded = True
+            except NotImplementedError:
+                folded = False
+            assert decoder.folds(kind, rescaled) == folded, kind
+
+
+def test_without_a_fixed_unit_there_is_no_largest_activation(tmp_path, monkeypatch):
+    hook = "blocks.13.hook_resid_post"
+    folder = saved(tmp_path / "mine", "standard", hook, normalize_activations="layer_norm")
+    monkeypatch.setattr(registry, "STARTER_DATA", folder)
+    got = feature(Label("m", "3-s", 5, "x", max_activation=12.0, release="starter", sae_id=hook))
+    assert got.max_activation is None
+    with pytest.raises(RequestError, match=r"rescales activations \(layer_norm\)"):
+        steer("add", got, coefficient="2 max", at=13).resolve()
+
+
+def as_stored_before(row, number: float, path: Path) -> Path:
+    """A file of a feature as earlier versions wrote it: label x norm, whatever the SAE."""
+    new = {"architecture", "label_max_activation", "label_max_activation_is"}
+    source = {key: value for key, value in row.source.items() if key not in new}
+    rescaled = "rescale_acts_by_decoder_norm" in source
+    old = number * (1.0 if rescaled else row.norm)
+    return replace(row, source=source, max_activation=old).save(path)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_an_old_files_largest_activation_is_read_by_the_present_rule(kind, tmp_path, monkeypatch):
+    hook = "blocks.13.hook_resid_post"
+    folder = saved(tmp_path / "mine", kind.split()[0], hook, rows_of=0.25, **ARCHITECTURES[kind])
+    monkeypatch.setattr(registry, "STARTER_DATA", folder)
+    label = Label("m", "3-s", 5, "x", max_activation=12.0, release="starter", sae_id=hook)
+    row = feature(label)
+    path = as_stored_before(row, 12.0, tmp_path / "old.safetensors")
+    wrong = kind in ("standard", "jumprelu", "gated")
+    with pytest.warns(UserWarning, match="it is read as 12$") if wrong else nullcontext():
+        got = load(path)
+    assert got == row and got.sha == row.sha
+    assert got.max_activation == pytest.approx(row.max_activation)
+    assert got.source["architecture"] == kind.split()[0]
+    assert got.source["label_max_activation_is"] == row.source["label_max_activation_is"]
+    assert ("max_activation_was" in got.source) == wrong
+    with warnings.catch_warnings():  # and once it is stored anew there is nothing to tell
+        warnings.simplefilter("error")
+        assert dict(load(got.save(path)).source) == dict(got.source)
+
+
+def test_an_old_file_of_an_sae_that_is_not_here(tmp_path):
+    """What one layout holds is of one kind; of any other SAE the common kinds are assumed."""
+    put_scope()
+    row = feature(Label("llama3.1-8b", SOURCE.partition("/")[2], 5, "x", max_activation=12.0))
+    path = as_stored_before(row, 12.0, tmp_path / "old.safetensors")
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    with pytest.warns(UserWarning, match="it is read as 12$"):
+        assert load(path).source["label_max_activation_is"] == "contribution"
+    lost = {**row.source, "release": str(tmp_path / "lost"), "sae_id": ""}
+    path = as_stored_before(replace(row, source=lost), 12.0, tmp_path / "old.safetensors")
+    with pytest.warns(UserWarning, match="it is read as 12$"):
+        assert load(path).source["label_max_activation_is"] == "contribution (assumed)"
+
+
+def test_a_feature_without_a_label_has_that_of_the_store():
+    put_scope()
+    plain = feature(*SCOPE, 5)
+    clamp = steer("add", plain, coefficient="2 max", at=15)
+    get = f"`interp-steer labels sync {SOURCE} --numbers`"
+    with pytest.raises(RequestError, match=rf"f15-5@\w+: .* not known here: get it with {get}"):
+        clamp.resolve()
+    source = Source.parse(SOURCE)
+    where = (source.model, source.name)
+    with Store(write=True) as store:
+        said = Row(*where, 5, "e", "towers", "gpt", "np", None, 0.25, 12.0)
+        store.commit(source, "explanations/a", None, [said, Row(*where, 6, max_activation=3.0)])
+    got = feature(f"{SOURCE}/5")
+    assert (got.max_activation, got.source["label"]) == (12.0, "towers")
+    assert got.source["density"] == "0.25"
+    assert feature(*SCOPE, 6).max_activation == 3.0  # a feature that nobody has explained
+    assert "label" not in feature(*SCOPE, 6).source
+    assert feature(*SCOPE, 7).max_activation is None
+    bare = Label(*where, 5, "by a search", release=SCOPE[0], sae_id=SCOPE[1])
+    assert feature(bare).max_activation == 12 and feature(bare).source["label"] == "by a search"
+
+
+def test_a_feature_that_never_fired_has_no_multiple():
+    put_scope()
+    dead = feature(Label("llama3.1-8b", SOURCE.partition("/")[2], 5, "x", max_activation=0.0))
+    with pytest.raises(RequestError, match="it never fired where its largest activation"):
+        steer("add", dead, coefficient="2 max", at=15).resolve()
 
 
 def test_the_default_name_can_be_written_in_a_line():
@@ -457,6 +632,19 @@ def test_a_kept_row_of_another_scale_is_made_again(monkeypatch):
     saes = registry._releases()[SCOPE[0]]["saes"]
     monkeypatch.setitem(saes, SCOPE[1], [path, source, factor * 2])
     assert feature(*SCOPE, 5).norm == pytest.approx(before.norm / 2)
+
+
+def test_a_row_kept_by_an_earlier_version_is_read_anew_or_else_used(cache):
+    file = put_scope()
+    got = feature(*SCOPE, 5)
+    kept = cache / "features" / SCOPE[0] / SCOPE[1] / "5.safetensors"
+    source = {key: value for key, value in got.source.items() if key != "architecture"}
+    old = replace(got, source=source)
+    old.save(kept)
+    assert feature(*SCOPE, 5).source["architecture"] == "jumprelu"
+    old.save(kept)
+    file.unlink()
+    assert feature(*SCOPE, 5, offline=True) == got
 
 
 # --- refusals ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from interp_steer.direction import Direction
+from interp_steer.site import Site
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -41,6 +42,72 @@ def test_eiffel_tower_8b_without_network_is_one_line(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated"])
+def test_the_smoke_script_tells_folded_activations_from_others(kind):
+    """On SAEs of SAELens's own, with rows of 0.25, of 1, and numbers of something else."""
+    from sae_lens import SAE
+
+    which_fits = runpy.run_path(str(SCRIPTS / "smoke_neuronpedia.py"))["which_fits"]
+    torch.manual_seed(0)
+    x = torch.randn(40, 16) * 2
+    for length in (0.25, 1.0):
+        sae = SAE.from_dict({"architecture": kind, "d_in": 16, "d_sae": 32, "dtype": "float32"})
+        with torch.no_grad():
+            sae.W_enc.normal_()
+            sae.W_dec.normal_()
+            sae.W_dec *= length / sae.W_dec.norm(dim=-1, keepdim=True)
+        before = sae.encode(x)[:, 3].detach()
+        noisy = before * (1 + 0.01 * torch.randn(40))
+        assert before.max() > 1
+        words = ("contribution", "activation") if length < 1 else ("either", "either")
+        assert which_fits(sae, x, 3, noisy * length)[0] == words[0]
+        word, after, unfolded = which_fits(sae, x, 3, noisy)
+        assert (word, unfolded < 0.02) == (words[1], True)
+        assert after == pytest.approx(1 - length, abs=0.02)
+        assert which_fits(sae, x, 3, noisy * 3)[0] == "neither"
+
+
+def test_the_smoke_script_reads_a_dashboard(tiny, tiny_folder, tmp_path, monkeypatch):
+    """A feature as the server gives it, its values by SAELens after folding, or before."""
+    from labels.server import Neuronpedia, neuron
+    from sae_lens import SAE
+
+    from interp_steer import registry
+    from interp_steer.labels import Client
+    from interp_steer.labels.label import Source
+
+    settings = {"architecture": "jumprelu", "d_in": 64, "d_sae": 32, "dtype": "float32"}
+    sae = SAE.from_dict({**settings, "metadata": {"hook_name": "blocks.3.hook_resid_post"}})
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in sae.parameters():
+            weight.normal_()
+        sae.W_dec *= 0.25 / sae.W_dec.norm(dim=-1, keepdim=True)
+    sae.save_model(tmp_path)
+    monkeypatch.setattr(registry, "STARTER_DATA", tmp_path)
+    encoded = tiny.encode("The tower stands in Paris, and it is made of iron.")
+    x, _ = tiny.read(Site("resid_post", 3), [encoded])
+    values = sae.encode(x[0].float())[:, 5].detach()
+    assert values[1:].max() > 0
+    source = Source.parse(str(registry.entry("starter").neuronpedia))
+    folding = runpy.run_path(str(SCRIPTS / "smoke_neuronpedia.py"))["folding"]
+    server = Neuronpedia()
+    for length in (0.25, 1):
+        text = {"tokens": [tiny.decode_token(i) for i in encoded.ids],
+                "values": (values * length).tolist(), "maxValue": values.max().item()}  # fmt: skip
+        dull = {"tokens": ["a"], "values": [0.0], "maxValue": 0.0}
+        server.neurons[source.model, source.name, "5"] = neuron(
+            source.model, source.name, 5, activations=[dull, text]
+        )
+        ask = (Client(server.url), source, 5, str(tiny_folder))
+        if length == 0.25:
+            assert folding(*ask).startswith("contribution: row of length 0.250")
+        else:
+            with pytest.raises(AssertionError, match=r"^activation: .* takes it for contribution"):
+                folding(*ask)
+    server.close()
 
 
 @pytest.mark.parametrize("name", ["layer_sweep", "layer_ablation", "steerability"])

@@ -6,7 +6,7 @@ import torch
 from interp_steer.cell import Controls
 from interp_steer.contrast import Contrast
 from interp_steer.direction import Direction
-from interp_steer.errors import RequestError
+from interp_steer.errors import RequestError, RunError
 from interp_steer.intervention import line
 from interp_steer.item import Item
 from interp_steer.scale import Scale
@@ -232,3 +232,27 @@ def test_a_direction_that_is_nowhere_is_told(tiny, tmp_path):
     path.write_text("directions: {d: gone}\nprompts: {prove: [b]}\nsites: 1\ncoefficients: 1\n")
     with pytest.raises(RequestError, match="'gone' is no file and no stored direction"):
         StudyFile.read(path).study(tiny)
+
+
+def test_a_studys_directions_are_stored_ones_by_name_and_files_by_path(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("INTERP_STEER_CACHE", str(tmp_path / "cache"))
+    direction(1).save(tmp_path / "cache" / "directions" / "joy.safetensors")
+    direction(2).save(tmp_path / "study" / "joy.safetensors")
+    path = tmp_path / "study" / "study.yaml"
+
+    def read(told: str):
+        path.write_text(
+            f"directions: {{d: {told}}}\nprompts: {{choose: [a], prove: [b]}}\nsites: 1\n"
+            "coefficients: 1\nmetrics: length\n"
+        )
+        return StudyFile.read(path).study(tiny).directions["d"]
+
+    assert read("joy.safetensors") == read("./joy.safetensors") == direction(2)
+    with pytest.raises(RequestError, match=r"'joy' is the stored direction .* and another file"):
+        read("joy")
+    (path.parent / "joy.safetensors").write_bytes(b"damaged")
+    with pytest.raises(RunError, match=r"joy\.safetensors is damaged"):
+        read("joy.safetensors")
+    (path.parent / "joy.safetensors").unlink()
+    (path.parent / "joy").mkdir()  # as a run folder may be called
+    assert read("joy") == direction(1)
