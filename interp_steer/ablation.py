@@ -35,8 +35,10 @@ from interp_steer.item import Item
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import Encoded
 from interp_steer.reading import (
+    ANSWER,
     Reading,
     _chunks,
+    answered,
     chosen_scores,
     first_tokens,
     summarised,
@@ -126,6 +128,7 @@ def ablate(
     reference: Sequence[Item] = (),
     scores: Sequence[str] | None = None,
     words: Sequence[str] = (),
+    answer: int = ANSWER,
     first: bool = False,
     resume: bool = True,
     batch: int | None = None,
@@ -149,6 +152,8 @@ def ablate(
         reference: prompts whose mean `mean` puts in, first positions left out; none is `items`.
         scores: of `SCORES`; None is all that some item can have.
         words: for the score `words`, with and without a space before them.
+        answer: how many positions of an answer `words` reads, where the item has no continuation;
+            1 is the last prompt position alone.
         first: whether the first position is ablated too.
         resume: False computes each variant from the first block on, for comparison.
         batch: rows (items x variants) at once; None is 8192 tokens.
@@ -161,6 +166,8 @@ def ablate(
     cuts = _cuts(model, components, methods, span, width, layers, heads, vector)
     readings = [Reading.of(model, item) for item in items]
     asked = chosen_scores(readings, scores, words)
+    if "words" in asked:
+        readings = answered(model, readings, answer)
     needs = {
         method: {
             (component, layer)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,13 @@ SCORES = ("logit_difference", "kl_last", "kl_all", "loss", "words")
 """`logit_difference`: log p(y+) - log p(y-) at the first token in which an item's answers differ.
 `kl_last`: KL(clean || changed) at the last prompt position. `kl_all`: its mean over all positions
 but the first. `loss`: cross-entropy of the continuation, or of the prompt's own tokens. `words`:
-log-probability, at the last prompt position, of any first token of given words. All in nats."""
+
+    ln( 1/T sum_{t = 1..T} sum_{w in W} p(w | prompt, a_1 .. a_{t-1}) )
+
+the log of the mean probability that a word begins, over the positions of an answer a that every
+variant reads alike: the item's continuation, else the unchanged model's own greedy answer (see
+`answered`). W are the first tokens of given words. All in nats."""
+ANSWER = 32  # tokens of an answer that `words` reads
 TOKENS_AT_ONCE = 8192  # of all variants that pass through a block together
 ITEM_TOKENS = 1024  # of items whose streams before every block are kept together
 LOGITS_AT_ONCE = 2**25  # numbers; a vocabulary's logits of every scored position are many
@@ -33,19 +39,24 @@ class Reading:
     """An item as tokens, and where in them its scores are found.
 
     Attributes:
-        ids: the prompt, and after it the continuation or what the two answers share.
+        ids: the prompt, and after it the continuation, what the two answers share, or the model's
+            own answer.
         last: the last prompt position.
+        own: how many of the ids the item itself brings; the rest is the model's own answer.
         loss: positions whose next token counts for the loss, from and up to.
         at: the position that predicts the tokens in which the answers differ.
         pair: these two tokens, y+ first; None without answers.
+        answer: how many positions, from the last prompt position on, `words` reads.
     """
 
     item: Item
     ids: tuple[int, ...]
     last: int
+    own: int
     loss: tuple[int, int]
     at: int
     pair: tuple[int, int] | None
+    answer: int = 1
 
     @classmethod
     def of(cls, model: SteeringModel, item: Item) -> "Reading":
@@ -77,7 +88,8 @@ class Reading:
                 f"{item.text[:60]!r} and what follows are {len(prompt) + len(tail)} tokens long; "
                 f"the context of {model.name} holds {model.n_ctx}"
             )
-        return cls(item, (*prompt, *tail), last, loss, last + shared, pair)
+        own = len(prompt) + len(tail)
+        return cls(item, (*prompt, *tail), last, own, loss, last + shared, pair)
 
     def has(self, score: str) -> bool:
         """Whether the item has what a score needs."""
@@ -85,7 +97,7 @@ class Reading:
             return self.pair is not None
         if score == "loss":
             return self.loss[0] < self.loss[1]
-        return score != "kl_all" or len(self.ids) > 1
+        return score != "kl_all" or self.own > 1
 
     def with_prompt(self, model: SteeringModel, other: Prompt, said: str) -> tuple[int, ...]:
         """The tokens of another prompt in place of this one's, with the same tail.
@@ -119,11 +131,11 @@ class Judge:
         self.model, self.readings, self.scores = trunk.model, readings, scores
         self.words = torch.tensor(words, dtype=torch.long, device=trunk.model.device)
         everywhere = "kl_all" in scores or "loss" in scores
-        points = [
-            (row, position)
-            for row, one in enumerate(readings)
-            for position in (range(len(one.ids)) if everywhere else sorted({one.last, one.at}))
-        ]
+        points = []
+        for row, one in enumerate(readings):
+            read = set(range(len(one.ids))) if everywhere else {one.last, one.at}
+            read |= set(range(one.last, one.last + one.answer))
+            points += [(row, position) for position in sorted(read)]
         self._point = {place: n for n, place in enumerate(points)}
         self._rows, self._positions = torch.tensor(points, device=trunk.model.device).T
         after = [(*readings[row].ids, 0)[position + 1] for row, position in points]
@@ -168,12 +180,13 @@ class Judge:
                 if score == "logit_difference" and one.pair:
                     value = logprobs[:, at, one.pair[0]] - logprobs[:, at, one.pair[1]]
                 elif score == "words":
-                    value = logprobs[:, last, self.words].logsumexp(-1)
+                    spoken = logprobs[:, last : last + one.answer][..., self.words]
+                    value = spoken.flatten(1).logsumexp(-1) - math.log(one.answer)
                 elif score == "kl_last":
                     value = kl[:, last]
                 else:
                     start = self._point[row, 0]
-                    begin, end = one.loss if score == "loss" else (1, len(one.ids))
+                    begin, end = one.loss if score == "loss" else (1, one.own)
                     taken = -own if score == "loss" else kl
                     value = taken[:, start + begin : start + end].mean(-1)
                 out[:, row, column] = value
@@ -259,6 +272,34 @@ def chosen_scores(
             }.get(score, "every prompt is one token long")
             raise RequestError(f"{score} cannot be had: {lacks}; of these items: {', '.join(able)}")
     return list(dict.fromkeys(scores))
+
+
+def answered(
+    model: SteeringModel, readings: Sequence[Reading], length: int = ANSWER
+) -> list[Reading]:
+    """Readings whose answers `words` reads: those that bring no continuation go on with the
+    unchanged model's own greedy answer.
+
+    Args:
+        length: of an answer so many positions are read at most; 1 is the last prompt position
+            alone.
+
+    Raises:
+        RequestError: no such length, or a prompt that leaves no room for the answer.
+    """
+    from interp_steer.engine import Engine
+    from interp_steer.row import Row, Sampling
+
+    if type(length) is not int or length < 1:
+        raise RequestError(f"an answer of {length!r} tokens; expected at least 1")
+    if length == 1:
+        return list(readings)
+    sampling = Sampling(max_new_tokens=length - 1)  # the last position's token is not read
+    silent = [one for one in readings if one.own == one.last + 1]
+    results = Engine(model).generate([Row(one.item.prompt, (), sampling) for one in silent])
+    said = {one: result.token_ids for one, result in zip(silent, results, strict=True)}
+    whole = [replace(one, ids=(*one.ids, *said.get(one, ()))) for one in readings]
+    return [replace(one, answer=min(length, len(one.ids) - one.last)) for one in whole]
 
 
 def first_tokens(model: SteeringModel, words: Sequence[str]) -> list[int]:

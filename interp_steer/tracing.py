@@ -1,187 +1,46 @@
-"""Where an effect passes through: patching, propagation, mediation.
+"""Where steering acts: how far it moves later layers, and which later parts carry its effect.
 
-    patch(model, items, ["resid_pre"], positions="each").summary()
     propagation(model, prompts, steer).table
     mediation(model, items, steer, "logit_difference").summary()
 
 Everything is a forward pass; each variant resumes from the pass that it departs from, as in
-`ablation`. Causal tracing: Meng et al. 2022 (arXiv 2202.05262); what the numbers do and do not say:
-Heimersheim & Nanda 2024 (arXiv 2404.15255).
+`ablation` and `patching`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
+from interp_steer import shares
 from interp_steer.bank import Hook
-from interp_steer.branch import HOOKS, Edit, Trunk, Variant, check_names, check_range, put
+from interp_steer.branch import Trunk, Variant, check_names
 from interp_steer.console import Report
-from interp_steer.errors import RequestError, nearest
+from interp_steer.errors import RequestError
 from interp_steer.forward import run, shared_blocks
 from interp_steer.intervention import Intervention
 from interp_steer.item import Item
 from interp_steer.model import SteeringModel
+from interp_steer.patching import Patching, given, hooks, patch, places
 from interp_steer.prompt import Prompt
-from interp_steer.reading import Reading, chosen_scores, first_tokens, summarised, sweep
+from interp_steer.reading import (
+    ANSWER,
+    Reading,
+    answered,
+    chosen_scores,
+    first_tokens,
+    summarised,
+    sweep,
+)
 from interp_steer.row import Row
 from interp_steer.stepper import Admission
 
-PATCHED = ("resid_pre", "resid_post", "block", "attn_out", "mlp_out", "z")
+__all__ = ["Mediation", "Patching", "Propagation", "mediation", "patch", "propagation"]
+
 RESTORED = ("attn_out", "mlp_out", "z")
-# Effects smaller than this, in nats, are the rounding of float32 logits: no share of them is taken.
-NO_EFFECT = 1e-3
 Prompts = Sequence[Item | Prompt]
-
-
-def _places(
-    model: SteeringModel,
-    components: Sequence[str],
-    layers: Sequence[int],
-    heads: Sequence[int] | None,
-) -> list[tuple[str, int, int | None]]:
-    """Component, layer and head of everything that is put in, one at a time."""
-    numbers = check_range("head", heads, model.n_heads, model.name) if "z" in components else []
-    return [
-        (component, layer, head)
-        for component in components
-        for layer in layers
-        for head in (numbers if component == "z" else (None,))
-    ]
-
-
-def _hooks(places: Sequence[tuple[str, int, int | None]]) -> set[Hook]:
-    return {(kind, layer) for component, layer, _ in places for kind in HOOKS[component]}
-
-
-def _given(
-    place: tuple[str, int, int | None], mask: Bool[Tensor, "item pos"], source: Trunk
-) -> Variant:
-    """Edits that put a place's activations of another pass in."""
-    component, layer, head = place
-    return tuple(
-        Edit(kind, layer, partial(put, mask, source.value(kind, layer, head)), head)
-        for kind in HOOKS[component]
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class Patching:
-    """What `patch` found.
-
-    Attributes:
-        table: a row for each place and item: `component`, `layer`, `head` (missing but at `z`),
-            `position` (missing for all at once), `token` (the clean prompt's, there), `item`,
-            `clean`, `corrupt`, `value` (logit differences in nats), `normalised` (0: as corrupted,
-            1: as clean; missing where the two prompts do not differ in effect).
-    """
-
-    table: pd.DataFrame
-
-    def summary(self, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-        """The mean normalised effect of each place with its interval over items."""
-        by = ["component", "layer", "head", "position"]
-        return summarised(self.table, by, "normalised", level, seed)
-
-
-def patch(
-    model: SteeringModel,
-    items: Sequence[Item],
-    components: Sequence[str] = ("resid_pre",),
-    *,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
-    positions: str | Sequence[int] = "all",
-    batch: int | None = None,
-    report: Report | None = None,
-) -> Patching:
-    """Activation patching: activations of the clean prompt put into the corrupted prompt's pass.
-
-    (LD_patched - LD_corrupt) / (LD_clean - LD_corrupt), LD the logit difference: how much of the
-    clean answer one place brings back (Wang et al. 2023, arXiv 2211.00593). The first position is
-    patched too: the clean pass's own value does no damage.
-
-    Args:
-        items: with answers, and a `corrupted` prompt of the same length in tokens.
-        components: of `PATCHED`; `block` is what a block adds, `z` goes head by head.
-        positions: "all" at once, "each" alone, or some alone; negative ones count from the end of
-            the prompt.
-        layers, heads, batch, report: as for `ablation.ablate`.
-
-    Raises:
-        RequestError: an unknown name, no such layer, head or position, or an item without answers
-            or without a corrupted prompt of the same length.
-    """
-    check_names("component", components, PATCHED)
-    readings = [Reading.of(model, item) for item in items]
-    chosen_scores(readings, ["logit_difference"], ())
-    corrupted = []
-    for one in readings:
-        if one.item.corrupted is None or one.pair is None:
-            lacks = "a corrupted prompt" if one.pair else "answers, positive and negative"
-            raise RequestError(f"{one.item.text[:60]!r} cannot be patched: it lacks {lacks}")
-        ids = one.with_prompt(model, one.item.corrupted, "its corrupted prompt")
-        corrupted.append(replace(one, ids=ids))
-    places = _places(
-        model, components, check_range("layer", layers, model.n_layers, model.name), heads
-    )
-    columns = _columns(positions, readings)
-    keep = _hooks(places)
-
-    def variants(trunk: Trunk, chunk: list[int]) -> list[Variant]:
-        source = Trunk(model, [readings[n].ids for n in chunk], keep)
-        made = []
-        for column in columns:
-            at = torch.tensor([[_index(column, readings[n])] for n in chunk]).to(model.device)
-            mask = trunk.real if column is None else trunk.positions == at
-            made += [_given(place, mask, source) for place in places]
-        return made
-
-    score = ["logit_difference"]
-    clean, _ = sweep(model, readings, score, lambda trunk, chunk: [], batch=batch)
-    corrupt, values = sweep(model, corrupted, score, variants, batch=batch, report=report)
-    rows = []
-    for number, (column, (component, layer, head)) in enumerate(
-        (column, place) for column in columns for place in places
-    ):
-        for n, one in enumerate(readings):
-            at = _index(column, one)
-            if at > one.at:
-                continue  # the item is shorter
-            token = None if column is None else model.decode_token(one.ids[at])
-            ends = clean[n, 0].item(), corrupt[n, 0].item(), values[number, n, 0].item()
-            rows.append((component, layer, head, column, token, one.item.id, *ends))
-    names = ["component", "layer", "head", "position", "token", "item", "clean", "corrupt", "value"]
-    table = pd.DataFrame(rows, columns=names).astype({"head": "Int64", "position": "Int64"})
-    gained, whole = table["value"] - table["corrupt"], table["clean"] - table["corrupt"]
-    return Patching(table.assign(normalised=(gained / whole).where(whole.abs() >= NO_EFFECT)))
-
-
-def _columns(positions: str | Sequence[int], readings: Sequence[Reading]) -> list[int | None]:
-    """Positions as asked for, None for all at once, checked against every prompt."""
-    if positions == "all":
-        return [None]
-    if positions == "each":
-        return list(range(max(one.at for one in readings) + 1))
-    if isinstance(positions, str):
-        raise RequestError(f"unknown positions {positions!r}{nearest(positions, ('all', 'each'))}")
-    for position in positions:
-        for one in readings:
-            if not 0 <= _index(position, one) <= one.last:
-                raise RequestError(
-                    f"position {position} is out of range: {one.item.text[:60]!r} has positions "
-                    f"0-{one.last}"
-                )
-    return list(positions)
-
-
-def _index(position: int | None, one: Reading) -> int:
-    """An absolute position; 0 for all at once."""
-    return (position or 0) + (one.last + 1 if (position or 0) < 0 else 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,16 +173,30 @@ class Mediation:
 
     Attributes:
         table: a row for each restored part and prompt: `component`, `layer`, `head` (missing but
-            at `z`), `item`, `unsteered`, `steered`, `restored` (scores), `share` of the effect that
-            goes: (steered - restored) / (steered - unsteered); missing where there is no effect.
+            at `z`), `item`, `score` (its name), and the score `unsteered`, `steered`, `restored`.
     """
 
     table: pd.DataFrame
 
     def summary(self, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-        """The mean share of each part with its interval over prompts, largest first."""
-        found = summarised(self.table, ["component", "layer", "head"], "share", level, seed)
+        """The share of the effect that goes with each part, largest first; a mean over prompts
+        over a mean:
+
+            (mean steered - mean restored) / (mean steered - mean unsteered)
+
+        See `shares.summarised`; `effect` is the denominator.
+        """
+        by = ["component", "layer", "head", "score"]
+        steered = self.table["steered"]
+        gone, effect = steered - self.table["restored"], steered - self.table["unsteered"]
+        found = shares.summarised(self.table, by, gone, effect, level, seed)
         return found.sort_values("estimate", ascending=False, ignore_index=True)
+
+    @property
+    def warning(self) -> str | None:
+        """Why the shares should not be believed, if so; see `shares.doubt`."""
+        score = self.table["score"].iloc[0] if len(self.table) else "steering"
+        return shares.doubt(self.summary(), f"the effect on {score}")
 
 
 def mediation(
@@ -333,6 +206,7 @@ def mediation(
     score: str = "kl_last",
     *,
     words: Sequence[str] = (),
+    answer: int = ANSWER,
     components: Sequence[str] = ("attn_out", "mlp_out"),
     heads: Sequence[int] | None = None,
     batch: int | None = None,
@@ -349,7 +223,8 @@ def mediation(
         prompts: items with answers, for `logit_difference`; else prompts will do.
         steer: resolved interventions (lengths, not doses), of any operator and at any sites.
         score: of `ablation.SCORES`; `kl_last` is the KL from the unsteered prompt.
-        words: the concept's, for the score `words`.
+        words, answer: the concept's, for the score `words`, and how many tokens of an answer it
+            reads; as for `ablation.ablate`.
         components: of `RESTORED`, from the first steered block on; `z` goes head by head.
         heads, batch, report: as for `ablation.ablate`.
 
@@ -365,26 +240,26 @@ def mediation(
         raise RequestError("steering after the last block is mediated by none; steer earlier")
     readings = [Reading.of(model, Item.of(one)) for one in prompts]
     score = chosen_scores(readings, [score], words)[0]
+    if score == "words":
+        readings = answered(model, readings, answer)
     admission = Admission(model)
     rows = [admission.steered(Row(one.item.prompt, tuple(steer))) for one in readings]
-    places = _places(model, components, range(begins, model.n_layers), heads)
+    where = places(model, components, range(begins, model.n_layers), heads)
 
     def variants(trunk: Trunk, chunk: list[int]) -> list[Variant]:
         steered = trunk.steered([rows[n] for n in chunk])
-        return [steered, *((*steered, *_given(place, trunk.real, trunk)) for place in places)]
+        return [steered, *((*steered, *given(place, trunk.real, trunk)) for place in where)]
 
     clean, values = sweep(
-        model, readings, [score], variants, keep=_hooks(places),
+        model, readings, [score], variants, keep=hooks(where),
         words=first_tokens(model, words), batch=batch, report=report,
     )  # fmt: skip
+    plain, steered = clean[:, 0].tolist(), values[0, :, 0].tolist()
     found = [
-        (*place, one.item.id, clean[n, 0].item(), values[0, n, 0].item(), of_place[n, 0].item())
-        for place, of_place in zip(places, values[1:], strict=True)
+        (*place, one.item.id, score, plain[n], steered[n], restored[n])
+        for place, restored in zip(where, values[1:, :, 0].tolist(), strict=True)
         for n, one in enumerate(readings)
         if one.has(score)
     ]
-    names = ["component", "layer", "head", "item", "unsteered", "steered", "restored"]
-    table = pd.DataFrame(found, columns=names).astype({"head": "Int64"})
-    effect = table["steered"] - table["unsteered"]
-    share = (table["steered"] - table["restored"]) / effect
-    return Mediation(table.assign(share=share.where(effect.abs() >= NO_EFFECT)))
+    names = ["component", "layer", "head", "item", "score", "unsteered", "steered", "restored"]
+    return Mediation(pd.DataFrame(found, columns=names).astype({"head": "Int64"}))

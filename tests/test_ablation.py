@@ -29,6 +29,7 @@ TOWER = Item("I love the tower; I hate", " the dog", " the fox")  # answers that
 HILL = Item("What is the tallest mountain", continuation=" happy and sad")
 ITEMS = [FOX, TOWER, HILL]
 WORDS = ("dog", "tower")
+NAMED = {"words": WORDS, "answer": 1}  # of an answer its first position
 REFERENCE = [Item("Name three fruits"), Item("You are a helpful assistant")]
 HOOKS = {
     "resid_pre": ["hook_resid_pre"],
@@ -166,7 +167,7 @@ def test_scores_of_every_component_and_layer(tiny, method):
     # FOX has a corrupted prompt; the others take the next item of their length
     tower = Item("I hate the tower; I love")
     items = [*ITEMS, tower] if method == "resample" else ITEMS
-    found = ablate(tiny, items, components, [method], reference=REFERENCE, words=WORDS)
+    found = ablate(tiny, items, components, [method], reference=REFERENCE, **NAMED)
     found = Ablation(found.table[found.table["item"] != tower.id])
     assert set(found.table.columns) == {
         "component", "method", "layer", "last", "span", "head", "item", "score", "clean", "value",
@@ -195,7 +196,7 @@ def test_scores_of_every_component_and_layer(tiny, method):
 
 
 def test_the_mean_is_over_the_items_without_reference_prompts(tiny):
-    found = ablate(tiny, ITEMS, ["mlp_out"], ["mean"], words=WORDS, layers=[2])
+    found = ablate(tiny, ITEMS, ["mlp_out"], ["mean"], **NAMED, layers=[2])
     name = "blocks.2.hook_mlp_out"
     seen = [activations(tiny, tiny.encode(i.prompt).ids)[name][0, 1:] for i in ITEMS]
     value = torch.cat(seen).mean(0)
@@ -205,7 +206,7 @@ def test_the_mean_is_over_the_items_without_reference_prompts(tiny):
 @pytest.mark.parametrize("span", ["window", "upward", "downward"])
 def test_spans(tiny, span):
     found = ablate(
-        tiny, ITEMS, ["attn_out", "block", "resid_post"], span=span, width=3, words=WORDS
+        tiny, ITEMS, ["attn_out", "block", "resid_post"], span=span, width=3, **NAMED
     )
 
     def hooks(row, item):
@@ -235,7 +236,7 @@ def test_directional_ablation(tiny, kind):
     vector = members[2] if kind == "one" else DirectionSet(members)
     found = ablate(
         tiny, ITEMS, ["direction", "block"], ["directional"], span="window", width=2,
-        vector=vector, words=WORDS,
+        vector=vector, **NAMED,
     )  # fmt: skip
 
     def hooks(row, item):
@@ -262,7 +263,7 @@ def test_a_feature_is_set_to_zero_at_its_own_site(tiny, tmp_path):
     folder = saved(tmp_path / "sae", "jumprelu")
     sae, index = SAE.load_from_disk(folder), 5
     found = ablate(
-        tiny, ITEMS, ["feature"], vector=feature(folder, index), words=WORDS, span="upward"
+        tiny, ITEMS, ["feature"], vector=feature(folder, index), **NAMED, span="upward"
     )
 
     def without(x, hook):
@@ -275,7 +276,7 @@ def test_a_feature_is_set_to_zero_at_its_own_site(tiny, tmp_path):
 
 def test_the_first_position_is_ablated_only_if_asked(tiny):
     for first in (False, True):
-        found = ablate(tiny, ITEMS, ["resid_pre"], first=first, words=WORDS)
+        found = ablate(tiny, ITEMS, ["resid_pre"], first=first, **NAMED)
 
         def hooks(row, item, start=0 if first else 1):
             return [(f"blocks.{row.layer}.hook_resid_pre", replacing(0.0, first=start))]
@@ -285,14 +286,14 @@ def test_the_first_position_is_ablated_only_if_asked(tiny):
 
 def test_small_batches_full_passes_and_lone_items_say_the_same(tiny):
     given, heads = ["resid_pre", "z"], [1]
-    whole = ablate(tiny, ITEMS, given, words=WORDS, heads=heads).table
+    whole = ablate(tiny, ITEMS, given, **NAMED, heads=heads).table
     for options in ({"batch": 1}, {"batch": 2}, {"batch": 7}, {"resume": False}):
-        other = ablate(tiny, ITEMS, given, words=WORDS, heads=heads, **options).table
+        other = ablate(tiny, ITEMS, given, **NAMED, heads=heads, **options).table
         assert other.drop(columns=["clean", "value", "change"]).equals(
             whole.drop(columns=["clean", "value", "change"])
         )
         assert (other["value"] - whole["value"]).abs().max() < 1e-4
-    alone = ablate(tiny, [HILL], given, words=WORDS, heads=heads).table
+    alone = ablate(tiny, [HILL], given, **NAMED, heads=heads).table
     assert (
         alone["value"].to_numpy() - whole[whole["item"] == HILL.id]["value"].to_numpy()
     ).max() < 1e-4

@@ -49,10 +49,12 @@ def direction(seed: int = 0, layer: int = AT, width: int = 64) -> Direction:
 @pytest.mark.parametrize("positions", ["all", "each", (-1, 2)])
 def test_patching_is_transformer_lens_own(tiny, positions):
     parts = ["resid_pre", "resid_post", "block", "attn_out", "mlp_out", "z"]
+    parts = parts[2:] if positions == "all" else parts
     layers, heads = ([2, 5], [1]) if positions == "each" else ([0, 3, 5], None)
     table = patch(tiny, ITEMS, parts, positions=positions, layers=layers, heads=heads).table
     rows = {"all": 2, "each": 6 + 9, (-1, 2): 4}[positions]  # of both items
-    assert len(table) == rows * len(layers) * (5 + (1 if heads else tiny.n_heads))
+    assert len(table) == rows * len(layers) * (len(parts) - 1 + (1 if heads else tiny.n_heads))
+    assert set(table["score"]) == {"logit_difference"}
     pairs = {i.id: (tokens(tiny, i), tokens(tiny, i, i.corrupted)) for i in ITEMS}
     caches = {i: activations(tiny, clean) for i, (clean, _) in pairs.items()}
     for item in ITEMS:
@@ -76,20 +78,32 @@ def test_patching_is_transformer_lens_own(tiny, positions):
             changed = run(tiny, pairs[item.id][1], [(name, hook) for name in names])[1]
             value = difference(tiny, item, changed)
             assert row["value"] == pytest.approx(value, abs=1e-4)
-            share = (value - corrupt) / (clean - corrupt)
-            assert row["normalised"] == pytest.approx(share, abs=1e-3)
+            assert (row["clean"], row["corrupt"]) == pytest.approx((clean, corrupt), abs=1e-4)
             if positions != "all":
                 assert row["token"] == tiny.decode_token(pairs[item.id][0][spot])
 
 
-def test_patching_the_whole_stream_brings_everything_back(tiny):
-    table = patch(tiny, ITEMS, ["resid_pre", "resid_post"]).table
-    assert (table["normalised"] - 1).abs().max() < 1e-4
+def test_the_whole_stream_at_all_positions_is_refused(tiny):
+    """It is the clean pass: 1.0 at every layer, which says nothing of the model."""
+    for part in ("resid_pre", "resid_post"):
+        with pytest.raises(RequestError, match=f"{part} at all positions is the whole clean pass"):
+            patch(tiny, ITEMS, ["mlp_out", part], positions="all")
+    each = patch(tiny, ITEMS).table  # each position, unless asked otherwise
+    assert set(each["component"]) == {"resid_pre"} and set(each["position"]) == set(range(9))
+    last = patch(tiny, ITEMS, positions="last").table
+    assert last.equals(patch(tiny, ITEMS, positions=[-1]).table) and set(last["position"]) == {-1}
+    # before block 0 every position but the changed ones is the same in both prompts
+    first = each[(each["layer"] == 0) & (each["item"] == FOX.id)].set_index("position")
+    clean, corrupt = tiny.encode(FOX.prompt).ids, tiny.encode(FOX.corrupted).ids
+    for n, (a, b) in enumerate(zip(clean, corrupt, strict=True)):
+        moved = abs(first["value"][n] - first["corrupt"][n])
+        assert moved < 1e-4 if a == b else moved > 1e-3
 
 
 def test_where_two_prompts_do_not_differ_in_effect_there_is_no_share(tiny):
     same = Item(FOX.prompt, " dog", " fox", corrupted=FOX.prompt)
-    assert patch(tiny, [same], ["mlp_out"]).table["normalised"].isna().all()
+    found = patch(tiny, [same], ["mlp_out"])
+    assert found.summary()["estimate"].isna().all() and "no more than rounding" in found.warning
 
 
 @pytest.mark.parametrize(
@@ -102,6 +116,7 @@ def test_where_two_prompts_do_not_differ_in_effect_there_is_no_share(tiny):
         ({"positions": [-7]}, "position -7 is out of range: .* has positions 0-5"),
         ({"positions": [6]}, "position 6 is out of range: .* has positions 0-5"),
         ({"positions": "every"}, "unknown positions 'every'"),
+        ({"positions": []}, "no positions given"),
         ({"layers": [9]}, "layer 9 is out of range"),
     ],
 )
@@ -220,7 +235,12 @@ def test_mediation_restores_one_part_at_a_time(tiny, kind, score, begins):
     """The steering's own hooks in TransformerLens, then the clean value of one later part."""
     steering, words = settings()[kind], ("dog", "tower")
     wanted = {ids_of(tiny, text)[0] for word in words for text in (word, " " + word)}
-    table = mediation(tiny, ITEMS, steering, score, words=words, components=tracing.RESTORED).table
+    found = mediation(
+        tiny, ITEMS, steering, score, words=words, answer=1, components=tracing.RESTORED
+    )
+    table = found.table
+    sums: dict[tuple, list[float]] = {}
+    assert set(table["score"]) == {score}
     assert len(table) == 2 * (6 - begins) * (2 + tiny.n_heads)
     assert table["layer"].min() == begins
     for item in ITEMS:
@@ -247,8 +267,60 @@ def test_mediation_restores_one_part_at_a_time(tiny, kind, score, begins):
             assert row["unsteered"] == pytest.approx(before, abs=1e-4)
             assert row["steered"] == pytest.approx(full, abs=1e-4)
             assert row["restored"] == pytest.approx(restored, abs=1e-4)
-            share = (full - restored) / (full - before)
-            assert row["share"] == pytest.approx(share, abs=0.02, rel=0.02)
+            both = sums.setdefault((row["component"], row["layer"], head), [0.0, 0.0])
+            both[0] += full - restored
+            both[1] += full - before
+    summary = found.summary()
+    assert list(summary["estimate"]) == sorted(summary["estimate"], reverse=True)
+    for _, row in summary.iterrows():
+        head = int(row["head"]) if row["component"] == "z" else None
+        gone, whole = sums[row["component"], row["layer"], head]
+        assert row["estimate"] == pytest.approx(gone / whole, abs=2e-3, rel=2e-3)
+        assert row["effect"] == pytest.approx(whole / 2, abs=1e-4) and row["score"] == score
+
+
+def test_words_are_read_over_the_answer(tiny):
+    """Teacher-forced on the unsteered model's own greedy answer, or on the continuation given."""
+    steering, n = settings()["add"], 6
+    given = Item("Name the lazy dog", continuation=" happy and sad")
+    items = [FOX, given]
+    wanted = sorted({ids_of(tiny, text)[0] for text in ("dog", " dog")})
+    table = mediation(tiny, items, steering, "words", words=["dog"], answer=n).table
+    for item in items:
+        prompt = list(tiny.encode(item.prompt).ids)
+        with torch.no_grad():
+            greedy = tiny.hf.generate(
+                torch.tensor([prompt]), max_new_tokens=n - 1, do_sample=False, pad_token_id=1,
+                eos_token_id=[1, 3], attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            )[0].tolist()  # fmt: skip
+        if item is given:
+            greedy = prompt + ids_of(tiny, given.continuation)
+        assert len(greedy) > len(prompt) + 2 and not {1, 3} & set(greedy)
+
+        def value(logprobs, start=len(prompt) - 1):
+            return logprobs[start:, wanted].exp().sum(-1).mean().log().item()
+
+        cache, plain = activations(tiny, greedy), run(tiny, greedy)[1]
+        # scope `all`: the answer's positions are steered as they would be while it is written
+        shift = 9 * direction().unit
+        shift = (f"blocks.{AT}.hook_resid_post", lambda x, hook, s=shift: moved(x, s))
+        for _, row in table[table["item"] == item.id].iterrows():
+            assert row["unsteered"] == pytest.approx(value(plain), abs=1e-4)
+            full = value(run(tiny, greedy, [shift])[1])
+            assert row["steered"] == pytest.approx(full, abs=1e-4)
+            name = f"blocks.{row['layer']}.{HOOKS[row['component']][0]}"
+            back = (name, replacing(cache[name][0], first=0))
+            restored = value(run(tiny, greedy, [shift, back])[1])
+            assert row["restored"] == pytest.approx(restored, abs=1e-4)
+    short = mediation(tiny, items, steering, "words", words=["dog"], answer=1).table
+    apart = (short["steered"] - table["steered"]).abs()
+    assert apart[table["item"] == FOX.id].min() > 1e-3  # the first position alone is another score
+    with pytest.raises(RequestError, match="an answer of 0 tokens"):
+        mediation(tiny, items, steering, "words", words=["dog"], answer=0)
+
+
+def moved(x, shift):
+    return torch.cat([x[:, :1], x[:, 1:] + shift], 1)
 
 
 def test_small_batches_trace_the_same(tiny):
@@ -256,13 +328,14 @@ def test_small_batches_trace_the_same(tiny):
     whole = mediation(tiny, ITEMS, steering).table
     small = mediation(tiny, ITEMS, steering, batch=1).table
     assert (whole["restored"] - small["restored"]).abs().max() < 1e-4
-    assert whole["share"].abs().max() > 0.1
+    assert (whole["steered"] - whole["restored"]).abs().max() > 0.01
 
 
 def test_no_effect_has_no_share(tiny):
     gate = Gate(direction(1), Site("resid_post", 1), True, 0.99)
     none = steer("add", direction(), coefficient=9, at=AT, gate=gate)
-    assert mediation(tiny, ITEMS, (none,)).table["share"].isna().all()
+    found = mediation(tiny, ITEMS, (none,))
+    assert found.summary()["estimate"].isna().all() and "no more than rounding" in found.warning
 
 
 def test_mediation_errors(tiny):
