@@ -10,10 +10,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from interp_steer.cell import Controls
-    from interp_steer.contrast import Contrast, act_add, read_prompts
+    from interp_steer.contrast import Contrast, act_add
     from interp_steer.direction import Direction, Directions, DirectionSet, load
     from interp_steer.engine import Engine
-    from interp_steer.errors import RequestError, RunError, SteerError
+    from interp_steer.errors import RequestError, RunError, SteerError, SteerWarning
     from interp_steer.features import feature
     from interp_steer.hooks import fwd_hooks, run_with_cache
     from interp_steer.intervention import (
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
         resolve,
         steer,
     )
-    from interp_steer.item import Item, read_items
+    from interp_steer.item import Item
     from interp_steer.metrics import Measured, metric, names, rep3, surprise
     from interp_steer.model import SteeringModel
     from interp_steer.prompt import Encoded, chat
+    from interp_steer.prompt_file import PromptFile, read_items, read_prompts
     from interp_steer.row import Result, Row, Sampling, Score, record
     from interp_steer.runs import Run
     from interp_steer.sae import Sae
@@ -39,17 +40,18 @@ if TYPE_CHECKING:
 
 _HOME = {
     "cell": ("Controls",),
-    "contrast": ("Contrast", "act_add", "read_prompts"),
+    "contrast": ("Contrast", "act_add"),
     "direction": ("Direction", "DirectionSet", "Directions", "load"),
     "engine": ("Engine",),
-    "errors": ("RequestError", "RunError", "SteerError"),
+    "errors": ("RequestError", "RunError", "SteerError", "SteerWarning"),
     "features": ("feature",),
     "hooks": ("fwd_hooks", "run_with_cache"),
     "intervention": ("Gate", "Intervention", "Scope", "line", "parse", "resolve", "steer"),
-    "item": ("Item", "read_items"),
+    "item": ("Item",),
     "metrics": ("Measured", "metric", "names", "rep3", "surprise"),
     "model": ("SteeringModel",),
     "prompt": ("Encoded", "chat"),
+    "prompt_file": ("PromptFile", "read_items", "read_prompts"),
     "row": ("Result", "Row", "Sampling", "Score", "record"),
     "runs": ("Run",),
     "sae": ("Sae",),
@@ -73,6 +75,7 @@ __all__ = [
     "Intervention",
     "Item",
     "Measured",
+    "PromptFile",
     "RequestError",
     "Result",
     "Row",
@@ -85,6 +88,7 @@ __all__ = [
     "Score",
     "Site",
     "SteerError",
+    "SteerWarning",
     "SteeringModel",
     "Stepper",
     "Study",

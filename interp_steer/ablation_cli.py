@@ -97,7 +97,7 @@ def ablate(
         found, summary = _traced(run, mediate, component, model, dtype, device, batch)
     else:
         loaded = load(model or "starter", dtype, device)
-        from interp_steer.item import read_items
+        from interp_steer.prompt_file import read_items
 
         assert prompts is not None
         items = read_items(prompts, as_chat=loaded.is_chat and not text)

@@ -7,6 +7,8 @@ import io
 import json
 import os
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +17,7 @@ from typer.exceptions import Abort, Exit, TyperException
 
 from interp_steer.ablation_cli import ablate
 from interp_steer.console import progress, safe
-from interp_steer.errors import RequestError, SteerError, nearest
+from interp_steer.errors import RequestError, SteerError, SteerWarning, nearest
 from interp_steer.feature_cli import app as features
 from interp_steer.feature_cli import saes
 from interp_steer.labels.cli import app as labels
@@ -53,6 +55,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 gets question marks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    shown = warnings.showwarning
+    warnings.showwarning = _noting(shown)
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
@@ -70,7 +74,21 @@ def main() -> None:
     except OSError as error:
         code = fail(f"cannot write the output: {error.strerror or error}", 1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        warnings.showwarning = shown
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _noting(other: Callable[..., None]) -> Callable[..., None]:
+    """Shows this package's own warnings as one line, and other ones as they were."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, SteerWarning):
+            print("note: " + safe(" ".join(str(message).split())), file=sys.stderr)
+        else:
+            other(message, category, *where, **more)
+
+    return show
 
 
 def fail(message: str, code: int) -> int:
@@ -105,7 +123,9 @@ def demo(
 def generate(
     model: Model = "starter",
     prompt: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A .txt, .json or .jsonl file.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A .txt, .json, .jsonl or .csv file; FILE.csv:COLUMN.")
+    ] = None,
     steer: Annotated[
         list[str] | None,
         typer.Option(help="Interventions, such as 'add(eiffel, 0.3 dose) at 15'; may be repeated."),
@@ -133,21 +153,24 @@ def generate(
     if not prompt and not prompts:
         raise RequestError("nothing to answer: give --prompt or --prompts")
     _writable(out)
+    from interp_steer.prompt_file import PromptFile
+
+    file = PromptFile.read(prompts) if prompts else None
     loaded = load(model, dtype, device)
-    from interp_steer.contrast import read_prompts
     from interp_steer.direction import Directions
     from interp_steer.engine import Engine
     from interp_steer.files import whole
     from interp_steer.intervention import parse, resolve
-    from interp_steer.prompt import chat
+    from interp_steer.item import Item
     from interp_steer.row import Row, Sampling, record
     from interp_steer.scale import Scale
 
     known = Directions(named or [])
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
-    asked = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
-    plain = text or not loaded.is_chat
-    asked = [chat(p, system) if isinstance(p, str) and not plain else p for p in asked]
+    as_chat = loaded.is_chat and not text
+    items = [Item.of(one, as_chat=as_chat, system=system) for one in prompt or []]
+    items += file.items(as_chat=as_chat, system=system) if file else []
+    asked = [item.prompt for item in items]
     encoded = [loaded.encode(p) for p in asked]
     scale = Scale.of(loaded, encoded) if any(len(one.ids) > 1 for one in encoded) else None
     settings = [(), *(parse(line, known) for line in steer or [])]
@@ -223,38 +246,57 @@ def make(
     ] = "mean-difference",
     position: Annotated[str, typer.Option(help="mean, last or answer.")] = "mean",
     layer: Annotated[int | None, typer.Option(help="Only this layer; default all.")] = None,
+    as_chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--text",
+            help="Texts as the user's messages of a chat, or prompts with answers as plain text; "
+            "default: texts stay texts, and what has an answer, a system prompt or messages is a "
+            "chat.",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="File; default in the cache.")] = None,
     model: Model = "starter",
     as_json: Json = False,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """A direction from contrasting prompts, for every layer from one pass."""
+    """A direction from contrasting prompts, for every layer from one pass.
+
+    One file with both sides of each pair, such as CAA's, may be given as both.
+    """
     from interp_steer.files import cache_dir
 
     methods = ("mean-difference", "principal-component", "logistic-probe", "actadd")
     if method not in methods:
         raise RequestError(f"unknown method {method!r}{nearest(method, methods)}")
-    from interp_steer.contrast import Contrast, act_add, read_prompts
     from interp_steer.direction import is_name
-    from interp_steer.scale import Scale
+    from interp_steer.prompt_file import PromptFile
 
     _writable(out)
     if not is_name(name):
         raise RequestError(f"{name!r} cannot name a direction: use letters, digits, '_', '.', '-'")
-    sides = read_prompts(positive, "positive"), read_prompts(negative, "negative")
+    files = {"positive": PromptFile.read(positive), "negative": PromptFile.read(negative)}
+    for side, file in files.items():
+        file.side(side)  # typos are told before a model loads
     loaded = load(model, dtype, device)
+    from interp_steer.contrast import Contrast, act_add, template
+    from interp_steer.scale import Scale
+
+    if as_chat is None and not loaded.is_chat:
+        as_chat = False
+    up, down = (file.side(side, as_chat) for side, file in files.items())
     if layer is not None and not 0 <= layer < loaded.n_layers:
         raise RequestError(
             f"layer {layer} is out of range: {loaded.name} has layers 0-{loaded.n_layers - 1}"
         )
-    scale = Scale.of(loaded, [loaded.encode(p) for side in sides for p in side])
     if method == "actadd":
-        if len(sides[0]) != 1 or len(sides[1]) != 1:
+        if len(up) != 1 or len(down) != 1:
             raise RequestError("actadd takes one positive and one negative prompt")
-        made = act_add(loaded, sides[0][0], sides[1][0], name)
+        made = act_add(loaded, up[0], down[0], name)
     else:
-        made = [Contrast.measure(loaded, *sides, position).directions(method, name)]
+        made = [Contrast.measure(loaded, up, down, position).directions(method, name)]
+    scale = Scale.of(loaded, [loaded.encode(prompt) for prompt in (*up, *down)])
     target = out or cache_dir("directions") / f"{name}.safetensors"
     table: list[dict[str, Any]] = []
     for one in made:
@@ -281,7 +323,8 @@ def make(
     for line in table:
         numbers = f"{line['layer']:>5}  {line['norm']:>9.3f}  {line['dose']:>6.2f}"
         print(f"{numbers}  {line['name']}@{line['sha']}")
-    print(f"\nsaved {', '.join(sorted({line['file'] for line in table}))}")
+    print(f"\nread as {template([*up, *down])}")
+    print(f"saved {', '.join(sorted({line['file'] for line in table}))}")
     at = layer if layer is not None else loaded.n_layers // 2
     line_of_it = f"add({made[0].name}, 0.5 dose) at {at} on prompt"
     print(f"try   interp-steer generate --model {model} --prompt '...' --steer '{line_of_it}'")
@@ -321,7 +364,8 @@ def show(
         return
     print(safe(found.label))
     for key, value in members[0].source.items():
-        print(f"  {key}: {safe(value)}")
+        shown = f"digests of {len(value.split())} prompts" if key == "asked" else safe(value)
+        print(f"  {key}: {shown}")
     for m in members:
         print(f"  {m.hook_point}  norm {m.norm:.4g}  {m.sha}")
 

@@ -19,8 +19,9 @@ from interp_steer.console import progress
 from interp_steer.direction import Direction, DirectionSet
 from interp_steer.errors import RequestError, nearest
 from interp_steer.files import explained, whole
+from interp_steer.item import digest
 from interp_steer.model import SteeringModel
-from interp_steer.prompt import Encoded, Prompt, chat
+from interp_steer.prompt import Encoded, Prompt
 
 FORMAT = "interp-steer/contrast/1"
 POSITIONS = ("mean", "last", "answer")
@@ -107,6 +108,8 @@ class Contrast:
 
         Args:
             positive, negative: texts or chats; a chat may end with an assistant's answer.
+                Texts stay texts: only what is a chat goes through the model's template. The source
+                says how many did (`template`), and has a digest of what each prompt asks (`asked`).
             position: "mean" of the answer's tokens (persona vectors, Chen et al. 2025), or of all
                 tokens where there is no answer; "last" token; or "answer": the token at which
                 the two prompts of a pair first differ, the letter in CAA's A/B questions. The
@@ -119,11 +122,15 @@ class Contrast:
             raise RequestError(f"unknown position {position!r}{nearest(position, POSITIONS)}")
         if not positive or not negative:
             raise RequestError("a contrast needs positive and negative prompts")
-        sides = [[model.encode(p) for p in prompts] for prompts in (positive, negative)]
+        named = {"positive": positive, "negative": negative}
+        sides = [_encoded(model, prompts, side) for side, prompts in named.items()]
         if position == "answer":
             spans = _differing(*sides)
         else:
-            spans = [[_span(one, position) for one in side] for side in sides]
+            spans = [
+                [_span(one, position, f"{name} prompt {n}") for n, one in enumerate(side, start=1)]
+                for name, side in zip(named, sides, strict=True)
+            ]
         rows = [pair for side in zip(sides, spans, strict=True) for pair in zip(*side, strict=True)]
         means: list[Tensor] = []
         with progress("reading the prompts", len(rows)) as report:
@@ -138,6 +145,8 @@ class Contrast:
             "fingerprint": model.fingerprint,
             "position": position,
             "prompts": f"{len(positive)} positive, {len(negative)} negative",
+            "template": template([*positive, *negative]),
+            "asked": " ".join(dict.fromkeys(digest(one) for one in (*positive, *negative))),
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         return cls(everything[:, : len(positive)], everything[:, len(positive) :], source)
@@ -256,66 +265,28 @@ def act_add(
     return made
 
 
-def read_prompts(path: str | Path, side: str = "prompt") -> list[Prompt]:
-    """Prompts from a file.
-
-    `.txt` holds one a line. `.json` and `.jsonl` hold a list of texts or of objects: `{"prompt",
-    "answer", "system"}` is a chat, and a key named like the file's side (`"positive"`,
-    `"negative"`), `"instruction"` or `"question"` holds a text.
-
-    Raises:
-        RequestError: no such file, not of this form, or empty.
-    """
-    return [_prompt(entry, side, Path(path)) for entry in entries(path)]
+def template(prompts: Sequence[Prompt]) -> str:
+    """Whether prompts go through a chat template, in words."""
+    chats = sum(not isinstance(one, str) for one in prompts)
+    if 0 < chats < len(prompts):
+        return f"chat template for {chats} of {len(prompts)} prompts, the others plain text"
+    return "chat template" if chats else "plain text"
 
 
-def entries(path: str | Path) -> list[object]:
-    """What a .txt (one text a line), .json or .jsonl file lists.
-
-    Raises:
-        RequestError: no such file, not of this form, or empty.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise RequestError(f"no prompt file {path}")
-    with explained(path):
+def _encoded(model: SteeringModel, prompts: Sequence[Prompt], side: str) -> list[Encoded]:
+    found = []
+    for number, prompt in enumerate(prompts, start=1):
         try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise RequestError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    try:
-        if path.suffix == ".json":
-            found = json.loads(text)
-        elif path.suffix == ".jsonl":
-            found = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            found = [line for line in text.split("\n") if line.strip()]
-    except ValueError as error:
-        raise RequestError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(found, list) or not found:
-        raise RequestError(f"{path} holds no prompts; expected a list of texts")
+            found.append(model.encode(prompt))
+        except RequestError as error:
+            raise RequestError(f"{side} prompt {number}: {error}") from error
     return found
 
 
-def _prompt(entry: object, side: str, path: Path) -> Prompt:
-    if isinstance(entry, str):
-        return entry
-    if isinstance(entry, dict):
-        prompt, system, answer = (entry.get(key) for key in ("prompt", "system", "answer"))
-        if isinstance(prompt, str) and ("answer" in entry or "system" in entry):
-            if all(one is None or isinstance(one, str) for one in (system, answer)):
-                return chat(prompt, system, answer)
-        else:
-            for key in (side, "prompt", "instruction", "question"):
-                if isinstance(entry.get(key), str):
-                    return str(entry[key])
-    raise RequestError(f"{path} holds an entry that is no prompt: {str(entry)[:60]}")
-
-
-def _span(one: Encoded, position: str) -> tuple[int, int]:
+def _span(one: Encoded, position: str, name: str) -> tuple[int, int]:
     """The positions whose mean is taken, from and up to."""
     if len(one.ids) < 2:
-        raise RequestError("a prompt is one token long: only its attention sink could be read")
+        raise RequestError(f"{name} is one token long: only its attention sink could be read")
     if position == "last":
         return len(one.ids) - 1, len(one.ids)
     return max(1, one.answer or 1), len(one.ids)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from interp_steer.console import progress, safe
-from interp_steer.contrast import Contrast, read_prompts
+from interp_steer.contrast import Contrast
 from interp_steer.direction import Direction
 from interp_steer.engine import Engine
 from interp_steer.features import feature
@@ -27,6 +27,7 @@ from interp_steer.metrics import names, rep3, surprise
 from interp_steer.model import SteeringModel
 from interp_steer.plots import dose_response
 from interp_steer.prompt import Prompt, chat
+from interp_steer.prompt_file import read_prompts
 from interp_steer.registry import STARTER
 from interp_steer.row import Result, Row, Sampling, record
 from interp_steer.scale import Scale

@@ -5,6 +5,7 @@ ordinary exceptions, and a `RequestError` is also a `ValueError`.
 """
 
 import difflib
+import warnings
 from collections.abc import Iterable
 
 
@@ -22,6 +23,15 @@ class RequestError(SteerError, ValueError):
 
 class RunError(SteerError, RuntimeError):
     """The request was right but it failed: network, disk, memory, a damaged file (exit 1)."""
+
+
+class SteerWarning(UserWarning):
+    """What a person should know of a result that stands. The command line prints `note: ...`."""
+
+
+def note(message: str) -> None:
+    """Warns with a `SteerWarning` in the name of the caller's caller."""
+    warnings.warn(message, SteerWarning, stacklevel=3)
 
 
 def nearest(given: object, choices: Iterable[object]) -> str:

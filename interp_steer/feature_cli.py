@@ -50,9 +50,9 @@ def _both(
 
 def _texts(model: "SteeringModel", paths: list[Path], length: int) -> "list[Encoded]":
     from interp_steer.contexts import windows
-    from interp_steer.contrast import read_prompts
+    from interp_steer.prompt_file import read_prompts
 
-    return windows(model, [p for path in paths for p in read_prompts(path, "text")], length)
+    return windows(model, [p for path in paths for p in read_prompts(path)], length)
 
 
 def _labels(sae: "Sae") -> "dict[int, Label]":
@@ -194,14 +194,15 @@ def find(
 
     if by not in ("auroc", "difference"):
         raise RequestError(f"features are ordered by auroc or difference, not by {by!r}")
-    from interp_steer.contrast import read_prompts
+    from interp_steer.prompt_file import PromptFile
 
-    files = [read_prompts(positive, "positive"), read_prompts(negative, "negative")]
+    files = {"positive": PromptFile.read(positive), "negative": PromptFile.read(negative)}
     whole, loaded = _both(sae, model, dtype, device)
     from interp_steer.contexts import find as search
     from interp_steer.contexts import windows
 
-    up, down = (windows(loaded, prompts, length) for prompts in files)
+    as_chat = None if loaded.is_chat else False
+    up, down = (windows(loaded, f.side(side, as_chat), length) for side, f in files.items())
     with progress("reading texts", len(up) + len(down)) as report:
         found = search(whole, loaded, up, down, limit, by, report)
     labels = _labels(whole)

@@ -1,14 +1,13 @@
 """An item: one prompt, with what its answer is judged by. The unit of every interval."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+import unicodedata
+from dataclasses import dataclass
 from typing import Any
 
-from interp_steer.contrast import entries
-from interp_steer.errors import RequestError, nearest
-from interp_steer.prompt import Prompt, chat, is_chat, readable
+from interp_steer.entry import Entry
+from interp_steer.errors import RequestError, note
+from interp_steer.prompt import Prompt, readable
 
 
 @dataclass(frozen=True)
@@ -78,82 +77,47 @@ class Item:
 
     @classmethod
     def of(cls, given: object, *, as_chat: bool = False, system: str | None = None) -> "Item":
-        """From a text, the messages of a chat, or a mapping with the fields above.
-
-        A mapping may hold `messages`, a list of [role, content], in place of a prompt. It may name
-        the prompt `prompt`, `instruction` or `question`, and hold `system` and `answer`, which make
-        it a chat, the answer to be continued.
+        """From a text, the messages of a chat, or a mapping of one of the forms in `entry`.
 
         Args:
             as_chat: makes plain texts the user's message of a chat.
-            system: the system prompt of such chats.
+            system: the system prompt of chats that have none of their own.
 
         Raises:
-            RequestError: something else, an unknown field, or fields that do not go together.
+            RequestError: something else, or fields that do not go together.
         """
         if isinstance(given, Item):
             return given
-        if is_chat(given):
-            return cls(given)  # type: ignore[arg-type]  # is_chat has looked
-        entry: Mapping[Any, Any] = given if isinstance(given, Mapping) else {"prompt": given}
-        if "messages" in entry:
-            messages = _messages(entry["messages"])
-            rest = {k: v for k, v in entry.items() if k not in ("messages", "corrupted")}
-            other = entry.get("corrupted")
-            return replace(
-                cls.of({"prompt": messages[-1][1], **rest}),
-                prompt=messages,
-                corrupted=_messages(other) if isinstance(other, list) else other,
-            )
-        known = ("positive", "negative", "choices", "correct", "continuation", "corrupted")
-        names = ("prompt", "instruction", "question")
-        said: Any = next((entry[name] for name in names if isinstance(entry.get(name), str)), None)
-        if said is None:
-            raise RequestError(f"an entry is no prompt: {str(given)[:60]!r}")
-        for key in entry:
-            if key not in (*known, *names, "system", "answer", "id", "dataset"):
-                choices = (*known, "prompt", "system", "answer")
-                raise RequestError(f"unknown field {key!r} of a prompt{nearest(key, choices)}")
-        fields: dict[str, Any] = {key: entry[key] for key in known if entry.get(key) is not None}
-        if isinstance(fields.get("choices"), list):
-            fields["choices"] = tuple(fields["choices"])
-        texts = (*(fields.get(k) for k in known if k not in ("choices", "correct")),)
-        choices = fields.get("choices", ())
-        if (
-            any(not isinstance(one, str) for one in (*texts, *choices) if one is not None)
-            or not isinstance(choices, tuple)
-            or type(fields.get("correct", 0)) is not int
-        ):
-            raise RequestError(f"a field of a prompt is of the wrong kind: {str(given)[:80]}")
-        own, answer = entry.get("system", system), entry.get("answer")
-        # a text whose continuation is given is a text, not something said to an assistant
-        if (as_chat and "continuation" not in fields) or "system" in entry or "answer" in entry:
-            if isinstance(fields.get("corrupted"), str):
-                fields["corrupted"] = chat(fields["corrupted"], own, answer)
-            return cls(chat(said, own, answer), **fields)
-        return cls(said, **fields)
+        entry = Entry.of(given)
+        if entry.unread:
+            note(f"fields of a prompt that are not read: {', '.join(entry.unread)}")
+        return cls.of_entry(entry, as_chat=as_chat, system=system)
+
+    @classmethod
+    def of_entry(cls, entry: Entry, *, as_chat: bool = False, system: str | None = None) -> "Item":
+        """The same from an entry that was read."""
+        prompt = entry.as_prompt(as_chat, system)
+        corrupted = entry.as_corrupted(as_chat, system)
+        return cls(
+            prompt, entry.positive, entry.negative, entry.choices, entry.correct,
+            entry.continuation, corrupted,
+        )  # fmt: skip
 
 
-def _messages(given: object) -> Prompt:
-    """The messages of a chat from lists of [role, content]."""
-    pairs = (
-        [tuple(m) if isinstance(m, list) else m for m in given] if isinstance(given, list) else []
-    )
-    if not pairs or not is_chat(tuple(pairs)):
-        raise RequestError(f"messages are {str(given)[:60]!r}, expected [[role, content], ...]")
-    return tuple(pairs)
+def asked(prompt: Prompt) -> str:
+    """What a prompt asks: the user's texts, or the plain text, in one spelling.
 
-
-def read_items(path: str | Path, *, as_chat: bool = False, system: str | None = None) -> list[Item]:
-    """Items from a .txt (one prompt a line), .json or .jsonl file; see `Item.of`.
-
-    Raises:
-        RequestError: no such file, empty, or an entry that is no item.
+    System prompts, answers, white space and capitals are left out, so that two prompts are alike
+    that ask the same question.
     """
-    found = []
-    for number, entry in enumerate(entries(path), start=1):
-        try:
-            found.append(Item.of(entry, as_chat=as_chat, system=system))
-        except RequestError as error:
-            raise RequestError(f"{path}, entry {number}: {error}") from error
-    return found
+    said = [prompt]
+    if isinstance(prompt, tuple):
+        said = [content for role, content in prompt if role == "user"]
+        said = said or [content for _, content in prompt]
+    words = unicodedata.normalize("NFKC", " ".join(map(str, said))).casefold().split()
+    return " ".join(words)
+
+
+def digest(prompt: Prompt) -> str:
+    """Eight hexadecimal digits of what a prompt asks, to be kept with what is made from it."""
+    return hashlib.sha256(asked(prompt).encode(errors="surrogatepass")).hexdigest()[:8]

@@ -24,12 +24,14 @@ from typing import Any
 from interp_steer.cell import Controls
 from interp_steer.contrast import POSITIONS, Contrast
 from interp_steer.direction import Direction, Directions, DirectionSet, is_name
+from interp_steer.entry import SIDES
 from interp_steer.errors import RequestError, nearest
 from interp_steer.features import feature
 from interp_steer.files import explained, whole
 from interp_steer.intervention import Vector
-from interp_steer.item import Item, read_items
+from interp_steer.item import Item
 from interp_steer.model import SteeringModel
+from interp_steer.prompt_file import PromptFile, is_file
 from interp_steer.row import Sampling
 from interp_steer.study import Study, split_items
 
@@ -38,7 +40,7 @@ MODEL = ("model", "dtype", "revision")
 _OWN = {f.name for f in fields(Study)} - {*PARTS, "directions"}
 FIELDS = (*MODEL, "directions", "prompts", *sorted(_OWN))
 KINDS = {
-    "contrast of prompts": ("positive", "negative", "position"),
+    "contrast of prompts": ("positive", "negative", "position", "as_chat"),
     "saved contrast": ("contrast",),
     "feature": ("feature", "sae_id", "index"),
 }
@@ -109,12 +111,12 @@ class StudyFile:
     def parts(self) -> dict[str, list[Item]]:
         """The prompts, by the part that they play."""
         given = self.spec["prompts"]
-        found = {part: self._items(given[part]) for part in PARTS if part in given}
+        found = {part: self._file(given[part], part).items() for part in PARTS if part in given}
         if "all" in given:
             if "choose" in found or "prove" in found:
                 raise RequestError("prompts: give `all`, or `choose` and `prove`")
             share, seed = given.get("share", 0.5), given.get("seed", 16)
-            both = split_items(self._items(given["all"]), share, seed)
+            both = split_items(self._file(given["all"], "all").items(), share, seed)
             found |= dict(zip(("choose", "prove"), both, strict=True))
         return found
 
@@ -151,14 +153,15 @@ class StudyFile:
     def _path(self, name: object) -> Path:
         """A file beside this one, else as it is."""
         beside = self.folder / str(name)
-        return beside if beside.exists() else Path(str(name))
+        return beside if beside.exists() or is_file(beside) else Path(str(name))
 
-    def _items(self, given: object) -> list[Item]:
+    def _file(self, given: object, name: str) -> PromptFile:
+        """The entries of a prompt file, or of a list in this one."""
         if isinstance(given, str):
-            return read_items(self._path(given))
+            return PromptFile.read(self._path(given))
         if not isinstance(given, list) or not given:
-            raise RequestError(f"prompts are {given!r}, expected a file or a list")
-        return [Item.of(one) for one in given]
+            raise RequestError(f"{name} is {given!r}, expected a file or a list of prompts")
+        return PromptFile.of(name, given)
 
     def _direction(
         self, name: str, told: Any, model: SteeringModel
@@ -180,14 +183,14 @@ class StudyFile:
             return feature(told["feature"], *args, name=name), []
         if "contrast" in told:
             return Contrast.load(self._path(told["contrast"])), []
-        positive, negative = self._items(told["positive"]), self._items(told["negative"])
-        made = Contrast.measure(
-            model,
-            [item.prompt for item in positive],
-            [item.prompt for item in negative],
-            told.get("position", "mean"),
-        )
-        return made, [*positive, *negative]
+        as_chat = told.get("as_chat", None if model.is_chat else False)
+        files = {side: self._file(told[side], side) for side in SIDES}
+        up, down = (file.side(side, as_chat) for side, file in files.items())
+        entries = (entry for file in files.values() for entry in file.entries)
+        # what was asked: the prompt, without the answer of a side
+        asked = [Item.of(e.prompt or p) for e, p in zip(entries, (*up, *down), strict=True)]
+        made = Contrast.measure(model, up, down, told.get("position", "mean"))
+        return made, list(dict.fromkeys(asked))
 
 
 def write(study: Study, model: SteeringModel, folder: Path) -> Path:
@@ -257,6 +260,10 @@ def _check_direction(name: object, given: object) -> None:
         raise RequestError(
             f"direction {name!r} has {', '.join(given)}; expected positive and negative, or "
             "feature, or contrast"
+        )
+    if given.get("as_chat") not in (None, True, False):
+        raise RequestError(
+            f"direction {name!r}: as_chat is {given['as_chat']!r}, expected true or false"
         )
     if given.get("position", "mean") not in POSITIONS:
         raise RequestError(

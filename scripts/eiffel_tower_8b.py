@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 
 from interp_steer.console import progress
-from interp_steer.contrast import read_prompts
 from interp_steer.direction import Direction, load
 from interp_steer.engine import Engine
 from interp_steer.errors import RunError, SteerError
@@ -29,6 +28,7 @@ from interp_steer.intervention import parse
 from interp_steer.metrics import names, rep3, surprise
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import chat
+from interp_steer.prompt_file import read_prompts
 from interp_steer.row import Row, Sampling, record
 from interp_steer.scale import Scale
 

@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -16,9 +14,8 @@ from interp_steer.contrast import (
     logistic_probe,
     mean_difference,
     principal_component,
-    read_prompts,
 )
-from interp_steer.errors import RequestError, RunError
+from interp_steer.errors import RequestError
 from interp_steer.prompt import chat
 
 HAPPY = ["I love the tower.", "Yes, happy and lazy fox", "What is happy? Name three", "I am happy"]
@@ -315,101 +312,3 @@ def test_act_add_refuses_prompts_of_one_token(tiny, monkeypatch):
     monkeypatch.setattr(tiny, "encode", lambda prompt: one)
     with pytest.raises(RequestError, match="at least 2 tokens, got 1 and 1"):
         act_add(tiny, "a", "b")
-
-
-# --- prompt files -----------------------------------------------------------------------------
-
-
-def written(tmp_path, name: str, content: str | bytes):
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_a_text_file_holds_a_prompt_a_line(tmp_path, end):
-    path = written(tmp_path, "p.txt", end.join(["one, é", "", "  ", " two\u2028too", "three"]))
-    assert read_prompts(path) == ["one, é", " two\u2028too", "three"]
-    assert read_prompts(str(path)) == read_prompts(path)
-
-
-ENTRIES = [
-    ("plain", "plain"),
-    ({"prompt": "ask"}, "ask"),
-    ({"instruction": "do"}, "do"),
-    ({"question": "why"}, "why"),
-    ({"positive": "good", "negative": "bad", "prompt": "ask"}, "good"),
-    ({"negative": "bad", "question": "why"}, "why"),
-    ({"prompt": "ask", "answer": "said"}, (("user", "ask"), ("assistant", "said"))),
-    ({"prompt": "ask", "system": "be"}, (("system", "be"), ("user", "ask"))),
-    ({"prompt": "ask", "system": None}, (("user", "ask"),)),
-    (
-        {"prompt": "a\u2028b\u0085", "answer": "c\n", "system": "d", "id": 3},
-        (("system", "d"), ("user", "a\u2028b\u0085"), ("assistant", "c\n")),
-    ),
-]
-
-
-@pytest.mark.parametrize("ascii", [True, False])
-@pytest.mark.parametrize("kind", ["json", "jsonl"])
-def test_json_files_hold_texts_and_chats(tmp_path, kind, ascii):
-    entries = [entry for entry, _ in ENTRIES]
-    if kind == "json":
-        text = json.dumps(entries, ensure_ascii=ascii, indent=1)
-    else:
-        text = "\n\n".join(json.dumps(entry, ensure_ascii=ascii) for entry in entries) + "\n"
-    path = written(tmp_path, f"p.{kind}", text)
-    assert read_prompts(path, "positive") == [prompt for _, prompt in ENTRIES]
-    assert read_prompts(path, "negative")[4] == "bad"
-    assert read_prompts(path)[4] == "ask"
-
-
-def test_file_prompts_can_be_encoded(tmp_path, tiny):
-    entries = [entry for entry, _ in ENTRIES]
-    for prompt in read_prompts(written(tmp_path, "p.json", json.dumps(entries))):
-        assert len(tiny.encode(prompt).ids) > 1
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("p.txt", "", "holds no prompts"),
-        ("p.txt", " \n\n", "holds no prompts"),
-        ("p.txt", b"caf\xe9", r"not UTF-8 text \(byte 3\)"),
-        ("p.json", "", "not valid JSON"),
-        ("p.json", "[1,", "not valid JSON"),
-        ("p.json", "[]", "holds no prompts"),
-        ("p.json", '{"prompt": "a"}', "holds no prompts; expected a list"),
-        ("p.json", '"text"', "holds no prompts"),
-        ("p.json", "[3]", "an entry that is no prompt: 3"),
-        ("p.json", '["a", null]', "an entry that is no prompt: None"),
-        ("p.json", '[["a"]]', "an entry that is no prompt"),
-        ("p.json", '[{"text": "a"}]', "an entry that is no prompt"),
-        ("p.json", '[{"prompt": 3}]', "an entry that is no prompt"),
-        ("p.json", '[{"prompt": "a", "answer": 3}]', "an entry that is no prompt"),
-        ("p.json", '[{"prompt": "a", "system": ["b"]}]', "an entry that is no prompt"),
-        ("p.jsonl", '"a"\n{"prompt"}', "not valid JSON"),
-        ("p.jsonl", "", "holds no prompts"),
-        ("p.jsonl", '["a"]', "an entry that is no prompt"),
-    ],
-)
-def test_files_without_prompts_are_refused(tmp_path, name, content, said):
-    path = written(tmp_path, name, content)
-    with pytest.raises(RequestError, match=said) as caught:
-        read_prompts(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_and_unreadable_files_are_one_clear_line(tmp_path, monkeypatch):
-    for path in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(RequestError, match="no prompt file"):
-            read_prompts(path)
-    path = written(tmp_path, "p.txt", "a")
-
-    def refused(self, **_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(type(path), "read_text", refused)
-    with pytest.raises(RunError, match=r"p\.txt: permission denied"):
-        read_prompts(path)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from interp_steer.errors import RequestError
-from interp_steer.item import Item, read_items
+from interp_steer.item import Item
 
 
 def test_every_form_of_a_prompt():
@@ -49,16 +49,36 @@ def test_ids_tell_contents_apart():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"promt": "hi"}, "is no prompt"),
+        ({"promt": "hi"}, "unknown field 'promt' of a prompt; nearest: prompt"),
+        ({"Prompt": "hi"}, "unknown field 'Prompt' of a prompt; nearest: prompt"),
+        ({"topic": "hi"}, "is no prompt.*expected a field prompt, instruction, question, text"),
         ({"prompt": "hi", "postive": " a"}, "nearest: positive"),
         ({"prompt": "hi", "positive": " a"}, "needs both answers"),
         ({"prompt": "hi", "positive": " a", "negative": " a"}, "same answer on both sides"),
         ({"prompt": "q", "choices": [" a"], "correct": 1}, "expected 0-0"),
         ({"prompt": "q", "choices": [" a"]}, "correct=None"),
-        ({"prompt": "q", "choices": " ab", "correct": 0}, "wrong kind"),
-        ({"prompt": "q", "correct": True, "choices": ["a", "b"]}, "wrong kind"),
+        ({"prompt": "q", "choices": " ab", "correct": 0}, "choices is ' ab', expected a list"),
+        ({"prompt": "q", "choices": ["a", 2], "correct": 0}, "choices hold 2, expected texts"),
+        ({"prompt": "q", "choices": ["a", "b"], "correct": True}, "correct is True, expected a wh"),
+        ({"prompt": "q", "choices": ["a", "b"], "correct": "1"}, "correct is '1', expected a wh"),
+        ({"prompt": "q", "choices": ["a", "b"], "answer": 2}, "answer is 2, expected which of 2"),
+        ({"prompt": "q", "choices": ["a", "b"], "answer": "C"}, "answer is 'C', expected which"),
+        ({"prompt": "q", "choices": ["B", "A"], "answer": "A"}, "answer is 'A', expected which"),
+        ({"prompt": "q", "mc1_targets": {"choices": ["a"], "labels": [0]}}, "of which one is 1"),
+        ({"prompt": "q", "answer": 1}, "answer is 1, expected text"),
+        ({"prompt": "q", "system": 1.5}, "system is 1.5, expected text"),
+        ({"prompt": "q", "positive": 1, "negative": 2}, "positive is 1, expected text"),
+        ({"prompt": "q", "continuation": True}, "continuation is True, expected text"),
+        ({"prompt": "q", "corrupted": 3}, "corrupted is 3, expected text"),
+        ({"prompt": 3}, "prompt is 3, expected text"),
+        ({"prompt": " "}, "prompt is empty"),
+        ({"messages": [{"role": "user"}]}, r"expected \[role, content\]"),
+        ({"messages": [["user", 7]]}, r"expected \[role, content\]"),
+        ({"messages": [["system", "a"], ["user", "b"]], "system": "c"}, "give one"),
+        ({"positive": "I love it", "negative": "I hate it"}, "has no prompt, only texts of a con"),
         ({"prompt": "a", "continuation": ""}, "empty answer"),
-        ({"messages": ["user", "hi"]}, "messages are"),
+        ({"messages": ["user", "hi"]}, "messages hold 'user', expected"),
+        ({"messages": "hi"}, "messages are 'hi', expected"),
         (7, "is no prompt"),
     ],
 )
@@ -66,15 +86,3 @@ def test_what_is_wrong_is_told_in_one_line(given, said):
     with pytest.raises(RequestError, match=said) as caught:
         Item.of(given)
     assert "\n" not in str(caught.value)
-
-
-def test_files_name_the_entry_that_is_wrong(tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "a"}\n{"prompt": "b", "positive": "x"}\n')
-    with pytest.raises(RequestError, match=r"p\.jsonl, entry 2: 'b' needs both"):
-        read_items(path)
-    path.write_text("")
-    with pytest.raises(RequestError, match="holds no prompts"):
-        read_items(path)
-    with pytest.raises(RequestError, match="no prompt file"):
-        read_items(tmp_path / "q.txt")

@@ -9,9 +9,9 @@ import pytest
 
 import interp_steer
 from interp_steer.console import progress, safe
-from interp_steer.contrast import read_prompts
 from interp_steer.errors import RunError, nearest
 from interp_steer.files import cache_dir, whole
+from interp_steer.prompt_file import read_prompts
 
 ROOT = Path(__file__).parents[1]
 
