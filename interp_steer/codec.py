@@ -1,5 +1,6 @@
 """Text to a model's token ids, and back."""
 
+import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
@@ -11,8 +12,7 @@ from interp_steer.template import Rendered, Template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-UNFINISHED = "\ufffd"
-"""What stands for bytes that are no character, or not yet."""
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte-fallback token
 
 
 class Codec:
@@ -135,20 +135,21 @@ class Codec:
 
     def decode(self, ids: Sequence[int], follows: bool = False) -> str:
         """Text of tokens, special ones left out; see `SteeringModel.decode`."""
-        text = self._text(ids, follows)
-        if text.endswith(UNFINISHED):
-            # byte-fallback decoders take finished characters along with an unfinished last one
-            for n in range(1, min(4, len(ids))):
-                finished = self._text(ids[:-n], follows)
-                if not finished.endswith(UNFINISHED):
-                    return text if text.startswith(finished) else finished + UNFINISHED
-        return text
+        return self._text(ids, follows, special=False)
+
+    def pending(self, ids: Sequence[int]) -> bool:
+        """Whether the next token may change the text of these: they end amid a character's bytes.
+
+        Byte-fallback decoders give up all of a run of bytes if one of them makes no character.
+        """
+        last = str(self.tokenizer.convert_ids_to_tokens(ids[-1])) if ids else ""
+        return bool(_BYTE.fullmatch(last)) or self.decode(ids[-4:], True).endswith("\ufffd")
 
     def decode_token(self, id: int) -> str:
         """The text of one token, its leading space included, special tokens by their names."""
         return self._text([id], True, special=True)
 
-    def _text(self, ids: Sequence[int], follows: bool, special: bool = False) -> str:
+    def _text(self, ids: Sequence[int], follows: bool, special: bool) -> str:
         def read(ids: Sequence[int]) -> str:
             return str(
                 self.tokenizer.decode(

@@ -95,9 +95,9 @@ class Engine:
                 number = ids[event.id]
                 if event.token_id is not None:
                     tokens[number].append(event.token_id)
-                text = self.model.decode(tokens[number], rows[number].prompt)
-                if not event.finish and text.endswith("\ufffd"):
+                if not event.finish and self.model.pending(tokens[number]):
                     continue  # the rest of a character is still to come
+                text = self.model.decode(tokens[number], rows[number].prompt)
                 yield number, text[len(shown[number]) :], event.finish
                 shown[number] = text
 

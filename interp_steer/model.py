@@ -212,6 +212,10 @@ class SteeringModel:
         opened = is_chat(after) and bool(after) and after[-1][0] == "assistant"  # type: ignore[index]
         return self._codec.decode(ids, isinstance(after, str) or opened)
 
+    def pending(self, ids: Sequence[int]) -> bool:
+        """Whether the next token may change the text of these, which end amid a character."""
+        return self._codec.pending(ids)
+
     def decode_token(self, id: int) -> str:
         """The text of one token, its leading space included, special tokens by their names."""
         return self._codec.decode_token(id)
