@@ -30,7 +30,7 @@ def hold(
         raise RequestError(f"{model.name} has no chat template; use `interp-steer generate --text`")
     engine = Engine(model)
     interventions = _checked(parse(line, directions), model)
-    begin: tuple[Message, ...] = (("system", system),) if system else ()
+    begin: tuple[Message, ...] = () if system is None else (("system", system),)
     histories = [begin, begin]
     while (said := _read()) is not None:
         try:

@@ -15,6 +15,7 @@ from interp_steer.console import Report
 from interp_steer.errors import RequestError, RunError
 from interp_steer.forward import run
 from interp_steer.model import SteeringModel
+from interp_steer.prompt import Prompt
 from interp_steer.row import Result, Row, Score
 from interp_steer.site import Site
 from interp_steer.stepper import Admission, Stepper, Taps
@@ -94,9 +95,9 @@ class Engine:
                 number = ids[event.id]
                 if event.token_id is not None:
                     tokens[number].append(event.token_id)
-                text = self.model.decode(tokens[number])
-                if not event.finish and text.endswith("\ufffd"):
+                if not event.finish and self.model.pending(tokens[number]):
                     continue  # the rest of a character is still to come
+                text = self.model.decode(tokens[number], rows[number].prompt)
                 yield number, text[len(shown[number]) :], event.finish
                 shown[number] = text
 
@@ -122,12 +123,16 @@ class Engine:
             taps: sites whose activations every row returns, continuation included.
 
         Raises:
-            RequestError: as for `generate`, and for a reference of other tokens.
+            RequestError: as for `generate`, for a reference of other tokens, and for a text that
+                the tokenizer joins to its prompt's last token (see `SteeringModel.encode_after`).
         """
         model = self.model
-        given = [self.ids(text) for text in continuations]
-        if len(given) != len(rows):
-            raise RequestError(f"{len(rows)} rows need as many continuations, got {len(given)}")
+        if len(continuations) != len(rows):
+            raise RequestError(
+                f"{len(rows)} rows need as many continuations, got {len(continuations)}"
+            )
+        pairs = zip(rows, continuations, strict=True)
+        given = [self.ids(row.prompt, after) for row, after in pairs]
         lives = [
             self.admission.take(number, row, taps, given=len(after))
             for number, (row, after) in enumerate(zip(rows, given, strict=True))
@@ -197,10 +202,10 @@ class Engine:
         self._in_batches([r for r in order if r not in wanted], lengths, batch, work)
         return [found[r] for r in range(len(rows))]
 
-    def ids(self, continuation: Sequence[int] | str) -> tuple[int, ...]:
-        """Token ids of a continuation: as given, or of a text that follows a prompt directly."""
+    def ids(self, prompt: Prompt, continuation: Sequence[int] | str) -> tuple[int, ...]:
+        """Token ids of a continuation: as given, or of a text that follows the prompt directly."""
         if isinstance(continuation, str):
-            return self.model.encode_after(continuation)
+            return self.model.encode_after(prompt, continuation)
         for token in continuation:
             if type(token) is not int or not 0 <= token < self.model.d_vocab:
                 raise RequestError(

@@ -283,7 +283,10 @@ def kl_mean(measured: Measured) -> Numbers:
 def logit_difference(measured: Measured) -> Numbers:
     """Logit of the positive answer minus that of the negative at the first token that differs."""
     engine = measured.engine
-    pairs = [[engine.ids(str(t)) for t in (i.positive, i.negative)] for i in measured.items]
+    pairs = [
+        [engine.ids(row.prompt, str(text)) for text in (item.positive, item.negative)]
+        for row, item in zip(measured.rows, measured.items, strict=True)
+    ]
     shared, ends = [], []
     for item, (one, other) in zip(measured.items, pairs, strict=True):
         at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)

@@ -5,7 +5,7 @@ transformers' Llama and of TransformerLens. It knows nothing of steering.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from os import PathLike
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp_steer.block import Change, Keeps, block, linear, normed, signed
+from interp_steer.codec import Codec
 from interp_steer.errors import RequestError
 from interp_steer.fingerprint import Fingerprint
 from interp_steer.loading import (
@@ -25,8 +26,9 @@ from interp_steer.loading import (
     refuse_unsupported,
     refuse_wrong_weights,
 )
-from interp_steer.prompt import Encoded, Prompt, encode, is_chat, readable
+from interp_steer.prompt import Encoded, Prompt, is_chat
 from interp_steer.site import Site
+from interp_steer.template import Template
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -65,8 +67,6 @@ class SteeringModel:
         self.name, self.revision = name, revision
         self._fingerprint = Fingerprint(hf)
         self._hooked: tuple[list[int], HookedTransformer] | None = None
-        # rendering a chat costs a millisecond; a sweep asks for one prompt hundreds of times
-        self._encoded = lru_cache(maxsize=4096)(self._encode)
         config: Any = hf.config  # its fields are typed as optional
         self.n_layers: int = config.num_hidden_layers
         self.d_model: int = config.hidden_size
@@ -170,14 +170,18 @@ class SteeringModel:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     @cached_property
+    def _codec(self) -> Codec:
+        rows: int = self.hf.model.embed_tokens.weight.shape[0]
+        return Codec(self.tokenizer, Template(self.tokenizer, self.name), self.n_ctx, rows)
+
+    @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Every id that ends an answer: the list of `generation_config`, else the tokenizer's."""
+        """Every id that ends an answer: those of `generation_config`, the tokenizer's end of
+        sequence, and the special token that the chat template writes after the assistant's turn.
+        """
         told = self.hf.generation_config.eos_token_id
-        if told is None:
-            told = self.tokenizer.eos_token_id
-        if told is None:
-            return ()
-        return tuple(told) if isinstance(told, list) else (int(told),)
+        known = told if isinstance(told, list) else [] if told is None else [int(told)]
+        return tuple(dict.fromkeys([*known, *self._codec.ends]))
 
     def encode(self, prompt: object) -> Encoded:
         """Tokens of a text, or of a chat under the model's template with one BOS.
@@ -185,33 +189,40 @@ class SteeringModel:
         A chat that ends with an assistant message is left open after it, to be continued.
 
         Raises:
-            RequestError: the prompt is empty or longer than the context, or the model has no
-                chat template.
+            RequestError: the prompt is empty, longer than the context, or holds a token that the
+                model has no embedding for; the model has no chat template, or it refuses the
+                messages.
         """
-        if not isinstance(prompt, str) and not is_chat(prompt):
-            raise RequestError(
-                f"a prompt is text, or messages as chat(...) makes them, got {str(prompt)[:60]!r}"
-            )
-        return self._encoded(cast(Prompt, prompt))
+        return self._codec.encode(_prompt(prompt))
 
-    def _encode(self, prompt: Prompt) -> Encoded:
-        return encode(self.tokenizer, prompt, self.n_ctx, self.name)
+    def encode_after(self, prompt: object, text: str) -> tuple[int, ...]:
+        """Token ids of a text that follows a prompt directly: those of both together, after those
+        of the prompt. A text's own leading space counts.
 
-    def encode_after(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text that follows a prompt directly."""
-        return tuple(self.tokenizer(readable(text), add_special_tokens=False)["input_ids"])
+        Raises:
+            RequestError: as for `encode`; or the tokenizer joins the text's beginning to the
+                prompt's last token, as "(" and "A" may become "(A": then no text follows this
+                prompt as given.
+        """
+        return self._codec.after(_prompt(prompt), text)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated tokens, without special tokens."""
-        return str(
-            self.tokenizer.decode(
-                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
+    def decode(self, ids: Sequence[int], after: object = None) -> str:
+        """Text of generated tokens, without special tokens.
+
+        Args:
+            after: the prompt that they follow. What continues a text, or an answer that was begun,
+                keeps its leading space; an answer that stands alone begins as the tokenizer has it.
+        """
+        opened = is_chat(after) and bool(after) and after[-1][0] == "assistant"  # type: ignore[index]
+        return self._codec.decode(ids, isinstance(after, str) or opened)
+
+    def pending(self, ids: Sequence[int]) -> bool:
+        """Whether the next token may change the text of these, which end amid a character."""
+        return self._codec.pending(ids)
 
     def decode_token(self, id: int) -> str:
         """The text of one token, its leading space included, special tokens by their names."""
-        return str(self.tokenizer.decode([id], clean_up_tokenization_spaces=False))
+        return self._codec.decode_token(id)
 
     # --- the forward pass, a block at a time ----------------------------------------------------
 
@@ -364,3 +375,11 @@ class SteeringModel:
 
 def _inside(changes: Mapping[tuple[str, int], Change], layer: int) -> dict[str, Change]:
     return {component: one for (component, at), one in changes.items() if at == layer}
+
+
+def _prompt(given: object) -> Prompt:
+    if not isinstance(given, str) and not is_chat(given):
+        raise RequestError(
+            f"a prompt is text, or messages as chat(...) makes them, got {str(given)[:60]!r}"
+        )
+    return cast(Prompt, given)

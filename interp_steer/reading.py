@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -65,10 +66,11 @@ class Reading:
         last, loss, shared, pair = len(prompt) - 1, (0, len(prompt) - 1), 0, None
         tail: tuple[int, ...] = ()
         if item.continuation is not None:
-            tail = model.encode_after(item.continuation)
+            tail = model.encode_after(item.prompt, item.continuation)
             loss = last, last + len(tail)
         if item.positive is not None and item.negative is not None:
-            yes, no = model.encode_after(item.positive), model.encode_after(item.negative)
+            sides = item.positive, item.negative
+            yes, no = (model.encode_after(item.prompt, answer) for answer in sides)
             differs = (i for i, (y, n) in enumerate(zip(yes, no, strict=False)) if y != n)
             found = next(differs, None)
             if found is None:
@@ -303,13 +305,25 @@ def answered(
 
 
 def first_tokens(model: SteeringModel, words: Sequence[str]) -> list[int]:
-    """The first token of every word, with and without a space before it."""
-    said = [
-        model.encode_after(text) for word in words for text in (word.strip(), f" {word.strip()}")
-    ]
-    if not all(said):
-        raise RequestError("a word is empty")
-    return sorted({ids[0] for ids in said})
+    """The tokens with which any of the words begins: after a space, and at the start of a line.
+
+    Raises:
+        RequestError: a word is empty, or has no token of its own.
+    """
+    found: set[int] = set()
+    for word in map(str.strip, words):
+        if not word:
+            raise RequestError("a word is empty")
+        said = set()
+        for before, text in (("a", f" {word}"), ("a\n", word)):
+            with suppress(RequestError):  # the tokenizer may join a line's end to the word
+                said.add(model.encode_after(before, text)[0])
+        # a bare mark of a space, before a word that the tokenizer spells out, begins any word
+        said = {token for token in said if model.decode_token(token).strip()}
+        if not said:
+            raise RequestError(f"{word!r} begins with no token of its own")
+        found |= said
+    return sorted(found)
 
 
 def tidy(

@@ -168,6 +168,11 @@ def _differences(
     sides = [[model.encode(item.prompt) for item in side] for side in build]
     everything = [one for side in sides for one in side]
     if positions is None:
+        if not all(one.located for one in everything):
+            raise RequestError(
+                "the chat template rewrites messages, so that it cannot be told where it goes on "
+                "after the user's text; give positions"
+            )
         # of the template, what stands after the user's text
         tails = [next((i for i, c in enumerate(o.content[::-1]) if c), 0) for o in everything]
         positions = range(-max(1, min(tails)), 0)

@@ -114,6 +114,11 @@ class Admission:
                 raise RequestError(
                     f"{one} has no length yet: resolve it with .resolve(Scale.of(model, prompts))"
                 )
+            if one.scope.kind == "content" and not prompt.located:
+                raise RequestError(
+                    f"{one}: the chat template rewrites messages, so that their content cannot be "
+                    "told from the template; use another scope, such as 'prompt'"
+                )
         for site in {site for one in row.steer for site in one.sites}:
             steps_at(row.steer, site)  # refuses what cannot be joined there
         for site in taps:
@@ -215,7 +220,7 @@ class Stepper:
             if late:  # the last prompt position was read twice: the second time steered
                 parts = [parts[0][:-1], *parts[1:]]
             taps[site] = torch.cat(parts)
-        text = self._model.decode(live.tokens)
+        text = self._model.decode(live.tokens, live.row.prompt)
         return Result(live.row, tuple(live.tokens), text, live.finish or "", taps)
 
     @torch.no_grad()
