@@ -60,12 +60,13 @@ class Chunk:
     def halves(self) -> list["Chunk"]:
         """Two chunks of half its rows, to find one that cannot be run."""
         middle = (len(self) + 1) // 2
-        parts = []
-        for cut in (slice(0, middle), slice(middle, None)):
-            names = ("keys", "rows", "items", "about", "unsteered")
-            fields = {name: getattr(self, name)[cut] for name in names}
-            parts.append(replace(self, **fields, whole=False))
-        return parts
+        return [self.part(0, middle), self.part(middle, len(self))]
+
+    def part(self, begin: int, end: int) -> "Chunk":
+        """Some of its rows."""
+        names = ("keys", "rows", "items", "about", "unsteered")
+        fields = {name: getattr(self, name)[begin:end] for name in names}
+        return replace(self, **fields, whole=False)
 
 
 def kind(item: Item) -> tuple[bool, bool, bool]:

@@ -17,21 +17,21 @@ import torch
 from interp_steer.cell import Cell, Planned
 from interp_steer.chunk import Chunk, Local, Mapper, Record, kind
 from interp_steer.console import Report, progress
+from interp_steer.description import Description
 from interp_steer.engine import Engine
 from interp_steer.errors import RunError
-from interp_steer.files import whole
 from interp_steer.intervention import line
+from interp_steer.locking import running
 from interp_steer.model import SteeringModel
 from interp_steer.plan import check, forecast
-from interp_steer.results import Results
+from interp_steer.results import Results, joined
 from interp_steer.runs import Run, known
 from interp_steer.scale import Scale
 from interp_steer.site import Site
 from interp_steer.stages import Stage, key_of, stages
 from interp_steer.study import Study
-from interp_steer.study_file import write
 
-MOST_FAILURES = 20  # rows that fail one after the other before a run gives up
+MOST_FAILURES = 20  # rows that fail one after the other before it is asked whether any succeeds
 
 
 @dataclass(frozen=True)
@@ -68,32 +68,36 @@ def run(
     folder = Path(folder)
     study = study.bound(model)
     about = {"model": model.fingerprint, "dtype": str(model.dtype).removeprefix("torch.")}
-    name = "rows.jsonl" if shard is None else f"rows-{shard[0]}-of-{shard[1]}.jsonl"
-    results = Results(folder / name, about)
-    before = known(folder, about)
+    part = "" if shard is None else f"-{shard[0]}-of-{shard[1]}"
     check(study, model)
-    manifest = _opened(folder, study, model, about, arguments)
-    scale = study.scale(model)
-    work = _Work(study, model, folder, results, before, shard, scale)
-    with _pinned(manifest["threads"]), results.writing():
-        total = sum(forecast(study).values())
-        with progress("running the study", total, unit="rows") as report:
-            work.report = lambda done: report(min(total, done))
-            engine = Engine(model)
-            start = mapper(manifest) if mapper else _here(engine, work.partly)
-            with start as work.mapper:
-                for stage in stages(study, model, scale, work.known):
-                    if not work.do(stage):
-                        break
-    failed = [asdict(one) for one in work.failures]
-    with whole(folder / "failures.json") as part:
-        part.write_text(json.dumps(failed, ensure_ascii=False, indent=1), encoding="utf-8")
-    if failed:
-        told = "; ".join(f"{one.what}: {one.why}" for one in work.failures[:5])
-        more = f" and {len(work.failures) - 5} more" if len(work.failures) > 5 else ""
-        raise RunError(
-            f"{len(work.failures)} rows failed, every other row is done ({folder}): {told}{more}"
-        )
+    description: Description | None = None
+
+    def begin(alone: bool) -> None:
+        """Settles what the folder says where others may be at work in it."""
+        nonlocal description
+        description = Description(folder, study, model, _manifest(study, model, about, arguments))
+        if not description.same and not alone:
+            raise RunError(f"{folder} is being written by a shard of another study")
+        if not description.same and (shard or not description.before):
+            known(folder, about)  # of this model, or refused
+            description.begin()
+
+    with running(folder, begin, shared=shard is not None):
+        assert description is not None
+        results = Results(folder / f"rows{part}.jsonl", about)
+        work = _Work(study, model, description, results, known(folder, about), shard)
+        with _pinned(description.manifest["threads"]), results.writing():
+            work.scale = study.scale(model)
+            try:
+                work.all(mapper)
+            finally:
+                description.failures([asdict(one) for one in work.failures], part, work.complete)
+    if failed := work.failures:
+        told = "; ".join(f"{one.what}: {one.why}" for one in failed[:5])
+        more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
+        others = "every other row" + ("" if shard is None else f" of shard {shard[0]}/{shard[1]}")
+        others += "" if work.complete else " that could be run yet"
+        raise RunError(f"{len(failed)} rows failed, {others} is done ({folder}): {told}{more}")
     return Run(folder)
 
 
@@ -119,20 +123,38 @@ class _Work:
         self,
         study: Study,
         model: SteeringModel,
-        folder: Path,
+        description: Description,
         results: Results,
         known: dict[str, Mapping[str, Any]],
         shard: tuple[int, int] | None,
-        scale: Scale,
     ) -> None:
-        self.study, self.model, self.folder = study, model, folder
+        self.study, self.model, self.description = study, model, description
         self.results, self.known, self.shard = results, known, shard
-        self.scale = scale
+        self.scale: Scale
         self.mapper: Mapper
         self.report: Callable[[float], None] = lambda done: None
         self.failures: list[Failure] = []
+        self.complete = False  # whether every stage was gone through
         self.done = 0
+        self._in_row = 0  # rows that failed since one succeeded
+        self._sound: Chunk | None = None  # a row of the stage that has succeeded
         self._plan: dict[str, None] = {}
+
+    def all(self, mapper: Callable[[Mapping[str, Any]], Any] | None) -> None:
+        """Goes through the stages, as far as this shard can."""
+        study, model = self.study, self.model
+        total = sum(forecast(study).values())
+        with progress("running the study", total, unit="rows") as report:
+            self.report = lambda done: report(min(total, done))
+            start = mapper(self.description.manifest) if mapper else _here(model, self.partly)
+            with start as self.mapper:
+                for stage in stages(study, model, self.scale, self.known):
+                    if not self.do(stage):
+                        return
+        self.complete = True
+        if not self.description.same:
+            self.description.begin(self._plan)
+        self.description.plan(self._plan, done=True)
 
     def partly(self, done: float, note: str = "") -> None:
         """Progress within a chunk."""
@@ -143,6 +165,7 @@ class _Work:
         made = chunks(self.study, self.model, stage)
         self._planned(stage, {id(row): key for part in made for key, row in part})
         todo = []
+        self._sound = None
         for number, part in enumerate(made):
             # answers that everybody needs are everybody's; they are few
             mine = self.shard is None or stage.name == "unsteered"
@@ -151,6 +174,8 @@ class _Work:
             self.done += len(part) - len(missing)
             if missing and mine:
                 todo.append(self._chunk(missing))
+            if sound := [pair for pair in part if self._has(pair[0])]:
+                self._sound = self._chunk(sound[:1])
         self.report(self.done)
         while todo:
             again: list[Chunk] = []
@@ -158,14 +183,20 @@ class _Work:
                 if isinstance(made_of, Exception):
                     again += self._failed(chunk, made_of)
                 else:
-                    self.results.append(made_of, chunk.id)
-                    self.known.update({row["key"]: row for row in made_of})
-                    self.done += len(chunk)
-                    self.report(self.done)
+                    self._succeeded(chunk, made_of)
             todo = again
         keys = {key for part in made for key, _ in part}
         failed = {one.key for one in self.failures}
         return self.shard is None or all(self._has(key) or key in failed for key in keys)
+
+    def _succeeded(self, chunk: Chunk, made: list[Record]) -> None:
+        self.description.begin(self._plan)
+        self.results.append(made, chunk.id)
+        for row in made:
+            self.known[row["key"]] = joined(self.known.get(row["key"]), row)
+        self.done += len(chunk)
+        self._in_row, self._sound = 0, chunk.part(0, 1)
+        self.report(self.done)
 
     def _has(self, key: str) -> bool:
         row = self.known.get(key)
@@ -178,12 +209,23 @@ class _Work:
         what = f"{about['steer'] or 'unsteered'} on {about['prompt'][:40]!r}, seed {about['seed']}"
         why = str(error).strip().splitlines()
         self.failures.append(Failure(chunk.keys[0], what, why[-1] if why else repr(error)))
-        if len(self.failures) >= MOST_FAILURES:
-            raise RunError(
-                f"{len(self.failures)} rows failed and nothing else would succeed; the last: "
-                f"{what}: {self.failures[-1].why}"
-            )
+        self._in_row += 1
+        if self._in_row == MOST_FAILURES:
+            # many rows may fail for one reason, such as their prompt, while others still succeed
+            again = self.mapper([self._sound]) if self._sound else ()
+            if all(isinstance(made, Exception) for _, made in again):
+                raise self._stopped()
+            self._in_row = 0
         return []
+
+    def _stopped(self) -> RunError:
+        last = self.failures[-1]
+        so = "so does one that had succeeded" if self._sound else "none of this stage has succeeded"
+        return RunError(
+            f"{len(self.failures)} rows failed, the last {self._in_row} one after the other, and "
+            f"{so}; the run stopped there with {len(self.known)} rows in "
+            f"{self.description.folder}; the last that failed: {last.what}: {last.why}"
+        )
 
     def _chunk(self, rows: Sequence[tuple[str, Planned]]) -> Chunk:
         unsteered = []
@@ -248,13 +290,12 @@ class _Work:
                     ensure_ascii=False,
                 )
             ] = None
-        with whole(self.folder / "plan.jsonl") as part:
-            part.write_text("".join(text + "\n" for text in self._plan), encoding="utf-8")
+        self.description.plan(self._plan)
 
 
 @contextmanager
-def _here(engine: Engine, partly: Report) -> Iterator[Local]:
-    yield Local(engine, partly)
+def _here(model: SteeringModel, partly: Report) -> Iterator[Local]:
+    yield Local(Engine(model), partly)
 
 
 @contextmanager
@@ -268,19 +309,10 @@ def _pinned(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _opened(
-    folder: Path,
-    study: Study,
-    model: SteeringModel,
-    about: Mapping[str, str],
-    arguments: Sequence[str],
+def _manifest(
+    study: Study, model: SteeringModel, about: Mapping[str, str], arguments: Sequence[str]
 ) -> dict[str, Any]:
-    """The manifest of a run that begins or goes on; a first one pins the number of threads."""
-    path = folder / "manifest.json"
-    threads = torch.get_num_threads()
-    if path.is_file():
-        threads = Run(folder).manifest.get("threads", threads)
-    write(study, model, folder)
+    """Versions, arguments, hashes and machine of this start."""
     versions = {
         name: importlib.metadata.version(name)
         for name in (
@@ -292,7 +324,7 @@ def _opened(
             "numpy",
         )
     }
-    manifest = {
+    return {
         "about": dict(about),
         "question": study.question,
         "metrics": list(study.metrics),
@@ -312,7 +344,7 @@ def _opened(
         "dtype": about["dtype"],
         "device": str(model.device),
         "n_layers": model.n_layers,
-        "threads": threads,
+        "threads": torch.get_num_threads(),
         "versions": {**versions, "python": platform.python_version()},
         "machine": {
             "platform": platform.platform(),
@@ -324,6 +356,3 @@ def _opened(
         "modules": [str(m) for m in study.modules],
         "written_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    with whole(path) as part:
-        part.write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
-    return manifest

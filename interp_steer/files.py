@@ -1,13 +1,21 @@
-"""Where files live, and how one is written: whole or not at all."""
+"""Where files live, how one is written: whole or not at all, and how a stranger's text is read."""
 
 import errno
+import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from interp_steer.errors import RunError
+from interp_steer.errors import RequestError, RunError, SteerError
+
+LARGEST_TEXT = 16 * 2**20  # bytes of a text file that is read whole
+DEEPEST = 64  # levels of nesting
+MOST_LISTS = 500_000  # lists and mappings of one text
+LONGEST_NUMBER = 300  # digits of a whole number: a float still holds it
 
 
 def cache_dir(*parts: str) -> Path:
@@ -67,3 +75,78 @@ def whole(path: Path) -> Iterator[Path]:
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
+
+
+def read_text(path: Path, limit: int = LARGEST_TEXT, error: type[SteerError] = RequestError) -> str:
+    """A file of UTF-8 text, without a byte order mark; at most `limit` bytes are read.
+
+    Args:
+        error: what is raised for a file that is too large or no UTF-8: `RequestError` for what a
+            person wrote, `RunError` for what should be as it was written.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    with explained(path), path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise error(f"{path} holds more than {limit:,} bytes, the most that is read of such a file")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as wrong:
+        raise error(f"{path} is not UTF-8 text (byte {wrong.start})") from wrong
+
+
+def parse_json(text: str, where: object, error: type[SteerError] = RequestError) -> Any:
+    """What a JSON text says.
+
+    Args:
+        where: names the text in errors: a file, or a file and an entry.
+        error: what is raised; see `read_text`.
+
+    Raises:
+        error: it is no JSON; it is nested more than 64 levels deep; it holds more than 500,000
+            lists and objects, a whole number of more than 300 digits, or one key twice.
+    """
+    too_much = _too_much(text)
+    if too_much:
+        raise error(f"{where} {too_much}")
+    try:
+        return json.loads(text, parse_int=whole_number, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as wrong:
+        raise error(f"{where} is not valid JSON: {wrong}") from wrong
+
+
+def whole_number(text: str) -> int:
+    """The number that digits stand for; ValueError beyond 300 of them."""
+    if len(text) > LONGEST_NUMBER:
+        raise ValueError(f"a whole number of {len(text)} digits, expected at most {LONGEST_NUMBER}")
+    return int(text)
+
+
+def _too_much(text: str) -> str:
+    """What is wrong with the lists of a JSON text, told before it is read; or nothing."""
+    lists = text.count("[") + text.count("{")
+    if lists <= DEEPEST:
+        return ""
+    depth = lists = 0
+    for found in re.finditer(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}]', text, re.DOTALL):
+        mark = found[0]
+        if mark in ("[", "{"):
+            lists, depth = lists + 1, depth + 1
+            if depth > DEEPEST:
+                return f"is nested more than {DEEPEST} levels deep"
+            if lists > MOST_LISTS:
+                return f"holds more than {MOST_LISTS:,} lists and objects"
+        elif mark in ("]", "}"):
+            depth -= 1
+    return ""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(f"the key {twice[:60]!r} is there twice")
+    return made

@@ -10,10 +10,11 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.files import explained, whole
+from interp_steer.files import LARGEST_TEXT, explained, whole
+from interp_steer.locking import locked
 
 FORMAT = "interp-steer/rows/1"
 
@@ -21,10 +22,10 @@ Record = Mapping[str, Any]
 
 
 class Results:
-    """A file of rows, read whole; rows by key, the last one of a key counts.
+    """A file of rows; rows by key, what is said last of a key counts (see `joined`).
 
     Args:
-        path: the file; made by the first `append`.
+        path: the file; made by the first `writing`.
         about: what all its rows share: model fingerprint, dtype. A file of something else is
             refused.
 
@@ -38,6 +39,7 @@ class Results:
         self.about = dict(about or {})
         self.rows: dict[str, Record] = {}
         self._end: int | None = None  # where the last whole chunk ends; None: no file yet
+        self._seen: tuple[int, ...] = ()  # the file as it was when it was read
         if self.path.is_file():
             self._read()
 
@@ -48,19 +50,24 @@ class Results:
         return key in self.rows
 
     def _read(self) -> None:
-        with explained(self.path):
-            data = self.path.read_bytes()
-        head, newline, _ = data.partition(b"\n")
+        self.rows, self._end = {}, None
+        with explained(self.path), self.path.open("rb") as file:
+            self._seen = _state(file.fileno())
+            if self._head(file.readline(LARGEST_TEXT)):
+                self._chunks(file)
+
+    def _head(self, head: bytes) -> bool:
+        """Reads the first line; False if it was torn before it was whole."""
         begins = json.dumps({"format": FORMAT}).encode()[:-1]
-        if not newline and (head[: len(begins)] == begins[: len(head)]):
-            self._end = 0  # torn before the first line was whole
-            return
+        if not head.endswith(b"\n") and head[: len(begins)] == begins[: len(head)]:
+            self._end = 0
+            return False
         try:
             told = json.loads(head)
             mine = {key: told[key] for key in self.about}
             if told["format"] != FORMAT:
                 raise KeyError("format")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RequestError(f"{self.path} is not a results file ({FORMAT})") from error
         for key, value in self.about.items():
             if mine[key] != value:
@@ -69,53 +76,67 @@ class Results:
                     f"{value}); choose another folder"
                 )
         self.about = {key: value for key, value in told.items() if key != "format"}
-        self._end = at = len(head) + 1
-        waiting: list[Record] = []
-        while (stop := data.find(b"\n", at)) >= 0:
+        self._end = len(head)
+        return True
+
+    def _chunks(self, file: BinaryIO) -> None:
+        at = self._end or 0
+        waiting: dict[str, Record] = {}
+        chunk = None
+        while (line := file.readline(LARGEST_TEXT)).endswith(b"\n"):
             try:
-                record = json.loads(data[at:stop])
-                waiting.append({"key": record["key"], **record})
-                size = record["of"]
-            except (ValueError, KeyError, TypeError) as error:
-                if data.find(b"\n", stop + 1) < 0:
-                    break  # torn inside the last line, and the newline came through
-                raise RunError(
-                    f"{self.path} is damaged at byte {at}; its rows up to there are whole"
-                ) from error
-            at = stop + 1
-            if waiting[-1]["chunk"] != waiting[0]["chunk"]:
-                waiting = waiting[-1:]  # of a torn chunk that another one was written behind
+                record = json.loads(line)
+                key, size = str(record["key"]), record["of"]
+                if type(size) is not int or not isinstance(record["metrics"], dict):
+                    raise TypeError("not as it was written")
+                if record["chunk"] != chunk or key in waiting:
+                    chunk, waiting = record["chunk"], {}  # behind a chunk that was torn
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                if not file.readline(LARGEST_TEXT).endswith(b"\n"):
+                    return  # torn inside the last line, and the newline came through
+                raise self._damaged(at) from error
+            waiting[key] = record
+            at += len(line)
             if len(waiting) == size:
-                self.rows.update({str(row["key"]): row for row in waiting})
-                waiting, self._end = [], at
+                for key, record in waiting.items():
+                    self.rows[key] = joined(self.rows.get(key), record)
+                waiting, self._end = {}, at
+        if len(line) == LARGEST_TEXT:
+            raise self._damaged(at)
+
+    def _damaged(self, at: int) -> RunError:
+        return RunError(f"{self.path} is damaged at byte {at}; its rows up to there are whole")
 
     @contextmanager
     def writing(self) -> Iterator["Results"]:
-        """Holds the file for this process alone, and cuts off what a crash has torn.
+        """Holds the file for this process alone, reads what was added since, and cuts off what a
+        crash has torn.
 
         Raises:
             RunError: another process writes to it, or it cannot be written.
         """
-        import fcntl
-
         with explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise RunError(f"{self.path} is being written by another run") from error
             with explained(self.path):
+                # a file that was put in its place meanwhile is another one
+                if not locked(handle) or self.path.stat().st_ino != os.fstat(handle).st_ino:
+                    raise RunError(f"{self.path} is being written by another run")
                 size = os.fstat(handle).st_size
-                if size and self._end is None:
-                    self._read()  # made since
+                if size and _state(handle) != self._seen:
+                    self._read()
+                if not size:
+                    self._end = 0
                 if size > (self._end or 0):
                     os.ftruncate(handle, self._end or 0)
                 if not self._end:
                     self._write(handle, [{"format": FORMAT, **self.about}])
             self._handle = handle
-            yield self
+            try:
+                yield self
+            finally:
+                self._seen = _state(handle)  # `rows` and the file say the same
         finally:
             os.close(handle)
 
@@ -128,7 +149,8 @@ class Results:
         lines = [{**record, "chunk": chunk, "of": len(records)} for record in records]
         with explained(self.path):
             self._write(self._handle, lines)
-        self.rows.update({str(line["key"]): line for line in lines})
+        for line in lines:
+            self.rows[str(line["key"])] = joined(self.rows.get(str(line["key"])), line)
 
     def _write(self, handle: int, lines: Iterable[Mapping[str, Any]]) -> None:
         text = "".join(
@@ -148,6 +170,29 @@ class Results:
         self._end = os.lseek(handle, 0, os.SEEK_CUR)
 
 
+def joined(before: Record | None, after: Record) -> Record:
+    """One row that was measured twice, as one: what is said last counts.
+
+    What only the earlier record says is kept, such as metrics that were not asked for again, unless
+    the two hold different answers, as two machines' may.
+    """
+    if before is None:
+        return after
+    answers = [one.get("token_ids") for one in (before, after)]
+    if None not in answers and answers[0] != answers[1]:
+        return after
+
+    def both(old: Record, new: Record) -> dict[str, Any]:
+        return {**new, **old, **{name: value for name, value in new.items() if value is not None}}
+
+    return {**both(before, after), "metrics": both(before["metrics"], after["metrics"])}
+
+
+def _state(handle: int) -> tuple[int, ...]:
+    about = os.fstat(handle)
+    return about.st_ino, about.st_size, about.st_mtime_ns
+
+
 def merge(paths: Sequence[str | Path], out: str | Path) -> Results:
     """Several machines' files as one, each row once.
 
@@ -162,7 +207,10 @@ def merge(paths: Sequence[str | Path], out: str | Path) -> Results:
             raise RequestError(f"no results file {path}")
     files = [Results(paths[0])]
     files += [Results(path, files[0].about) for path in paths[1:]]
-    rows = {key: row for file in files for key, row in file.rows.items()}
+    rows: dict[str, Record] = {}
+    for file in files:
+        for key, row in file.rows.items():
+            rows[key] = joined(rows.get(key), row)
     bare = [{k: v for k, v in row.items() if k not in ("chunk", "of")} for row in rows.values()]
     with whole(Path(out)) as part:
         part.unlink()

@@ -15,7 +15,7 @@ import pandas as pd
 
 from interp_steer.errors import RequestError, RunError
 from interp_steer.files import explained, whole
-from interp_steer.results import Results
+from interp_steer.results import Results, joined
 
 if TYPE_CHECKING:
     from interp_steer.findings import Findings
@@ -106,7 +106,9 @@ class Run:
 
 
 def known(folder: Path, about: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+    """Rows of all files of a folder, by key."""
     rows: dict[str, Mapping[str, Any]] = {}
     for path in sorted(folder.glob(ROWS)):
-        rows.update(Results(path, about).rows)
+        for key, row in Results(path, about).rows.items():
+            rows[key] = joined(rows.get(key), row)
     return rows

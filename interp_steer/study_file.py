@@ -17,6 +17,7 @@ The other fields are those of `Study`. Files are looked for beside the YAML file
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -193,15 +194,11 @@ class StudyFile:
         return made, list(dict.fromkeys(asked))
 
 
-def write(study: Study, model: SteeringModel, folder: Path) -> Path:
-    """`study.yaml` in a folder, with the directions beside it: what repeats the study."""
-    import yaml
-
+def declared(study: Study, model: SteeringModel) -> dict[str, Any]:
+    """The fields of the file that repeats a study from a folder with its directions."""
     directions: dict[str, Any] = {}
     for name, given in study.directions.items():
-        path = folder / "directions" / f"{name}.safetensors"
-        given.save(path)
-        told = str(path.relative_to(folder))
+        told = str(_stored(name))
         directions[name] = {"contrast": told} if isinstance(given, Contrast) else told
     spec: dict[str, Any] = {
         "question": study.question,
@@ -221,12 +218,27 @@ def write(study: Study, model: SteeringModel, folder: Path) -> Path:
             value = asdict(value)
         spec[name] = list(value) if isinstance(value, tuple) else value
     spec["limits"] = dict(study.limits)
+    return spec
+
+
+def write(study: Study, model: SteeringModel, folder: Path) -> Path:
+    """`study.yaml` in a folder, with the directions beside it: what repeats the study.
+
+    All files are there in full before the first of them takes its name.
+    """
+    import yaml
+
     path = folder / "study.yaml"
-    with whole(path) as part:
-        part.write_text(
-            yaml.safe_dump(spec, sort_keys=False, allow_unicode=True, width=100), encoding="utf-8"
-        )
+    text = yaml.safe_dump(declared(study, model), sort_keys=False, allow_unicode=True, width=100)
+    with ExitStack() as parts:
+        parts.enter_context(whole(path)).write_text(text, encoding="utf-8")
+        for name, given in study.directions.items():
+            given.save(parts.enter_context(whole(folder / _stored(name))))
     return path
+
+
+def _stored(name: str) -> Path:
+    return Path("directions") / f"{name}.safetensors"
 
 
 def _listed(given: object) -> list[Any]:

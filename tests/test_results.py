@@ -136,3 +136,96 @@ def test_merge_keeps_each_row_once(tmp_path):
     assert sorted(Results(tmp_path / "out").rows) == ["a", "b", "c"]
     with pytest.raises(RequestError, match="no results file"):
         merge([tmp_path / "one", tmp_path / "four"], tmp_path / "out")
+
+
+def test_rows_that_were_added_since_the_file_was_read_stay(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    written(path, ("a",))
+    early = Results(path, ABOUT)
+    with Results(path, ABOUT).writing() as other:
+        other.append(rows("b", "c"), "c1")
+    with early.writing():
+        assert list(early.rows) == ["a", "b", "c"]
+        early.append(rows("d"), "c2")
+    assert list(Results(path, ABOUT).rows) == ["a", "b", "c", "d"]
+
+
+def test_a_file_that_was_replaced_is_not_written_to(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    written(path, ("a",))
+    real = os.open
+
+    def late(name, *options):
+        handle = real(name, *options)
+        merge([path], path)  # between opening and locking
+        return handle
+
+    results = Results(path, ABOUT)
+    monkeypatch.setattr(os, "open", lambda *given: (monkeypatch.undo(), late(*given))[1])
+    with pytest.raises(RunError, match="being written by another"), results.writing():
+        pass
+    assert list(Results(path, ABOUT).rows) == ["a"]
+
+
+def test_a_row_that_is_measured_again_keeps_what_it_had(tmp_path):
+    def row(**changes):
+        first = {"key": "a", "text": "x", "token_ids": [1, 2], "metrics": {"m": 1.0, "n": None}}
+        return {**first, **changes}
+
+    path = tmp_path / "rows.jsonl"
+    with Results(path, ABOUT).writing() as results:
+        results.append([row()], "c0")
+        again = {"metrics": {"n": 2.0, "o": 3.0}, "text": None, "token_ids": None}
+        results.append([row(**again)], "c1")
+        expected = {"m": 1.0, "n": 2.0, "o": 3.0}
+        assert results.rows["a"]["metrics"] == expected
+    found = Results(path, ABOUT).rows["a"]
+    assert found["metrics"] == expected and found["text"] == "x"
+    # of two machines' files, too, whichever comes first
+    written(tmp_path / "other", ("b",))
+    with Results(tmp_path / "other").writing() as results:
+        results.append([row(metrics={"p": 4.0})], "c1")
+    for order in ([path, tmp_path / "other"], [tmp_path / "other", path]):
+        merged = merge(order, tmp_path / "out")
+        assert merged.rows["a"]["metrics"] == {**expected, "p": 4.0}
+    with Results(path).writing() as results:  # another answer: its numbers are its own
+        results.append([row(token_ids=[1, 3], text="y", metrics={"m": 9.0})], "c2")
+    assert Results(path).rows["a"]["metrics"] == {"m": 9.0}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 100_000,
+        b"[1]",
+        b'{"key": "z", "chunk": "c1", "of": "1", "metrics": {}}',
+        b'{"key": "z", "chunk": "c1", "of": 1, "metrics": [1]}',
+        b'{"key": "z", "of": 1, "metrics": {}}',
+        b"9" * 6000,
+    ],
+)
+def test_every_damaged_line_is_told(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    written(path, ("a",), ("b",))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1] + line + b"\n" + lines[2])
+    with pytest.raises(RunError, match=f"damaged at byte {len(lines[0] + lines[1])};") as caught:
+        Results(path, ABOUT)
+    assert "\n" not in str(caught.value)
+    path.write_bytes(line + b"\n" + lines[1])
+    with pytest.raises(RequestError, match="not a results file"):
+        Results(path, ABOUT)
+
+
+def test_a_line_without_end_is_not_read_to_its_end(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    written(path, ("a",))
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(2**36)  # sparse: 64 GiB of zeros
+    with pytest.raises(RunError, match=f"damaged at byte {size};"):
+        Results(path, ABOUT)
+    with path.open("wb") as file:
+        file.truncate(2**36)
+    with pytest.raises(RequestError, match="not a results file"):
+        Results(path, ABOUT)

@@ -1,0 +1,253 @@
+"""Two runs in one folder: in every order no row is lost, no file changed, and one is told."""
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_runs import contents, direction, study
+
+from interp_steer import cli
+from interp_steer.cell import Controls
+from interp_steer.errors import RequestError, RunError
+from interp_steer.metrics import METRICS, metric
+from interp_steer.row import Sampling
+from interp_steer.runs import Run
+from interp_steer.study import Study
+
+FILES = ("study.yaml", "manifest.json", "plan.jsonl", "directions/d.safetensors")
+
+
+def small(dose=0.3, **changes):
+    given = {
+        "choose": [],
+        "sites": [2],
+        "coefficients": [f"{dose} dose"],
+        "metrics": ["length"],
+        "choose_by": "length",
+        "controls": Controls(1, 0, 0, flip=False, wrong_layer=False),
+        "sampling": Sampling(max_new_tokens=3),
+        "chunk": 2,
+    }
+    return study(**{**given, **changes})  # 12 rows: unsteered, chosen, random
+
+
+def state(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file but the locks: when it was changed, and what it holds."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".lock")
+    }
+
+
+def during(when, action, monkeypatch):
+    """Does something once while a run measures its scale, or while it runs its second chunk."""
+    calls = []
+
+    def once(number):
+        calls.append(number)
+        if len(calls) == number:
+            action()
+
+    if when == "before its rows":
+        real = Study.scale
+        monkeypatch.setattr(Study, "scale", lambda *given: (once(1), real(*given))[1])
+    else:
+        real_call = type(METRICS["length"]).__call__
+        monkeypatch.setattr(
+            type(METRICS["length"]), "__call__", lambda *given: (once(2), real_call(*given))[1]
+        )
+
+
+@pytest.mark.parametrize("when", ["before its rows", "among its rows"])
+@pytest.mark.parametrize("other", ["run", "changed", "shard", "merge"])
+def test_another_in_the_folder_of_a_run_is_refused_and_changes_nothing(
+    tiny, tmp_path, monkeypatch, when, other
+):
+    folder = tmp_path / "run"
+    small(0.9).run(tiny, tmp_path / "else")
+    if other == "changed":  # the folder holds rows of another study already
+        small(0.2).run(tiny, folder)
+    told = []
+
+    def intrude():
+        before = state(folder)
+        monkeypatch.undo()
+        with pytest.raises(RunError, match="is being written by another run") as caught:
+            if other == "merge":
+                merged(folder, tmp_path / "else")
+            else:
+                shard = (1, 2) if other == "shard" else None
+                small(0.6).run(tiny, folder, shard=shard)
+        told.append(str(caught.value))
+        assert state(folder) == before
+
+    during(when, intrude, monkeypatch)
+    made = small(0.3).run(tiny, folder)
+    assert len(told) == 1 and "\n" not in told[0]
+    small(0.3).run(tiny, tmp_path / "alone")
+    assert len(made.table()) == 12
+    mine = contents(tmp_path / "alone")
+    assert {key: contents(folder)[key] for key in mine} == mine
+    assert "0.3 dose" in (folder / "study.yaml").read_text()
+    # and when it has ended, the other one's turn comes
+    small(0.6).run(tiny, folder)
+    after = contents(folder)
+    assert {key: after[key] for key in mine} == mine
+    assert len(Run(folder).table()) == 12 and "0.6 dose" in (folder / "study.yaml").read_text()
+
+
+def merged(*folders):
+    from interp_steer.study_cli import merge
+
+    merge(folders[0], list(folders[1:]))
+
+
+def test_a_run_and_other_shards_are_kept_apart(tiny, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    told = []
+
+    def intrude():
+        before = state(folder)
+        monkeypatch.undo()
+        for given, shard in ((0.3, None), (0.3, (1, 2)), (0.6, (2, 2))):
+            with pytest.raises(RunError, match="is being written by") as caught:
+                small(given).run(tiny, folder, shard=shard)
+            told.append(str(caught.value))
+            assert state(folder) == before
+        small(0.3).run(tiny, folder, shard=(2, 2))  # side by side, as an array's jobs are
+        assert {name: state(folder)[name] for name in FILES} == {n: before[n] for n in FILES}
+
+    during("among its rows", intrude, monkeypatch)
+    small(0.3).run(tiny, folder, shard=(1, 2))
+    assert len(told) == 3 and "another study" in told[2]
+    small(0.3).run(tiny, folder, shard=(1, 2))
+    small(0.3).run(tiny, tmp_path / "alone")
+    assert set(Run(folder).rows) == set(contents(tmp_path / "alone"))
+    assert (folder / "plan.jsonl").read_bytes() == (tmp_path / "alone/plan.jsonl").read_bytes()
+    before = state(folder)
+    small(0.3).run(tiny, folder, shard=(2, 2))
+    assert state(folder) == before
+
+
+def test_a_complete_run_that_is_started_again_writes_nothing(tiny, tmp_path):
+    small().run(tiny, tmp_path)
+    before = state(tmp_path)
+    small().run(tiny, tmp_path)
+    small().run(tiny, tmp_path, arguments=["in", "other", "words"])
+    assert state(tmp_path) == before
+
+
+def test_the_folder_means_the_old_study_until_the_new_ones_rows_start(tiny, tmp_path):
+    small(0.3).run(tiny, tmp_path)
+    before = state(tmp_path)
+    with pytest.raises(RequestError):
+        small(0.6, sites=[9]).run(tiny, tmp_path)
+    assert state(tmp_path) == before
+
+    @metric("never")
+    def never(measured):
+        raise ValueError("no")
+
+    try:
+        new = small(0.6, metrics=["never"], choose_by="never", directions={"d": direction(5)})
+        with pytest.raises(RunError, match="rows failed"):
+            new.run(tiny, tmp_path)
+    finally:
+        del METRICS["never"]
+    after = state(tmp_path)
+    assert {name: after[name] for name in FILES} == {name: before[name] for name in FILES}
+    assert "0.3 dose" in (tmp_path / "study.yaml").read_text()
+    assert len(Run(tmp_path).table()) == 12
+    # a study all of whose rows are there takes its place without a row run again
+    small(0.6).run(tiny, tmp_path)
+    rows = (tmp_path / "rows.jsonl").read_bytes()
+    assert {row["level"] for row in Run(tmp_path).plan} == {"", "0.6 dose"}
+    small(0.3).run(tiny, tmp_path)
+    assert (tmp_path / "rows.jsonl").read_bytes() == rows
+    assert {row["level"] for row in Run(tmp_path).plan} == {"", "0.3 dose"}
+
+
+def test_what_ran_under_other_versions_stays_known(tiny, tmp_path):
+    small().run(tiny, tmp_path)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(manifest))
+    small().run(tiny, tmp_path)  # nothing to run: the rows are still what they were
+    assert json.loads(path.read_text()) == manifest
+    small(0.6).run(tiny, tmp_path)
+    after = json.loads(path.read_text())
+    assert after["versions"]["torch"] == torch.__version__
+    assert [one["versions"]["torch"] for one in after["earlier"]] == ["1.0"]
+    assert after["earlier"][0]["written_at"] == manifest["written_at"]
+
+
+def test_metrics_that_a_shard_measures_anew_are_found(tiny, tmp_path):
+    small().run(tiny, tmp_path)
+    more = small(metrics=["rep3", "length"])
+    for _ in range(2):
+        for i in (1, 2):
+            more.run(tiny, tmp_path, shard=(i, 2))
+    table = Run(tmp_path).table()
+    assert len(table) == 12 and table["rep3"].notna().all() and table["length"].notna().all()
+    before = state(tmp_path)
+    more.run(tiny, tmp_path, shard=(1, 2))
+    assert state(tmp_path) == before
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_from_there(tiny, tmp_path, monkeypatch):
+    real, calls = os.write, []
+
+    def full(handle, data):
+        calls.append(len(data))
+        if len(calls) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(handle, data)
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(RunError, match="the disk is full") as caught:
+        small().run(tiny, tmp_path / "a")
+    monkeypatch.undo()
+    assert "\n" not in str(caught.value)
+    assert len(contents(tmp_path / "a")) == 4  # two chunks
+    small().run(tiny, tmp_path / "a")
+    small().run(tiny, tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tiny, tmp_path, monkeypatch):
+    small().run(tiny, tmp_path)
+    before = state(tmp_path)
+    real = os.open
+
+    def refused(path, *given, **options):
+        if Path(path).parent == tmp_path and given[0] & os.O_RDWR:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(path, *given, **options)
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(RunError, match="the file system is read-only"):
+        small().run(tiny, tmp_path)
+    monkeypatch.undo()
+    assert state(tmp_path) == before
+
+
+def test_a_refused_run_on_the_command_line(tiny, tiny_folder, tmp_path, monkeypatch, capsys):
+    from interp_steer.locking import running
+
+    small().run(tiny, tmp_path)
+    before = state(tmp_path)
+    words = ["study", "run", str(tmp_path / "study.yaml"), "--out", str(tmp_path)]
+    for more in ([], ["--shard", "1/2"]):
+        monkeypatch.setattr(sys, "argv", ["interp-steer", *words, *more])
+        with running(tmp_path), pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 1
+        errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert errors == [f"error: {tmp_path} is being written by another run"]
+    assert state(tmp_path) == before
