@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         steer,
     )
     from interp_steer.item import Item
-    from interp_steer.metrics import Measured, metric, names, rep3, surprise
+    from interp_steer.metrics import Measured, metric, rep3, surprise
     from interp_steer.model import SteeringModel
     from interp_steer.prompt import Encoded, chat
     from interp_steer.prompt_file import PromptFile, read_items, read_prompts
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from interp_steer.site import Site
     from interp_steer.stepper import Event, Stepper
     from interp_steer.study import Study, split_items
+    from interp_steer.words import names
 
 _HOME = {
     "cell": ("Controls",),
@@ -48,7 +49,7 @@ _HOME = {
     "hooks": ("fwd_hooks", "run_with_cache"),
     "intervention": ("Gate", "Intervention", "Scope", "line", "parse", "resolve", "steer"),
     "item": ("Item",),
-    "metrics": ("Measured", "metric", "names", "rep3", "surprise"),
+    "metrics": ("Measured", "metric", "rep3", "surprise"),
     "model": ("SteeringModel",),
     "prompt": ("Encoded", "chat"),
     "prompt_file": ("PromptFile", "read_items", "read_prompts"),
@@ -59,6 +60,7 @@ _HOME = {
     "site": ("Site",),
     "stepper": ("Event", "Stepper"),
     "study": ("Study", "split_items"),
+    "words": ("names",),
 }
 _FILE = {name: file for file, members in _HOME.items() for name in members}
 

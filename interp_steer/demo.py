@@ -23,7 +23,7 @@ from interp_steer.features import feature
 from interp_steer.files import whole
 from interp_steer.intervention import Intervention, Vector, steer
 from interp_steer.labels import import_files, search
-from interp_steer.metrics import names, rep3, surprise
+from interp_steer.metrics import rep3, surprise
 from interp_steer.model import SteeringModel
 from interp_steer.plots import dose_response
 from interp_steer.prompt import Prompt, chat
@@ -32,6 +32,7 @@ from interp_steer.registry import STARTER
 from interp_steer.row import Result, Row, Sampling, record
 from interp_steer.scale import Scale
 from interp_steer.screen import screen
+from interp_steer.words import names
 
 TEXTS = Path(__file__).with_name("demo_data")
 WORDS = ("Eiffel", "Paris", "France")

@@ -12,7 +12,6 @@ A study that names its file under `modules` may then name it among its `metrics`
 
 import inspect
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +21,7 @@ from interp_steer.engine import Engine
 from interp_steer.errors import RequestError, nearest
 from interp_steer.item import Item
 from interp_steer.row import Result, Row, Score
+from interp_steer.words import names
 
 LOOPS = 0.2  # rep3 above which an answer loops ("The Eiffel Tower Llama")
 
@@ -62,11 +62,6 @@ def surprise(
     answers = [result.token_ids for result in results]
     scores = engine.score(rows, answers, report=report, batch=batch)
     return [_mean_loss(score) for score in scores]
-
-
-def names(text: str, words: Sequence[str]) -> list[str]:
-    """Which of the words occur in a text as whole words, whatever their case."""
-    return [w for w in words if re.search(rf"\b{re.escape(w)}\b", text, re.IGNORECASE)]
 
 
 # --- metrics of a study -----------------------------------------------------------------------
@@ -227,8 +222,9 @@ def mention(measured: Measured) -> Numbers:
     """Answers that name a concept word which their prompt does not."""
     found: Numbers = []
     for item, result in zip(measured.items, measured.results, strict=True):
-        said = str(item.prompt)
-        words = [w for w in measured.concept if not names(said, [w])]  # an echo shows nothing
+        said = (item.prompt,) if isinstance(item.prompt, str) else [m for _, m in item.prompt]
+        echoes = {word for text in said for word in names(text, measured.concept)}
+        words = [word for word in measured.concept if word not in echoes]
         found.append(float(bool(names(result.text, words))) if words else None)
     return found
 

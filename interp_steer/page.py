@@ -6,13 +6,13 @@ Nothing in a page is loaded from elsewhere and nothing in it runs: there is no s
 import base64
 import html
 import io
-import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from interp_steer.console import safe
+from interp_steer.words import spans
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,13 +104,12 @@ def escaped(value: object) -> str:
 
 
 def marked(text: str, words: Sequence[str]) -> str:
-    """Text with whole words of the concept marked."""
-    if not any(words):
-        return escaped(text)
-    found = re.split(rf"(?i)\b({'|'.join(map(re.escape, filter(None, words)))})\b", text)
-    return "".join(
-        f"<mark>{escaped(t)}</mark>" if i % 2 else escaped(t) for i, t in enumerate(found)
-    )
+    """Text with the words of the concept marked, as `words.names` finds them."""
+    said, at = [], 0
+    for start, stop in spans(text, words):
+        said += [escaped(text[at:start]), f"<mark>{escaped(text[start:stop])}</mark>"]
+        at = stop
+    return "".join([*said, escaped(text[at:])])
 
 
 def plain(value: Any) -> str:

@@ -41,6 +41,7 @@ from interp_steer.model import SteeringModel
 from interp_steer.prompt import chat
 from interp_steer.row import Row, Sampling
 from interp_steer.scale import Scale
+from interp_steer.words import middle
 
 if TYPE_CHECKING:
     from interp_steer.runs import Run
@@ -368,10 +369,10 @@ def _halved(item: Item) -> Item:
     """A neutral text without a continuation: its second half continues the first."""
     if item.continuation is not None or not isinstance(item.prompt, str):
         return item
-    middle = item.prompt.rfind(" ", 0, len(item.prompt) // 2 + 1)
-    if middle < 1:
+    cut = middle(item.prompt)
+    if cut is None:
         raise RequestError(f"the neutral text {item.prompt[:60]!r} has no second half")
-    return replace(item, prompt=item.prompt[:middle], continuation=item.prompt[middle:])
+    return replace(item, prompt=item.prompt[:cut], continuation=item.prompt[cut:])
 
 
 def _each(given: object) -> list[str]:

@@ -25,12 +25,13 @@ from interp_steer.engine import Engine
 from interp_steer.errors import RunError, SteerError
 from interp_steer.files import whole
 from interp_steer.intervention import parse
-from interp_steer.metrics import names, rep3, surprise
+from interp_steer.metrics import rep3, surprise
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import chat
 from interp_steer.prompt_file import read_prompts
 from interp_steer.row import Row, Sampling, record
 from interp_steer.scale import Scale
+from interp_steer.words import names
 
 REPOSITORY, FILE = "andyrdt/saes-llama-3.1-8b-instruct", "resid_post_layer_15/trainer_1/ae.pt"
 FEATURE, MAX_ACTIVATION = 21576, 4.77

@@ -21,6 +21,7 @@ from interp_steer.console import progress
 from interp_steer.contexts import windows
 from interp_steer.fit import Tally, check
 from interp_steer.sae import Sae
+from interp_steer.words import names
 
 HELD_OUT = Path(__file__).with_name("starter_heldout_chats.jsonl.gz")
 CHATS = "held-out chats"
@@ -74,7 +75,7 @@ if __name__ == "__main__":
             fit = check(
                 sae, model, encoded, loss_texts=given.loss_texts, tally=tally, report=report
             )
-        named = sum(any(word in text.lower() for word in CONCEPT) for text in found) / len(found)
+        named = sum(bool(names(text, CONCEPT)) for text in found) / len(found)
         score = "none" if fit.ce_score is None else f"{fit.ce_score:.3f}"
         print(
             f"| {kind} | {fit.tokens:,} | {fit.massive:.2%} | {fit.explained_variance:.3f} "
