@@ -71,12 +71,15 @@ def pack_command(
     out: Annotated[str, typer.Argument(help="The file to write.")],
     sources: _Sources = None,
     layers: _Layers = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over a file that is no label store.")
+    ] = False,
     store: _Store = None,
 ) -> None:
     """Write the store, or some of its sources, as one file; open it elsewhere with --store."""
     from interp_steer.labels import pack, registry
 
-    path = pack(out, registry.chosen(sources or [], layers), store=store)
+    path = pack(out, registry.chosen(sources or [], layers), store=store, force=force)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 

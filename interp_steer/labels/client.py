@@ -6,6 +6,7 @@ sets are named where they are met. Both addresses can be changed: `NEURONPEDIA_U
 to the API's host alone, never to another one that it redirects to, and never printed.
 """
 
+import hashlib
 import os
 import re
 import time
@@ -17,8 +18,17 @@ from xml.etree import ElementTree
 
 from interp_steer.errors import RequestError, RunError
 from interp_steer.labels import registry
-from interp_steer.labels.http import Answer, BadAnswer, Clock, NotFound, Transport, Unreachable
+from interp_steer.labels.http import (
+    LARGEST,
+    Answer,
+    BadAnswer,
+    Clock,
+    NotFound,
+    Transport,
+    Unreachable,
+)
 from interp_steer.labels.label import Feature, Label, Source, parse_id
+from interp_steer.labels.packed import pieces
 from interp_steer.labels.rows import Row, read_feature, read_lines, read_row, to_feature
 
 URL = "https://www.neuronpedia.org"
@@ -35,7 +45,7 @@ class Export:
     source: Source
     key: str
     etag: str | None
-    size: int
+    size: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +55,7 @@ class Batch:
     etag: str | None
     rows: list[Row]
     size: int
+    digest: bytes = b""
 
 
 class Client:
@@ -218,12 +229,16 @@ class Client:
 
         Their number cannot be known otherwise: it is not fixed, and the list comes by text, with
         batch-10 before batch-2. Empty if the bucket does not know the source.
+
+        Raises:
+            BadAnswer: the list ends before its end, repeats itself or names a file twice.
         """
         clock = clock or Clock(self.patience)
         prefix = f"v1/{source.model}/{source.name}/"
-        found: list[Export] = []
+        found: dict[str, Export] = {}
         token: str | None = None
-        for _ in range(10_000):
+        tokens: set[str] = set()
+        while True:
             ask = {"list-type": "2", "prefix": f"{prefix}{kind}/"}
             if token:
                 ask["continuation-token"] = token
@@ -231,11 +246,15 @@ class Client:
             answer = self._transport.send("GET", url, clock=clock)
             _checked(answer)
             page, following = _listing(answer, source, prefix)
-            found += page
-            if not following:
-                return sorted(found, key=lambda file: (_number(file.key), file.key))
+            for file in page:
+                if found.setdefault(file.key, file) != file:
+                    raise BadAnswer(f"{answer.url}: the list has two files of name {file.key}")
+            if following is None:
+                return sorted(found.values(), key=lambda file: (_number(file.key), file.key))
+            if following in tokens:
+                raise BadAnswer(f"{self.exports_url}: the list of {source} does not end")
+            tokens.add(following)
             token = following
-        raise BadAnswer(f"{self.exports_url}: the list of {source} does not end")
 
     def download(
         self, file: Export, etag: str | None = None, *, clock: Clock | None = None
@@ -243,21 +262,26 @@ class Client:
         """A file's rows; None if it still has the ETag given.
 
         Raises:
-            RunError: it cannot be fetched, is damaged, or has rows of another source. A damaged
-                file is fetched once more first: the fault may lie on the way.
+            RunError: it cannot be fetched, has another size than the bucket lists, is damaged, or
+                has rows of another source. A damaged file is fetched once more first: the fault may
+                lie on the way.
         """
         clock = clock or Clock(self.patience)
         headers = {"If-None-Match": etag} if etag else {}
         path = quote(f"v1/{file.source}/{file.key}")
         for attempt in (1, 2):
             answer = self._transport.send(
-                "GET", f"{self.exports_url}/{path}", clock=clock, headers=headers
-            )
+                "GET", f"{self.exports_url}/{path}", clock=clock, headers=headers,
+                most=max(LARGEST, file.size or 0),
+            )  # fmt: skip
             if answer.status == 304:
                 return None
             _checked(answer)
             try:
-                rows = read_lines(answer.body)
+                _check_size(file, answer)
+                rows = read_lines(pieces(answer.body))
+                if not rows and len(answer.body) != file.size:
+                    raise ValueError("it has no rows")
                 for row in rows:
                     if (row.model, row.source) != (file.source.model, file.source.name):
                         raise ValueError(f"it has labels of {row.model}/{row.source}")
@@ -265,7 +289,8 @@ class Client:
                 if attempt == 2:
                     raise RunError(f"{file.key}: {error}") from error
                 continue
-            return Batch(answer.headers.get("ETag"), rows, len(answer.body))
+            digest = hashlib.sha256(answer.body).digest()
+            return Batch(answer.headers.get("ETag"), rows, len(answer.body), digest)
         raise AssertionError  # not reached
 
     # -- the API ---------------------------------------------------------------------------------
@@ -307,6 +332,19 @@ def _checked(answer: Answer) -> Answer:
     raise BadAnswer(said)
 
 
+def _check_size(file: Export, answer: Answer) -> None:
+    """Raises ValueError if a body is not as long as the bucket said that the file is.
+
+    A file that was replaced since it was listed is known by its ETag, and may have another length.
+    """
+    got, etag = len(answer.body), answer.headers.get("ETag")
+    if not got and (file.size or file.key.endswith(".gz")):
+        raise ValueError("the answer is empty")
+    replaced = etag is not None and file.etag is not None and etag != file.etag
+    if file.size is not None and got != file.size and not replaced:
+        raise ValueError(f"{got:,} bytes came, and the list says {file.size:,}")
+
+
 def _listing(answer: Answer, source: Source, prefix: str) -> tuple[list[Export], str | None]:
     """One page of the bucket's list, and the token of the next page."""
     try:
@@ -317,16 +355,22 @@ def _listing(answer: Answer, source: Source, prefix: str) -> tuple[list[Export],
     if root.tag != f"{space}ListBucketResult":
         raise BadAnswer(f"{answer.url}: not a list of files")
     found = []
-    for entry in root.findall(f"{space}Contents"):
+    entries = root.findall(f"{space}Contents")
+    count = root.findtext(f"{space}KeyCount", "").strip()
+    if count.isdecimal() and int(count[:18]) != len(entries):
+        raise BadAnswer(f"{answer.url}: the list has {len(entries)} files and speaks of {count}")
+    for entry in entries:
         key = entry.findtext(f"{space}Key", "")
-        size = entry.findtext(f"{space}Size", "0")
+        size = entry.findtext(f"{space}Size", "").strip()
         if key.startswith(prefix) and re.search(r"\.jsonl(\.gz)?$", key):
             etag = entry.findtext(f"{space}ETag")
-            found.append(
-                Export(source, key[len(prefix) :], etag, int(size) if size.isdigit() else 0)
-            )
-    more = root.findtext(f"{space}IsTruncated", "false").strip().lower() == "true"
-    return found, root.findtext(f"{space}NextContinuationToken") if more else None
+            known = int(size) if re.fullmatch(r"[0-9]{1,18}", size) else None
+            found.append(Export(source, key[len(prefix) :], etag, known))
+    if root.findtext(f"{space}IsTruncated", "false").strip().lower() != "true":
+        return found, None
+    if not (token := root.findtext(f"{space}NextContinuationToken")):
+        raise BadAnswer(f"{answer.url}: the list breaks off: it has no token for its next page")
+    return found, token
 
 
 def _result(result: Any) -> Label:

@@ -17,10 +17,11 @@ import requests
 import urllib3
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.labels.rows import inflate
+from interp_steer.labels.packed import inflate
 
 _PASSING = frozenset({500, 502, 503, 504})  # worth another try
 LIMITS = {"search": 200, "api": 25_000}  # requests an hour; the four searches share one count
+LARGEST = 2**27  # bytes of an answer, unless the caller knows its size
 _SLOWEST = 1000  # bytes a second; slower than that is a connection that hangs
 
 
@@ -74,10 +75,13 @@ class _Broken(Exception):
 
 
 class _Part:
-    """What has arrived of a body that broke off."""
+    """What has arrived of a body that broke off, and how long the body may be."""
 
     data = b""
     etag = ""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +170,7 @@ class Transport:
         headers: Mapping[str, str] | None = None,
         tries: int = 4,
         bucket: str = "",
+        most: int = LARGEST,
     ) -> Answer:
         """One answer, whatever its status, once the tries for passing faults are used up.
 
@@ -175,8 +180,9 @@ class Transport:
             RequestError: `offline` is set.
             RateLimited: the limit is used up and `wait` is not set.
             Unreachable: no whole answer within the tries or the clock's patience.
+            BadAnswer: it is longer than `most` bytes; no more of it is read.
         """
-        part = _Part()
+        part = _Part(most)
         for attempt in range(1, tries + 1):
             self._hold(url, bucket)
             try:
@@ -248,7 +254,7 @@ class Transport:
             raise _Broken("it cannot go on where it stopped")
         pieces = [start]
         try:
-            self._read(response, pieces, clock)
+            self._read(url, response, pieces, clock, part.most)
         finally:
             data = b"".join(pieces)
             part.data = data if status in (200, 206) else b""
@@ -256,17 +262,23 @@ class Transport:
             data = data.replace(self._key.encode(), b"(key)")
         return Answer(_plain(url), 200 if status == 206 else status, response.headers, data)
 
-    def _read(self, response: requests.Response, pieces: list[bytes], clock: Clock) -> None:
-        """Reads the raw body piece by piece; raises if it stalls.
+    def _read(
+        self, url: str, response: requests.Response, pieces: list[bytes], clock: Clock, most: int
+    ) -> None:
+        """Reads the raw body piece by piece; raises if it stalls, or is longer than it may be.
 
         That it has the length that was announced is urllib3's check.
         """
-        since = 0
+        since, whole = 0, len(pieces[0])
         began = time.monotonic()
         # read1 returns what is there: read would wait, however long, for its whole block.
         while piece := response.raw.read1(1 << 16, decode_content=False):
             pieces.append(piece)
             since += len(piece)
+            whole += len(piece)
+            if whole > most:
+                pieces.clear()
+                raise BadAnswer(f"{_plain(url)}: the answer is longer than {most:,} bytes")
             if (taken := time.monotonic() - began) > min(self.timeout, max(clock.left, 0.5)):
                 if since < taken * _SLOWEST:
                     raise TimeoutError

@@ -5,19 +5,18 @@ output). They differ in what they leave out, not in the names of what they give,
 serves them all, and the API's objects too.
 """
 
-import gzip
 import json
 import re
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from interp_steer.labels.label import NAME, NUMBER, Feature, Label, Source, State, preference
+from interp_steer.labels.packed import lines
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]+")
 _PAIRS = {'"': '"', "'": "'", "“": "”", "‘": "’", "`": "`"}
-_GZIP = b"\x1f\x8b"
+MOST = 2**19  # rows of one file; an export's have about 1,000
 
 
 def clean(text: object) -> str:
@@ -116,31 +115,18 @@ def _score(data: Mapping[str, Any]) -> float | None:
     return max((value for value in values if value is not None), default=None)
 
 
-def inflate(data: bytes) -> bytes:
-    """Unpacks gzip, known by its first bytes: servers disagree about who says that it is gzip.
-
-    Raises:
-        ValueError: the file is cut short or damaged (its checksum is compared).
-    """
-    for _ in range(2):  # a gzip file may be sent gzipped
-        if data[:2] == _GZIP:
-            try:
-                data = gzip.decompress(data)
-            except (EOFError, OSError, zlib.error) as error:
-                raise ValueError("broken gzip") from error
-    return data
-
-
-def read_lines(data: bytes) -> list[Row]:
-    """Reads a whole export file, gzipped or not: every line, or none.
+def read_lines(data: Iterable[bytes]) -> list[Row]:
+    """Reads a whole export file from its pieces, gzipped or not: every line, or none.
 
     Raises:
         ValueError: the file is damaged; the message names the line.
     """
-    rows = []
-    for number, line in enumerate(inflate(data).split(b"\n"), 1):
+    rows: list[Row] = []
+    for number, line in enumerate(lines(data), 1):
         if not line.strip():
             continue
+        if len(rows) == MOST:
+            raise ValueError(f"it has more than {MOST:,} rows: split it into several files")
         try:
             rows.append(read_row(json.loads(line)))
         except (ValueError, RecursionError) as error:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from interp_steer.errors import RequestError, RunError
+from interp_steer.files import explained
 
 _MAGIC = 0x6C61626C  # SQLite's application_id of our stores: "labl"
 
@@ -56,6 +57,13 @@ def told(path: Path) -> Iterator[None]:
         if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_NOTADB:
             raise RequestError(f"{path} is not a label store") from error
         raise RunError(f"{path}: {error}") from error
+
+
+def is_store(path: Path) -> bool:
+    """Whether a file is one of our stores, by its header, without opening it as a database."""
+    with explained(path), path.open("rb") as file:
+        head = file.read(100)
+    return head.startswith(b"SQLite format 3\0") and head[68:72] == _MAGIC.to_bytes(4, "big")
 
 
 def connect(path: Path, *, write: bool) -> sqlite3.Connection:

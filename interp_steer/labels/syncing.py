@@ -14,8 +14,9 @@ from interp_steer.labels import registry
 from interp_steer.labels.client import Batch, Client, Export
 from interp_steer.labels.http import Clock, NotFound
 from interp_steer.labels.label import Feature, Source, parse_id
+from interp_steer.labels.packed import PIECE
 from interp_steer.labels.rows import Row, read_lines
-from interp_steer.labels.schema import told
+from interp_steer.labels.schema import is_store, told
 from interp_steer.labels.store import Coverage, Store
 from interp_steer.registry import STARTER, STARTER_LABELS
 
@@ -62,6 +63,8 @@ def sync(
             missing[file.source].append(f"{file.key}: {problem}")
         for source, files in listed.items():
             # A list of nothing is more likely a fault than a source whose labels were withdrawn.
+            if not files and (kept := to.etags(source)):
+                missing[source].append(f"the bucket lists no files, and {len(kept)} are here")
             if files and not missing[source]:
                 kinds = {file.key.partition("/")[0] for file in files}
                 gone = set(to.etags(source)) - {file.key for file in files}
@@ -108,7 +111,8 @@ def _fetch(
     The files are fetched and read in other threads, and stored in this one. At most two per
     thread are under way, so that memory does not grow when the disk is slow.
     """
-    total, done, labels = sum(file.size for file, _ in todo) / 1e6, 0, 0
+    total, done, labels = sum(file.size or 0 for file, _ in todo) / 1e6, 0, 0
+    came: dict[tuple[Source, bytes], Export] = {}
     waiting = iter(todo)
     running: dict[Future[Batch | None], Export] = {}
     pool = ThreadPoolExecutor(client.workers)
@@ -123,13 +127,19 @@ def _fetch(
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     file = running.pop(future)
-                    done += file.size
+                    done += file.size or 0
                     try:
                         batch = future.result()
                     except SteerError as error:
                         yield file, str(error).partition(f"{file.key}: ")[2] or str(error)
                         continue
                     if batch:
+                        first = came.setdefault((file.source, batch.digest), file)
+                        if batch.rows and first is not file:
+                            if file.etag is None or first.etag != file.etag:
+                                yield file, f"the server sends the bytes of {first.key} for it"
+                                continue
+                            batch = replace(batch, rows=[])  # it lists one file under two names
                         to.commit(file.source, file.key, batch.etag or file.etag, batch.rows)
                         clock.good()  # however long the disk took
                         labels += sum(bool(row.label) for row in batch.rows)
@@ -188,7 +198,7 @@ def import_files(paths: Iterable[str | Path], *, store: str | Path | None = None
 
     Raises:
         RequestError: a file does not exist.
-        RunError: a file cannot be read, or is damaged.
+        RunError: a file cannot be read, is damaged, or has no rows.
     """
     touched: dict[str, Source] = {}
     listed = [
@@ -200,12 +210,13 @@ def import_files(paths: Iterable[str | Path], *, store: str | Path | None = None
         for path in listed:
             if not path.is_file():
                 raise RequestError(f"{path}: no such file")
-            with explained(path):
-                data = path.read_bytes()
             try:
-                rows = read_lines(data)
+                with explained(path), path.open("rb") as file:
+                    rows = read_lines(iter(lambda: file.read(PIECE), b""))
             except ValueError as error:
                 raise RunError(f"{path}: {error}") from error
+            if not rows:
+                raise RunError(f"{path}: it has no rows")
             # A folder of an export has batch-0 twice, as explanations and as features.
             kind = (
                 f"{path.parent.name}/" if path.parent.name in ("explanations", "features") else ""
@@ -222,21 +233,32 @@ def import_files(paths: Iterable[str | Path], *, store: str | Path | None = None
 
 
 def pack(
-    out: str | Path, sources: Sequence[Source] = (), *, store: str | Path | None = None
+    out: str | Path,
+    sources: Sequence[Source] = (),
+    *,
+    store: str | Path | None = None,
+    force: bool = False,
 ) -> Path:
     """Writes a store, or some sources of it, as one file that a colleague opens with `--store`.
 
+    Args:
+        force: write over a file that is no label store too.
+
     Raises:
-        RequestError: a source is not in the store.
-        RunError: there is no store yet, or the file cannot be written.
+        RequestError: a source is not in the store, or the file is there and is no label store, or
+            is the store itself.
+        RunError: there is no store yet, or the file cannot be written or is in use.
     """
+    out = Path(out).expanduser()
     with Store(store) as full:
+        if out.exists():
+            _check_replaceable(out, full.path, force)
         here = {str(source): number for source, (number, _) in full.sources().items()}
         for source in sources:
             if str(source) not in here:
                 raise RequestError(f"{source} is not in {full.path}")
         away = [here[name] for name in here if sources and name not in map(str, sources)]
-        with whole(Path(out)) as part, told(full.path):
+        with whole(out) as part, told(full.path):
             part.unlink()  # SQLite wants to make the file itself
             full._db.execute("VACUUM INTO ?", (str(part),))
             db = sqlite3.connect(part, isolation_level=None)
@@ -255,4 +277,17 @@ def pack(
                     db.execute("VACUUM")
             finally:
                 db.close()
-    return Path(out)
+    return out
+
+
+def _check_replaceable(out: Path, store: Path, force: bool) -> None:
+    """Whether a file that is there may be written over."""
+    if out.samefile(store):
+        raise RequestError(f"{out} is the store that is to be packed: name another file")
+    if not force and not is_store(out):
+        raise RequestError(
+            f"{out} is there and is no label store: name another file, or pass --force (force=True)"
+        )
+    log = out.with_name(f"{out.name}-wal")
+    if log.is_file() and log.stat().st_size:  # SQLite would take it for the new file's
+        raise RunError(f"{out} is in use: {log.name} holds changes of it")

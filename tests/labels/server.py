@@ -30,6 +30,7 @@ class Reply:
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
+    empty: bool = False  # the answer is that there is nothing, not that nothing is changed
     drop: bool = False  # close without a word
     cut: int | None = None  # send this many bytes of the real answer, then close
     pause: float = 0.0  # wait before answering
@@ -51,6 +52,8 @@ class Neuronpedia:
         self.files: dict[str, bytes] = {}
         self.max_keys = 1000
         self.list_etags = True
+        self.list_sizes = True
+        self.count_keys = True
         self.faults: dict[str, deque[Reply]] = {}  # by the beginning of the path
         self.always: dict[str, Reply] = {}
         self.delay = 0.0
@@ -107,7 +110,9 @@ class Neuronpedia:
         if fault and fault.drop:
             at.close_connection = True
             return
-        if fault and fault.cut is None and not fault.drip and (fault.status != 200 or fault.body):
+        if fault and fault.cut is None and not fault.drip and (
+            fault.status != 200 or fault.body or fault.empty
+        ):
             return self.send(at, fault.status, fault.body, fault.headers)
         parts = urlsplit(at.path)
         if parts.path.startswith("/api/"):
@@ -213,7 +218,8 @@ class Neuronpedia:
         entries = "".join(
             f"<Contents><Key>{escape(key)}</Key>"
             + (f"<ETag>{escape(self.etag(key))}</ETag>" if self.list_etags else "")
-            + f"<Size>{len(self.files[key])}</Size></Contents>"
+            + (f"<Size>{len(self.files[key])}</Size>" if self.list_sizes else "")
+            + "</Contents>"
             for key in page
         )
         more = (
@@ -221,10 +227,11 @@ class Neuronpedia:
             if rest
             else ""
         )
+        count = f"<KeyCount>{len(page)}</KeyCount>" if self.count_keys else ""
         return (
             '<?xml version="1.0"?><ListBucketResult '
             'xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
-            f"<IsTruncated>{str(bool(rest)).lower()}</IsTruncated>{entries}{more}"
+            f"{count}<IsTruncated>{str(bool(rest)).lower()}</IsTruncated>{entries}{more}"
             "</ListBucketResult>"
         ).encode()
 

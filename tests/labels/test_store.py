@@ -11,6 +11,7 @@ from interp_steer.labels import Store, coverage, pack, search, show
 from interp_steer.labels.label import Source, State
 from interp_steer.labels.rows import Row, clean, read_lines
 from interp_steer.labels.schema import _MAGIC, MIGRATIONS
+from interp_steer.labels.store import default_path
 
 SOURCE = Source("m", "3-res")
 
@@ -97,6 +98,31 @@ def test_what_is_not_a_store_is_refused_and_left_alone(tmp_path):
         assert path.read_bytes() == before
 
 
+def test_pack_writes_over_a_store_of_ours_alone(tmp_path):
+    with Store(write=True) as store:
+        store.commit(SOURCE, "a", None, [row(1, "one")])
+    notes = tmp_path / "notes.txt"
+    other = tmp_path / "other.db"
+    sqlite3.connect(other).execute("CREATE TABLE t (x)").connection.close()
+    for path in (notes, other):
+        path.touch()
+        before = path.read_bytes()
+        with pytest.raises(RequestError, match=r"is there and is no label store: .*--force"):
+            pack(path)
+        assert path.read_bytes() == before
+    assert pack(tmp_path / "pack.db") == pack(tmp_path / "pack.db")  # a pack of ours
+    with Store(pack(notes, force=True)) as packed:
+        assert packed.coverage(SOURCE).labels == 1
+    with pytest.raises(RequestError, match="is the store that is to be packed"):
+        pack(default_path(), force=True)
+    with Store(notes, write=True) as busy:
+        busy.commit(SOURCE, "b", None, [row(2, "two")])
+        with pytest.raises(RunError, match=r"notes\.txt is in use: "):
+            pack(notes)
+    with Store(notes) as packed:
+        assert packed.coverage(SOURCE).labels == 2
+
+
 def test_a_packed_store_opens_elsewhere(tmp_path):
     with Store(write=True) as store:
         store.commit(SOURCE, "a", "1", [row(1, "one dog")])
@@ -138,7 +164,7 @@ def test_hostile_labels_are_stored_and_found(cache: Path):
         for i, text in enumerate(HOSTILE)
     )
     with Store(write=True) as store:
-        store.commit(SOURCE, "a", "1", read_lines(data.encode()))
+        store.commit(SOURCE, "a", "1", read_lines([data.encode()]))
     assert coverage()[0].labels == len(HOSTILE)
     for query, index in (("alert bold", 0), ("inside", 2), ("עברית", 3), ("long", 4),
                          ("surrogate", 5), ("drop table", 6), ("markup", 7)):  # fmt: skip
@@ -184,7 +210,7 @@ def test_labels_are_cleaned():
 )  # fmt: skip
 def test_an_unreadable_line_is_named(line):
     with pytest.raises(ValueError, match="line 2"):
-        read_lines(b"\n" + line)
+        read_lines([b"\n", line])
 
 
 def test_a_feature_that_was_never_fetched_is_not_without_label():

@@ -1,7 +1,12 @@
 """Sync and import: acceptance points 10 and 13, and what a killed or failing sync leaves."""
 
 import gzip
+import json
+import random
+import re
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -66,6 +71,7 @@ def test_10_a_second_sync_fetches_no_body(filled):
     filled.log.clear()
     sync(NAME)
     assert filled.asked("/v1/") == []  # the list's ETags are enough
+    filled.count_keys = filled.list_sizes = False  # which are not needed
     filled.list_etags = False  # and where there are none, each file answers 304
     assert not sync(NAME)[0].missing
     assert len(filled.asked("/v1/")) == 12
@@ -114,6 +120,137 @@ def test_10_a_damaged_file_is_tried_again_then_reported_and_never_half_stored(fi
     filled.files[key] = good
     assert sync(NAME)[0].labels == 120
     rows()
+
+
+def plain(count: int = 5) -> bytes:
+    rows = (json.dumps(exported(NAME, i, f"label {i}")) for i in range(count))
+    return "".join(f"{row}\n" for row in rows).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "packed", "sizes"),
+    [
+        (body, packed, sizes)
+        for body in ("empty", "short", "a blank line", "a list of nothing", "html")
+        for packed in (True, False)
+        for sizes in (True, False)
+        # whole lines of a plain file of unknown size are a file
+        if body != "short" or packed or sizes
+    ],
+)
+def test_a_short_body_with_status_200_is_no_file(server, body, packed, sizes):
+    """Each has the length that its own header announces."""
+    key = f"{FOLDER}batch-0.jsonl" + (".gz" if packed else "")
+    server.put(key, plain(), pack=False)
+    if packed:
+        server.files[key] = gzip.compress(server.files[key])
+    server.list_sizes = sizes
+    sent = {
+        "empty": b"",
+        "short": server.files[key][:-30] if packed else plain(3),
+        "a blank line": b"\n",
+        "a list of nothing": b"[]",
+        "html": HTML,
+    }[body]
+    server.always[f"/{FOLDER}"] = Reply(200, sent, empty=True)
+    found = sync(NAME)[0]
+    assert len(server.asked(f"/{FOLDER}")) == 2
+    assert (found.batches, found.labels, found.complete_at) == (0, 0, None)
+    assert len(found.missing) == 1 and found.missing[0].startswith("explanations/batch-0.jsonl")
+    del server.always[f"/{FOLDER}"]
+    assert sync(NAME)[0].labels == 5
+
+
+def test_a_file_of_several_gzip_members_is_whole_only_with_all_of_them(server):
+    key = f"{FOLDER}batch-0.jsonl.gz"
+    first, second = gzip.compress(plain(3)), gzip.compress(plain(5)[len(plain(3)) :])
+    server.put(key, first + second)
+    server.fault(f"/{FOLDER}", Reply(200, first), Reply(200, first))
+    assert sync(NAME)[0].missing[0].endswith(
+        f"{len(first)} bytes came, and the list says {len(first + second)}"
+    )
+    assert sync(NAME)[0].labels == 5
+
+
+def test_an_empty_answer_with_an_etag_of_its_own_is_still_empty(server):
+    server.put(f"{FOLDER}batch-0.jsonl.gz", plain())
+    server.always[f"/{FOLDER}"] = Reply(200, b"", {"ETag": '"other"'}, empty=True)
+    assert sync(NAME)[0].missing == ("explanations/batch-0.jsonl.gz: the answer is empty",)
+
+
+def test_a_file_that_is_replaced_after_it_was_listed_is_taken(server, client):
+    server.put(f"{FOLDER}batch-0.jsonl", plain(5), pack=False)
+    (old,) = client.exports(SOURCE)
+    server.put(f"{FOLDER}batch-0.jsonl", plain(7), pack=False)
+    assert len(client.download(old).rows) == 7
+
+
+def test_a_shard_that_repeats_is_not_the_one_that_was_asked_for(filled):
+    first = filled.files[f"{FOLDER}batch-0.jsonl.gz"]
+    filled.list_sizes = False  # else the size may tell
+    filled.always[f"/{FOLDER}batch-1.jsonl.gz"] = Reply(200, first)
+    filled.always[f"/{FOLDER}batch-2.jsonl.gz"] = Reply(200, first)
+    found = sync(NAME)[0]
+    assert (found.labels, found.batches, found.complete_at) == (100, 10, None)
+    assert len(found.missing) == 2
+    assert all("the server sends the bytes of explanations/batch-" in why for why in found.missing)
+    filled.always.clear()
+    assert sync(NAME)[0].labels == 120
+
+
+def test_one_file_under_two_names_is_counted_once(filled):
+    filled.files[f"{FOLDER}batch-50.jsonl.gz"] = filled.files[f"{FOLDER}batch-1.jsonl.gz"]
+    found = sync(NAME)[0]
+    assert (found.labels, found.batches) == (120, 13) and found.complete_at
+    filled.log.clear()
+    sync(NAME)
+    assert filled.asked("/v1/") == []
+
+
+@pytest.mark.parametrize("fault", ["no token", "the same token", "a key lost", "two of one name"])
+def test_a_list_that_ends_early_is_no_list(filled, monkeypatch, fault):
+    filled.max_keys = 5
+    whole = Neuronpedia.listing
+
+    def listing(self, query):
+        said = whole(self, query).decode()
+        if fault == "no token":
+            said = re.sub("<NextContinuationToken>.*</NextContinuationToken>", "", said)
+        elif fault == "the same token":
+            said = re.sub(r"(Token>)\d+", r"\g<1>5", said)
+        elif fault == "a key lost":
+            said = re.sub("<Contents>.*?</Contents>", "", said, count=1)
+        else:
+            said = re.sub(r"batch-\d+\.", "batch-1.", said)
+        return said.encode()
+
+    monkeypatch.setattr(Neuronpedia, "listing", listing)
+    start = time.monotonic()
+    found = sync(NAME)[0]
+    assert time.monotonic() - start < 2
+    assert len(found.missing) == 1 and not found.complete_at and found.batches == 0
+    assert {
+        "no token": "the list breaks off",
+        "the same token": "does not end",
+        "a key lost": "the list has 4 files and speaks of 5",
+        "two of one name": "two files of name explanations/batch-1.jsonl.gz",
+    }[fault] in found.missing[0]
+
+
+def test_an_answer_without_end_is_not_read_to_its_end(server, monkeypatch):
+    monkeypatch.setattr("interp_steer.labels.client.LARGEST", 1000)
+    server.put(f"{FOLDER}batch-0.jsonl", plain(1), pack=False)
+    server.always[f"/{FOLDER}"] = Reply(200, plain(500))
+    (why,) = sync(NAME)[0].missing
+    assert why.endswith("the answer is longer than 1,000 bytes")
+
+
+def test_a_list_of_nothing_where_there_was_something_is_told(filled):
+    sync(NAME)
+    filled.files.clear()
+    found = sync(NAME)[0]
+    assert found.labels == 120 and not found.complete_at
+    assert found.missing == ("the bucket lists no files, and 12 are here",)
 
 
 def test_10_a_file_damaged_on_the_way_is_fetched_again(filled):
@@ -271,6 +408,55 @@ def test_a_feature_that_is_newer_than_the_export_is_fetched_alone(filled):
     assert show(f"{NAME}/9000").state is State.LABELLED
     with pytest.raises(RequestError, match=r"no feature .*/9002"):
         fetch(f"{NAME}/9002")
+
+
+BOMBED = """
+import resource, sys, time
+from interp_steer.errors import SteerError
+from interp_steer.labels import coverage, import_files
+import_files([sys.argv[1]])  # what a first import loads is not counted
+resource.setrlimit(resource.RLIMIT_AS, (300 * 2**20,) * 2)
+for path in sys.argv[2:]:
+    start = time.process_time()
+    try:
+        import_files([path])
+        print("taken", path)
+    except SteerError as error:
+        print(f"{time.process_time() - start:.2f}", error)
+print(sum(each.labels for each in coverage()))
+"""
+
+
+def test_a_bomb_is_refused_within_2_seconds_and_300_mb(tmp_path):
+    """Each of 1.5 MB or less; unpacked most would take gigabytes."""
+    row = plain(1)
+    blocks = {
+        "zeros": b"\0" * 2**24,
+        "blank lines": b"\n" * 2**24,
+        "one row": row * (2**24 // len(row)),
+    }
+    files = {name: b"".join([gzip.compress(block)] * 64) for name, block in blocks.items()}
+    files |= {
+        "gzip in gzip": gzip.compress(files["zeros"]),
+        "a long line": gzip.compress(b'{"a": "' + random.Random(0).randbytes(10**7).hex().encode()),
+        "deep": b'{"modelId": ' + b"[" * 1_500_000,
+        "a number of 6,000 digits": row.replace(b'"index": "0"', b'"index": ' + b"1" * 6000),
+        "empty": b"",
+        "nothing in gzip": gzip.compress(b""),
+        "a list of nothing": b"[]",
+    }
+    for name, data in {"good": plain(), **files}.items():
+        (tmp_path / name).write_bytes(data)
+    done = subprocess.run(
+        [sys.executable, "-c", BOMBED, "good", *files], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    *said, labels = done.stdout.splitlines()
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    for name, line in zip(files, said, strict=True):
+        seconds, _, error = line.partition(" ")
+        assert error.startswith(f"{name}: ") and float(seconds) < 2, line
+    assert labels == "5"
 
 
 def test_import_from_disk(tmp_path):
