@@ -51,12 +51,15 @@ COMPONENTS = tuple(HOOKS)
 """`resid_pre`, `resid_post`: the whole stream before or after a block. `block`: what a block adds
 to the stream, which passes by. `attn_out`, `mlp_out`: one of its two parts. `z`: one attention head
 at a time. `direction`: one direction of the stream after a block. `feature`: an SAE's latent."""
+COMPONENTS_OF_A_BLOCK = ("attn_out", "mlp_out")
 METHODS = ("zero", "mean", "resample", "directional")
 """`zero`; `mean` over positions of a data set; `resample`: the value in another prompt of the same
 length; `directional`: x - v v'x (Arditi et al. 2024, arXiv 2406.11717)."""
 SPANS = ("layer", "window", "upward", "downward")
 """`layer`: each alone; `window`: `width` neighbours; `upward`: from the first layer up to each;
 `downward`: from each to the last."""
+
+OWN = {"direction": ("directional",), "feature": ("zero",)}  # methods, whichever are asked for
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class Ablation:
 def ablate(
     model: SteeringModel,
     items: Sequence[Item],
-    components: Sequence[str] = ("attn_out", "mlp_out"),
+    components: Sequence[str] = COMPONENTS_OF_A_BLOCK,
     methods: Sequence[str] = ("zero",),
     *,
     span: str = "layer",
@@ -232,6 +235,29 @@ def ablate(
     return Ablation(tidy(columns, names, readings, asked, clean, values))
 
 
+def check(
+    components: Sequence[str], methods: Sequence[str], span: str, vector: Vector | None
+) -> None:
+    """Raises RequestError for all that can be told without a model; see `ablate`."""
+    check_names("component", components, COMPONENTS)
+    check_names("method", methods, METHODS)
+    check_names("span", (span,), SPANS)
+    for component in components:
+        own = OWN.get(component, methods)
+        if vector is None and (component == "feature" or "directional" in own):
+            raise RequestError(f"ablating {component} needs a vector: what is ablated there")
+        if component == "z" and (span != "layer" or "directional" in own):
+            raise RequestError(
+                "z is ablated by zero, mean or resample, and one layer at a time: heads of "
+                "different layers that share a number share nothing else; use attn_out"
+            )
+        if component == "feature" and not (isinstance(vector, Direction) and vector.is_feature):
+            raise RequestError(
+                "component 'feature' needs a feature of an SAE as vector, made with "
+                "feature(release, sae_id, index); for other vectors use 'direction'"
+            )
+
+
 def _cuts(
     model: SteeringModel,
     components: Sequence[str],
@@ -243,12 +269,7 @@ def _cuts(
     vector: Vector | None,
 ) -> list[Cut]:
     """Everything that is asked for, checked against the model."""
-    for kind, given, choices in (
-        ("component", components, COMPONENTS),
-        ("method", methods, METHODS),
-        ("span", (span,), SPANS),
-    ):
-        check_names(kind, given, choices)
+    check(components, methods, span, vector)
     ends = check_range("layer", layers, model.n_layers, model.name)
     if not 1 <= width <= model.n_layers:
         raise RequestError(f"a window of {width} layers; {model.name} has {model.n_layers}")
@@ -262,23 +283,12 @@ def _cuts(
         raise RequestError(f"no window of {width} layers begins at {layers} and ends in the model")
     cuts: list[Cut] = []
     for component in components:
-        own = {"direction": ("directional",), "feature": ("zero",)}.get(component, methods)
-        if vector is None and (component == "feature" or "directional" in own):
-            raise RequestError(f"ablating {component} needs a vector: what is ablated there")
+        own = OWN.get(component, methods)
         if component == "z":
-            if span != "layer" or "directional" in own:
-                raise RequestError(
-                    "z is ablated by zero, mean or resample, and one layer at a time: heads of "
-                    "different layers that share a number share nothing else; use attn_out"
-                )
             numbers = check_range("head", heads, model.n_heads, model.name)
             cuts += [Cut("z", m, n, n, head) for m in own for n, _ in spans for head in numbers]
         elif component == "feature":
-            if not isinstance(vector, Direction) or not vector.is_feature:
-                raise RequestError(
-                    "component 'feature' needs a feature of an SAE as vector, made with "
-                    "feature(release, sae_id, index); for other vectors use 'direction'"
-                )
+            assert isinstance(vector, Direction)
             model.check(vector.site, len(vector.unit))
             cuts.append(Cut("feature", "zero", vector.site.layer, vector.site.layer))
         else:

@@ -1,18 +1,22 @@
 """`interp-steer ablate`: which layers and parts matter, and where a run's steering acts."""
 
 import json
-import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from interp_steer.ablation_request import Request
 from interp_steer.console import progress, safe
-from interp_steer.errors import RequestError
+from interp_steer.errors import RunError
 from interp_steer.options import Device, Dtype, Json, load
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
     from interp_steer.model import SteeringModel
 
@@ -36,8 +40,10 @@ def ablate(
         list[str] | None,
         typer.Option(help="zero, mean, resample or directional; may be repeated."),
     ] = None,
-    span: Annotated[str, typer.Option(help="layer, window, upward or downward.")] = "layer",
-    width: Annotated[int, typer.Option(help="Layers of a window.")] = 3,
+    span: Annotated[
+        str | None, typer.Option(help="layer (default), window, upward or downward.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Layers of a window; default 3.")] = None,
     layers: Annotated[str | None, typer.Option(help="Such as 3,7,12-20; default all.")] = None,
     heads: Annotated[str | None, typer.Option(help="Of z, such as 0-3; default all.")] = None,
     direction: Annotated[
@@ -48,7 +54,17 @@ def ablate(
         typer.Option(help="logit_difference, kl_last, kl_all, loss or words; may be repeated."),
     ] = None,
     word: Annotated[
-        list[str] | None, typer.Option(help="A concept's word, for words; may be repeated.")
+        list[str] | None,
+        typer.Option(help="A concept's word, for words; may be repeated. Default the run's."),
+    ] = None,
+    answer: Annotated[
+        int | None, typer.Option(help="Tokens of the answer that words reads; default 32.")
+    ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="Of --patch: each (default), all, last, or numbers such as 0,3-5,-1."
+        ),
     ] = None,
     patch: Annotated[
         bool, typer.Option("--patch", help="Put clean activations into the corrupted prompts.")
@@ -68,7 +84,8 @@ def ablate(
     batch: Annotated[int | None, typer.Option(help="Rows at once.")] = None,
     out: Annotated[Path | None, typer.Option(help="A .csv or .parquet file for all rows.")] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="A .png or .svg file: the layer profile.")
+        Path | None,
+        typer.Option(help="A .png or .svg file: layer profile; of --patch position x layer."),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="'starter', a folder, or a hub id; default the run's.")
@@ -80,145 +97,200 @@ def ablate(
     """Take parts of the model out, layer by layer, and see what it costs; or patch, or trace.
 
     Every layer's variant resumes from the same clean pass. Scores are means over prompts with 95 %
-    intervals, paired with the unchanged model.
+    intervals, paired with the unchanged model; shares of an effect are ratios of such means.
     """
-    if patch + mediate + propagate > 1:
-        raise RequestError("--patch, --mediate and --propagate are three things; give one")
-    if (mediate or propagate) != (run is not None):
-        raise RequestError("--mediate and --propagate take a run's folder; nothing else does")
-    if run is None and prompts is None:
-        raise RequestError("nothing to ablate on: give --prompts, or a run with --mediate")
-    for path, known in ((out, (".csv", ".parquet")), (plot, (".png", ".svg"))):
-        if path and path.suffix not in known:
-            raise RequestError(f"{path.name}: expected a {' or '.join(known)} file")
-    numbers = {"layers": _numbers("--layers", layers), "heads": _numbers("--heads", heads)}
-    if mediate or propagate:
-        assert run is not None
-        found, summary = _traced(run, mediate, component, model, dtype, device, batch)
+    request = Request.of(locals())
+    if request.kind == "ablation":
+        found = _ablated(request)
+    elif request.kind == "--patch":
+        found = _patched(request)
     else:
-        loaded = load(model or "starter", dtype, device)
-        from interp_steer.prompt_file import read_items
-
-        assert prompts is not None
-        items = read_items(prompts, as_chat=loaded.is_chat and not text)
-        with progress("ablating", 1.0) as report:
-            shared: dict[str, Any] = {**numbers, "batch": batch, "report": report}
-            if patch:
-                from interp_steer.tracing import patch as patched
-
-                made: Any = patched(loaded, items, component or ["resid_pre"], **shared)
-            else:
-                from interp_steer.ablation import ablate as ablated
-
-                vector = _vector(direction)
-                made = ablated(
-                    loaded, items, component or ["attn_out", "mlp_out"], method or ["zero"],
-                    span=span, width=width, vector=vector, scores=score, words=word or [],
-                    first=first, **shared,
-                )  # fmt: skip
-        found, summary = made.table, made.summary()
-    _write(found, summary, out, plot, as_json)
+        found = _traced(request)
+    _write(found, request)
 
 
-def _traced(
-    folder: Path,
-    mediate: bool,
-    component: list[str] | None,
-    name: str | None,
-    dtype: str | None,
-    device: str | None,
-    batch: int | None,
-) -> "tuple[pd.DataFrame, pd.DataFrame]":
-    """The chosen steering of a run on the prompts that prove: rows, and their summary."""
-    from interp_steer.cell import SETTING
+@dataclass
+class _Found:
+    """What is printed, written and drawn."""
+
+    table: "pd.DataFrame"
+    summary: "pd.DataFrame"
+    title: str = ""
+    notes: Sequence[str] = ()
+    draw: "Callable[[], Figure] | None" = None
+    largest_first: bool = False
+
+
+def _model(request: Request, name: str, dtype: str | None, revision: str | None) -> "SteeringModel":
+    given = request.given
+    return load(
+        given.get("model", name), given.get("dtype", dtype), given.get("device"),
+        None if "model" in given else revision,
+    )  # fmt: skip
+
+
+def _ablated(request: Request) -> _Found:
+    from interp_steer import ablation
+    from interp_steer.prompt_file import read_items
+
+    given = request.given
+    model = _model(request, "starter", None, None)
+    items = read_items(given["prompts"], as_chat=model.is_chat and "text" not in given)
+    some = {name: given[name] for name in ("span", "width", "first", "answer", "batch")
+            if name in given}  # fmt: skip
+    with progress("ablating", 1.0) as report:
+        made = ablation.ablate(
+            model, items, request.many("component", ablation.COMPONENTS_OF_A_BLOCK),
+            request.many("method", ["zero"]), vector=request.vector, scores=given.get("score"),
+            words=request.many("word"), layers=request.layers, heads=request.heads,
+            report=report, **some,
+        )  # fmt: skip
+    summary = made.summary()
+
+    def draw() -> "Figure":
+        from interp_steer import plots
+
+        return plots.profile(summary)
+
+    return _Found(made.table, summary, draw=draw)
+
+
+def _patched(request: Request) -> _Found:
+    from interp_steer import patching
+    from interp_steer.prompt_file import read_items
+
+    given = request.given
+    model = _model(request, "starter", None, None)
+    items = read_items(given["prompts"], as_chat=model.is_chat and "text" not in given)
+    with progress("patching", 1.0) as report:
+        made = patching.patch(
+            model, items, request.many("component", ["resid_pre"]), positions=request.positions,
+            layers=request.layers, heads=request.heads, batch=given.get("batch"), report=report,
+        )  # fmt: skip
+    summary = made.summary()
+
+    def draw() -> "Figure":
+        from interp_steer import patching_plot
+
+        return patching_plot.patching(summary, made.table)
+
+    title = _effect(summary, made.table, "corrupt", "clean", "share of it brought back")
+    return _Found(made.table, summary, title, _doubts(made.warning), draw, largest_first=True)
+
+
+def _traced(request: Request) -> _Found:
+    """The chosen steering of a run on the prompts that prove."""
+    from interp_steer.chosen import check_model, setting_of
     from interp_steer.runs import Run
     from interp_steer.study_file import StudyFile
 
-    done = Run(folder)
-    chosen = done.findings().chosen
-    if chosen is None:
-        raise RequestError(f"{folder} has no chosen cell: its study chose none, or is not done")
+    folder = Path(request.given["run"])
+    run = Run(folder)
+    setting = setting_of(run)
     read = StudyFile.read(folder / "study.yaml")
-    loaded: SteeringModel = load(
-        name or str(read.model["model"]), dtype or read.model["dtype"], device
-    )
-    from interp_steer import tracing
+    of = {**run.manifest, **read.model}
+    model = _model(request, str(of["model"]), of.get("dtype"), of.get("revision"))
+    if not {"model", "dtype"} & set(request.given):
+        check_model(run, model)
+    from interp_steer import patching_plot, tracing
 
-    study = read.study(loaded).bound(loaded)
-    setting = tuple(chosen[part] for part in SETTING)
-    steer = study.cell(setting, study.scale(loaded)).steer  # type: ignore[arg-type]
+    study = read.study(model).bound(model)
+    cell = study.cell(setting, study.scale(model), "chosen")
     items = list(study.prove)
-    if not mediate:
+    if request.kind == "--propagate":
         with progress("tracing", len(items)) as report:
-            found = tracing.propagation(loaded, items, steer, report=report)
-        summary = found.summary("last_relative")
-        risen = found.risen[found.risen["rank"] <= 3].groupby("layer")["token"].apply(" ".join)
-        return found.table, summary.assign(rises=summary["layer"].map(risen))
-    pairs = all(item.positive is not None for item in items)
-    score = "logit_difference" if pairs else "words" if study.concept else "kl_last"
+            batch = {"batch": request.given["batch"]} if "batch" in request.given else {}
+            moved = tracing.propagation(model, items, cell.steer, report=report, **batch)
+        summary = moved.summary("last_relative")
+        risen = moved.risen[moved.risen["rank"] <= 3].groupby("layer")["token"].apply(" ".join)
+        summary = summary.assign(rises=summary["layer"].map(risen))
+        title = f"{cell}\nlast_relative: {patching_plot.MOVED['last_relative']}"
+        return _Found(moved.table, summary, title, (), lambda: patching_plot.propagation(summary))
+    words = request.many("word", study.concept)
+    pairs = all(item.positive is not None and item.negative is not None for item in items)
+    default = "logit_difference" if pairs else "words" if words else "kl_last"
+    score = request.many("score", [default])[0]
+    some = {name: request.given[name] for name in ("answer", "batch") if name in request.given}
     with progress("restoring each part", 1.0) as report:
         made = tracing.mediation(
-            loaded, items, steer, score, words=list(study.concept),
-            components=component or ["attn_out", "mlp_out"], batch=batch, report=report,
+            model, items, cell.steer, score, words=words, heads=request.heads,
+            components=request.many("component", ["attn_out", "mlp_out"]), report=report, **some,
         )  # fmt: skip
-    return made.table, made.summary()
+    summary = made.summary()
+    title = _effect(summary, made.table, "unsteered", "steered", "share of it that goes")
+    return _Found(
+        made.table, summary, f"{cell}\n{title}", _doubts(made.warning),
+        lambda: patching_plot.mediation(summary),
+    )  # fmt: skip
 
 
-def _vector(name: str | None) -> Any:
-    if name is None:
-        return None
-    from interp_steer.direction import Directions
-    from interp_steer.errors import nearest
-
-    known = Directions([])
-    try:
-        return known[name]
-    except KeyError:
-        raise RequestError(f"no direction {name!r}{nearest(name, known)}") from None
+def _doubts(warning: str | None) -> list[str]:
+    return [f"warning: {warning}"] if warning else []
 
 
-def _numbers(option: str, text: str | None) -> list[int] | None:
-    """`3,7,12-20` as numbers."""
-    if text is None:
-        return None
-    found: list[int] = []
-    for part in text.split(","):
-        bounds = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)
-        low, high = map(int, (bounds[1], bounds[2] or bounds[1])) if bounds else (1, 0)
-        if high < low:
-            raise RequestError(f"{option} is {text!r}, expected such as 3,7,12-20")
-        found += range(low, high + 1)
-    return found
+def _effect(
+    summary: "pd.DataFrame", table: "pd.DataFrame", before: str, after: str, estimate: str
+) -> str:
+    """What the shares are of: the score, before and after, and the effect with its interval."""
+    items = table.drop_duplicates("item")
+    row = max(summary.to_dict("records"), key=lambda one: int(one["n"]))
+    low, high = row["effect_low"], row["effect_high"]
+    span = f" [{low:+.3g}, {high:+.3g}]" if low == low else ""
+    return (
+        f"{row['score']}: {before} {items[before].mean():.3f} -> "
+        f"{after} {items[after].mean():.3f}, effect {row['effect']:+.3g}{span} on {row['n']} "
+        f"prompts; estimate: {estimate}"
+    )
 
 
-def _write(
-    found: "pd.DataFrame",
-    summary: "pd.DataFrame",
-    out: Path | None,
-    plot: Path | None,
-    as_json: bool,
-) -> None:
+def _write(found: _Found, request: Request) -> None:
+    """Prints, then writes the rows, then draws: what fails later takes nothing away."""
     from interp_steer.files import whole
 
+    out, plot, summary = request.given.get("out"), request.given.get("plot"), found.summary
+    notes = list(found.notes)
+    if "as_json" in request.given:
+        print(json.dumps(json.loads(summary.to_json(orient="records")), indent=1))
+    else:
+        _show(found, notes)
+    for note in notes:
+        print(safe(note), file=sys.stderr)
+    sys.stdout.flush()
+    wrote = []
     if out:
         with whole(out) as part:
             if out.suffix == ".csv":
-                found.to_csv(part, index=False)
+                found.table.to_csv(part, index=False)
             else:
-                found.to_parquet(part, index=False)
-    if plot:
+                found.table.to_parquet(part, index=False)
+        wrote.append(out)
+    if plot and found.draw:
         from interp_steer import plots
 
-        plots.save(plots.profile(summary), plot)
-    if as_json:
-        print(json.dumps(json.loads(summary.to_json(orient="records")), indent=1))
-        return
-    dull = [c for c in summary if summary[c].isna().all()]
-    # what is the same in every line says nothing
-    dull += [c for c in ("missing", "interval") if summary[c].nunique() == 1]
-    shown = summary.drop(columns=dull)
-    print(safe(shown.head(SHOWN).round(4).to_string(index=False)))
-    if len(shown) > SHOWN:
-        print(f"... and {len(shown) - SHOWN} more; --out FILE.csv has every row, --json this table")
-    for path in filter(None, (out, plot)):
-        print(f"wrote {path}")
+        try:
+            wrote.append(plots.save(found.draw(), plot))
+        except Exception as error:  # whatever it is, the numbers are there
+            raise RunError(f"the table is complete, {plot} could not be drawn: {error}") from error
+    if "as_json" not in request.given:
+        for path in wrote:
+            print(f"wrote {path}")
+
+
+def _show(found: _Found, notes: list[str]) -> None:
+    """The table without columns that say nothing, and why it has no intervals, if so."""
+    if found.title:
+        print(safe(found.title))
+    shown, more = found.summary.head(SHOWN), len(found.summary) - SHOWN
+    if more > 0 and found.largest_first:
+        order = found.summary["estimate"].abs().sort_values(ascending=False, kind="stable").index
+        shown = found.summary.loc[order].head(SHOWN)
+    dull = [c for c in shown if shown[c].isna().all()]
+    # what is the same in every line says nothing; the effect stands above
+    dull += [c for c in ("missing", "interval") if c in shown and shown[c].nunique() == 1]
+    dull += [c for c in ("effect", "effect_low", "effect_high") if c in shown]
+    if "low" in dull and "interval" in dull:
+        notes.append(f"no intervals: {shown['interval'].iloc[0]}")
+    shown = shown.drop(columns=dict.fromkeys(dull))
+    print(safe(shown.to_string(index=False, float_format="{:.4g}".format)))
+    if more > 0:
+        print(f"... and {more} more; --out FILE.csv has every row, --json this table")

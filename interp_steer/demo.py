@@ -227,7 +227,8 @@ def _question(judged: Judged) -> str:
 
 def _measured(label: str, judged: Judged) -> str:
     tokens, words = len(judged.result.token_ids), ", ".join(judged.concept) or "-"
-    return f"  {label:<32}{tokens:>7}{judged.rep3 or 0:>7.2f}{judged.surprise or 0:>10.2f}  {words}"
+    rep3, nats = ("-" if v is None else f"{v:.2f}" for v in (judged.rep3, judged.surprise))
+    return f"  {label:<32}{tokens:>7}{rep3:>7}{nats:>10}  {words}"
 
 
 def _shown(label: str, judged: Judged) -> str:

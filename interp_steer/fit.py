@@ -12,6 +12,7 @@ from interp_steer.errors import RequestError
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import Encoded
 from interp_steer.sae import Sae
+from interp_steer.shares import NO_EFFECT
 
 # A token whose norm is more than so many medians is an attention sink, wherever it stands (massive
 # activations: Sun et al. 2024, arXiv 2402.17762). Its square alone outweighs thousands of tokens
@@ -39,8 +40,8 @@ class Fit:
         silent: share of latents that were 0 at every token.
         ce, ce_spliced, ce_ablated: cross-entropy of the next token in nats: of the model, with x^
             in place of x, with 0 in place of x (the first position kept); None if not asked for.
-        ce_score: (ablated - spliced) / (ablated - model); None where ablation does no harm, as the
-            score would mean nothing.
+        ce_score: (ablated - spliced) / (ablated - model); None where ablation does no harm beyond
+            rounding, as the score would mean nothing.
         best_scale: the factor on activations that gives the best explained variance; far from 1
             the SAE was loaded with a wrong scale.
         warnings: what a reader of the other numbers should know.
@@ -85,6 +86,11 @@ class _Variance:
     @property
     def explained(self) -> float:
         total = self._square - (self._sum.square().sum() / self.tokens).item()
+        if total <= 1e-9 * self._square:
+            raise RequestError(
+                f"{self.tokens} tokens were read and their activations do not differ: there is no "
+                "variance to explain; give more text"
+            )
         return 1 - self._error / total
 
 
@@ -192,9 +198,7 @@ def check(
     losses = _losses(own, model, encoded[:loss_texts], len(encoded), report)
     scale = _best_scale(own, torch.cat(sample))
     ce, spliced, ablated = losses or (None, None, None)
-    score = None
-    if ce is not None and spliced is not None and ablated is not None and ablated > ce:
-        score = (ablated - spliced) / (ablated - ce)
+    score = _ce_score(*losses) if losses else None
     return Fit(
         mine.tokens,
         mine.texts,
@@ -206,6 +210,10 @@ def check(
         best_scale=scale,
         warnings=tuple(_warnings(sae, model, numbers, scale, losses is not None and score is None)),
     )
+
+
+def _ce_score(ce: float, spliced: float, ablated: float) -> float | None:
+    return (ablated - spliced) / (ablated - ce) if ablated - ce >= NO_EFFECT else None
 
 
 def _warnings(

@@ -132,6 +132,7 @@ def profile(
     metrics: Sequence[str] = (),
     chosen: Record | None = None,
     most: int = 8,
+    label: str = "",
 ) -> "Figure":
     """A metric against the layer, with bands; a panel a metric, a line for each setting.
 
@@ -142,11 +143,12 @@ def profile(
         chosen: the setting of a grid's chosen cell: says which strength, and is ringed. Default the
             strength with the largest effect.
         most: lines, those with the largest effects; the figure says if there were more.
+        label: what the numbers are, where they are no changes.
 
     Raises:
         RequestError: a column is missing, or a layer has several rows.
     """
-    is_grid = "effect" in table
+    is_grid = "effect" in table and "estimate" not in table
     value, panel = ("effect", "metric") if is_grid else ("estimate", "score")
     if missing := [name for name in ("layer", value, panel) if name not in table]:
         raise RequestError(f"a layer profile needs a column {missing[0]}")
@@ -184,9 +186,9 @@ def profile(
         {m: [drawn(k, some.get(k, [])) for k in heights if k in largest]
          for m, some in panels.items()},
         "first layer of the span" if spans else "layer",
-        {metric: f"{of} {axis_name(metric)}" for metric in panels},
+        {metric: label or f"{of} {axis_name(metric)}" for metric in panels},
         dict.fromkeys(panels, title),
-        zero="unsteered" if is_grid else "no change",
+        zero="unsteered" if is_grid else "none" if label else "no change",
     )  # fmt: skip
     more = len(heights) - len(largest)
     _say(figure, [f"{more} lines with smaller effects left out"] if more else [])

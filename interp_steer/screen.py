@@ -16,6 +16,7 @@ from interp_steer.console import Report
 from interp_steer.contexts import Context
 from interp_steer.direction import Direction
 from interp_steer.engine import Engine
+from interp_steer.errors import RequestError
 from interp_steer.intervention import Intervention, Scope
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import Prompt
@@ -91,12 +92,18 @@ def screen(
         density: share of tokens on which each fires.
 
     Raises:
-        RequestError: a feature that the SAE does not have, or an SAE that does not fit the model.
+        RequestError: a feature that the SAE does not have, an SAE that does not fit the model, or a
+            prompt at whose last token no latent is active, so that there is nothing to raise by.
     """
     features = [sae.index(i) for i in features]
     engine = Engine(model)
     (_, latents), *_ = sae.over(model, [model.encode(prompt)])
     lift = RAISE * latents[-1].max().item()
+    if lift <= 0:
+        raise RequestError(
+            f"no latent is active at the last token of {str(prompt)[:60]!r}: {RAISE:g} times its "
+            "largest activation raises nothing; give another prompt"
+        )
     plain = engine.score([Row(prompt)], [()], last_logits=True)[0].last_logits
     assert plain is not None
     before = _confidence(plain[None])[0].item()

@@ -64,9 +64,10 @@ class Propagation:
     def summary(
         self, column: str = "last_relative", level: float = 0.95, seed: int = 0
     ) -> pd.DataFrame:
-        """The mean of a column at every layer with its interval over prompts."""
+        """The mean of a column, named by `score`, at every layer with its interval over prompts."""
         check_names("column", [column], [str(name) for name in self.table.columns[2:]])
-        return summarised(self.table, ["layer"], column, level, seed)
+        named = self.table.assign(score=column)
+        return summarised(named, ["layer", "score"], column, level, seed)
 
 
 class _Apart:

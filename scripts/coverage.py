@@ -32,6 +32,7 @@ from interp_steer.intervals import (
     rate,
     rate_by_unit,
 )
+from interp_steer.shares import ratio
 
 BAR = (0.93, 0.97)
 SEEDS = 5
@@ -220,6 +221,37 @@ def differences(simulations: int) -> Iterator[Measured]:
 
 
 # %% [markdown]
+# ## Shares of an effect: ratios of means, numerator and denominator of one prompt paired
+
+
+# %%
+def ratios(simulations: int) -> Iterator[Measured]:
+    def shifted(law: np.ndarray, share: float, noise: float) -> tuple[np.ndarray, np.ndarray]:
+        return share * law + noise * draw.normal(size=len(law)), law
+
+    def of_each(effect: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return draw.beta(2, 2, len(effect)) * effect, effect
+
+    laws: dict[str, tuple[Callable[[int], tuple[np.ndarray, np.ndarray]], float]] = {
+        "normal effect, cv 0.5": (lambda n: shifted(1 + draw.normal(size=n) / 2, 0.3, 0.3), 0.3),
+        "normal effect, cv 2": (lambda n: shifted(1 + 2 * draw.normal(size=n), 0.3, 0.3), 0.3),
+        "lognormal(0.5) effect": (lambda n: shifted(draw.lognormal(0, 0.5, n), 0.3, 0.3), 0.3),
+        "lognormal(1) effect": (lambda n: shifted(draw.lognormal(0, 1, n), 0.3, 0.3), 0.3),
+        "exponential, share beta(2, 2)": (lambda n: of_each(draw.exponential(size=n)), 0.5),
+        "t(3) effect": (lambda n: shifted(1.5 + draw.standard_t(3, n), 0.4, 0.5), 0.4),
+    }
+    for n in (20, 50):
+        for law, (sample, truth) in laws.items():
+
+            def once(n: int = n, sample: Callable = sample) -> tuple[Interval, np.ndarray]:
+                part, whole = sample(n)
+                r = part.mean() / whole.mean()
+                return ratio(part, whole), r + (part - r * whole) / whole.mean()  # linear in r
+
+            yield measure("ratio of means", law, n, simulations, truth, once)
+
+
+# %% [markdown]
 # ## Many cells over the same prompts (correlation 0.5 between cells)
 
 
@@ -299,7 +331,7 @@ if __name__ == "__main__":
             "| what | law | n | covers % | truth below / above | untold % | width | percentile % |"
         )
         print("|---|---|---|---|---|---|---|---|")
-    for block in (means, rates, seeds, differences, simultaneous, sets):
+    for block in (means, rates, seeds, differences, ratios, simultaneous, sets):
         for line in block(given.simulations):
             inside = bool(BAR[0] <= line.covers and (line.covers <= BAR[1] or block is sets))
             if given.json:

@@ -105,10 +105,10 @@ def main() -> None:
         nats = [s for s in surprises[part] if s is not None]
         loops = [v for r in answers if (v := rep3(r.token_ids)) is not None]
         length = sum(len(r.token_ids) for r in answers) / len(answers)
+        surprised, looped = (f"{sum(v) / len(v):.2f}" if v else "-" for v in (nats, loops))
         print(
             f"{name:<26}{len(answers):>5}{sum(explicit) / len(explicit):>10.2f}"
-            f"{sum(nats) / max(1, len(nats)):>10.2f}{sum(loops) / max(1, len(loops)):>8.2f}"
-            f"{length:>8.0f}"
+            f"{surprised:>10}{looped:>8}{length:>8.0f}"
         )
     with whole(Path(told.out)) as part_file:
         part_file.write_text(json.dumps([record(r, scale) for r in results], indent=1))

@@ -5,7 +5,7 @@ import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
 
 from interp_steer import RequestError, chat
-from interp_steer.fit import Tally, check
+from interp_steer.fit import Tally, _ce_score, check
 from interp_steer.prompt import Encoded
 from interp_steer.sae import Sae
 from tests.conftest import hf_streams
@@ -107,6 +107,25 @@ def test_cross_entropies_are_hugging_faces(tiny, encoded, tmp_path):
         assert fit.ce_score == pytest.approx(expected)
     else:
         assert fit.ce_score is None and any("no CE-loss score" in w for w in fit.warnings)
+
+
+@pytest.mark.parametrize(
+    ("losses", "score"),
+    [
+        ((1.0, 1.5, 3.0), 0.75),
+        ((1.0, 1.5, 1.0), None),
+        ((1.0, 1.5, 0.9), None),
+        ((1.0, 1.5, 1.0 + 1e-6), None),  # by rounding alone it would be -500,000
+    ],
+)
+def test_the_ce_score_is_a_share_of_a_harm_that_is_there(losses, score):
+    assert _ce_score(*losses) == score
+
+
+def test_one_token_has_no_variance_to_explain(tiny, tmp_path):
+    sae = identity(tmp_path / "same")
+    with pytest.raises(RequestError, match="1 tokens were read .* no variance to explain"):
+        check(sae, tiny, [Encoded((0, 5), (True, True))], loss_texts=0)
 
 
 def test_the_first_position_does_not_count(tiny, encoded, tmp_path):

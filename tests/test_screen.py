@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from interp_steer.contexts import Context
+from interp_steer.errors import RequestError
 from interp_steer.sae import Sae
 from interp_steer.screen import PROMPT, TOKENS, promoted, screen
 from tests.conftest import hf_streams
+from tests.test_fit import identity
 from tests.test_sae import LAYER, saved
 
 
@@ -71,6 +73,12 @@ def test_output_score_and_confidence(tiny, sae, batch, lift, monkeypatch):
         assert one.confidence == pytest.approx(spread[0] - spread[1], abs=1e-3)
         assert one.norm == pytest.approx(sae.rows(torch.tensor(one.index)).norm().item(), rel=1e-5)
     assert lift == 10 or max(best) > 1
+
+
+def test_a_prompt_on_which_nothing_is_active_is_refused(tiny, tmp_path):
+    """Ten times nothing raises nothing: every feature would get the plain prompt's scores."""
+    with pytest.raises(RequestError, match="no latent is active at the last token of 'From my"):
+        screen(identity(tmp_path / "deaf", threshold=1e6), tiny, [3])
 
 
 def test_input_score_is_a_share_of_contexts(tiny, sae):

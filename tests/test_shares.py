@@ -42,7 +42,8 @@ def test_a_share_is_a_ratio_of_means_not_a_mean_of_ratios():
     summary = found.summary()
     assert list(summary["layer"]) == [22, 20, 29]  # by means of ratios it is 29 first
     # (0.005 + 1.1 + 1.8 + 2.5 + 3.15 + 1.449) / 10.01, and (0.226 - 0.92 - ... - 0.96) / 10.01
-    assert list(summary["estimate"]) == pytest.approx([10.004 / 10.01, 5.409 / 10.01, -2.634 / 10.01])
+    expected = [10.004 / 10.01, 5.409 / 10.01, -2.634 / 10.01]
+    assert list(summary["estimate"]) == pytest.approx(expected)
     assert list(summary["effect"]) == pytest.approx([10.01 / 6] * 3)
     assert summary["low"].isna().all() and set(summary["interval"]) == {"fewer than 10 prompts"}
     assert set(summary["score"]) == {"words"} and (summary["n"] == 6).all()

@@ -297,7 +297,7 @@ def test_words_are_read_over_the_answer(tiny):
             greedy = prompt + ids_of(tiny, given.continuation)
         assert len(greedy) > len(prompt) + 2 and not {1, 3} & set(greedy)
 
-        def value(logprobs, start=len(prompt) - 1):
+        def value(logprobs, start=len(prompt) - 1):  # noqa: B008
             return logprobs[start:, wanted].exp().sum(-1).mean().log().item()
 
         cache, plain = activations(tiny, greedy), run(tiny, greedy)[1]
