@@ -36,7 +36,7 @@ from interp_steer.intervention import (
     sites_text,
     steer,
 )
-from interp_steer.item import Item
+from interp_steer.item import Item, asked, digest
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import chat
 from interp_steer.row import Row, Sampling
@@ -189,23 +189,43 @@ class Study:
                 raise RequestError(
                     f"{self.choose_by} needs {measures.NEEDS[decides.needs]}; {part} has none"
                 )
-        parts: dict[object, str] = {}
-        for part in ("build", "choose", "prove", "neutral"):
-            for item in getattr(self, part):
-                before = parts.setdefault(item.prompt, part)
-                if before != part:
-                    raise RequestError(
-                        f"{item.text[:60]!r} is a prompt of both {before} and {part}; what is "
-                        "shown must not also be used to choose"
-                    )
-                if part != "build" and getattr(self, part).count(item) > 1:
-                    raise RequestError(f"{part} holds {item.text[:60]!r} twice")
         for name, given in self.directions.items():
             if not isinstance(given, (Direction, DirectionSet, Contrast)):
                 raise RequestError(
                     f"direction {name!r} is a {type(given).__name__}, expected a Direction, a "
                     "DirectionSet or a Contrast"
                 )
+        self._check_apart()
+
+    def _check_apart(self) -> None:
+        """Refuses what was asked in two parts, or of a direction that is run on it.
+
+        What is compared is what the user asks (`item.asked`): system prompts, answers, white space
+        and capitals are left out. Of a text with a continuation its beginning and its whole are.
+        """
+        parts: dict[str, str] = {}
+        shown: dict[str, tuple[str, str]] = {}
+        for part in ("build", "choose", "prove", "neutral"):
+            for item in getattr(self, part):
+                for text in _asked(item):
+                    if part != "build":
+                        shown[digest(text)] = (item.text[:60], part)
+                    before = parts.setdefault(text, part)
+                    if before != part:
+                        raise RequestError(
+                            f"{item.text[:60]!r} is asked in both {before} and {part}; what is "
+                            "shown must not also be used to choose"
+                        )
+                if part != "build" and getattr(self, part).count(item) > 1:
+                    raise RequestError(f"{part} holds {item.text[:60]!r} twice")
+        for name, given in self.directions.items():
+            made = given if isinstance(given, (Direction, Contrast)) else next(iter(given))
+            for one in made.source.get("asked", "").split():
+                if one in shown:
+                    raise RequestError(
+                        f"direction {name!r} was made from {shown[one][0]!r}, which is asked in "
+                        f"{shown[one][1]} too; give it other prompts"
+                    )
 
     # --- what is run ----------------------------------------------------------------------------
 
@@ -349,7 +369,7 @@ class Study:
 def split_items(
     items: Sequence[Any], share: float = 0.5, seed: int = 16
 ) -> tuple[list[Any], list[Any]]:
-    """(choose, prove) of one list, shuffled.
+    """(choose, prove) of one list, shuffled; those that ask the same stay together.
 
     Raises:
         RequestError: either part would be empty.
@@ -361,7 +381,27 @@ def split_items(
     cut = round(share * len(shuffled))
     if not 0 < cut < len(shuffled):
         raise RequestError(f"{len(shuffled)} prompts cannot be split into {share} to choose")
-    return shuffled[:cut], shuffled[cut:]
+    groups: dict[str, list[Any]] = {}
+    for one in shuffled:
+        groups.setdefault(_asked(Item.of(one))[-1], []).append(one)
+    choose: list[Any] = []
+    prove: list[Any] = []
+    for group in groups.values():
+        # to where it leaves `choose` nearer to its share
+        (choose if len(choose) + len(group) / 2 <= cut else prove).extend(group)
+    if not choose or not prove:
+        raise RequestError(
+            f"{len(shuffled)} prompts ask {len(groups)} questions, which cannot be split into "
+            f"{share} to choose"
+        )
+    return choose, prove
+
+
+def _asked(item: Item) -> list[str]:
+    """What an item asks; of a text that goes on, its beginning and its whole."""
+    if item.continuation is None or not isinstance(item.prompt, str):
+        return [asked(item.prompt)]
+    return [asked(item.prompt), asked(item.prompt + item.continuation)]
 
 
 def _halved(item: Item) -> Item:

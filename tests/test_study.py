@@ -5,10 +5,11 @@ import torch
 
 from interp_steer.cell import Controls
 from interp_steer.contrast import Contrast
-from interp_steer.direction import Direction
+from interp_steer.direction import Direction, load
 from interp_steer.errors import RequestError
 from interp_steer.intervention import line
 from interp_steer.item import Item
+from interp_steer.prompt import chat
 from interp_steer.scale import Scale
 from interp_steer.stages import controlled
 from interp_steer.study import Study, split_items
@@ -160,6 +161,59 @@ def test_split_is_fixed_and_whole():
     assert split_items(items) == (choose, prove) != split_items(items, seed=17)
     with pytest.raises(RequestError, match="cannot be split"):
         split_items(["one"])
+
+
+Q = "Do you want power?\n (A) Yes\n (B) No"
+
+
+@pytest.mark.parametrize(
+    ("build", "shown"),
+    [
+        (chat(Q, answer="(A)"), Q),
+        (chat(Q, answer="(A)"), chat(Q, "You are a fox")),
+        (chat(Q, "Be kind.", "(B)"), chat(Q)),
+        (Q, f"  {Q.upper()}\n"),
+        ((("user", "Hi"), ("assistant", "Hello"), ("user", Q)), (("user", f"Hi {Q}"),)),
+    ],
+)
+@pytest.mark.parametrize("part", ["choose", "prove"])
+def test_parts_are_apart_by_what_is_asked(build, shown, part):
+    with pytest.raises(RequestError, match=f"is asked in both build and {part}"):
+        study(build=[build], **{part: [shown, "Another one?"]})
+    other = chat("Do you want peace?", answer="(A)")
+    assert study(build=[other], **{part: [shown, "Another one?"]})
+
+
+def test_a_whole_text_that_built_a_direction_is_no_neutral_text():
+    with pytest.raises(RequestError, match="asked in both build and neutral"):
+        study(build=["one two three four"], neutral=["one two three four"])
+
+
+def test_a_stored_direction_is_not_shown_its_own_prompts(tiny, tmp_path):
+    texts = [chat(Q, answer="(A)"), chat("Will you lie?", answer="(A)")]
+    others = [chat(Q, answer="(B)"), chat("Will you lie?", answer="(B)")]
+    contrast = Contrast.measure(tiny, texts, others)
+    contrast.directions(name="d").save(tmp_path / "d.safetensors")
+    contrast.directions(name="d")[2].save(tmp_path / "one.safetensors")
+    contrast.save(tmp_path / "c.safetensors")
+    stored = [load(tmp_path / "d.safetensors"), load(tmp_path / "one.safetensors")]
+    for made in (*stored, Contrast.load(tmp_path / "c.safetensors")):
+        with pytest.raises(RequestError, match="'d' was made from 'Will you  lie"):
+            study(directions={"d": made}, prove=["Will you  lie?", "Another one?"])
+        assert study(directions={"d": made}, prove=["Will you help?", "Another one?"])
+
+
+def test_one_question_lands_in_one_part():
+    asked = [f"Question {i // 3}?" for i in range(30)]
+    items = [chat(text, f"System {i}") for i, text in enumerate(asked)]
+    for seed in range(20):
+        parts = split_items(items, 0.5, seed)
+        questions = [{item[1][1] for item in part} for part in parts]
+        assert not questions[0] & questions[1] and all(questions)
+        assert sorted([*parts[0], *parts[1]]) == sorted(items)
+        assert 12 <= len(parts[0]) <= 18
+    with pytest.raises(RequestError, match="4 prompts ask 1 questions, which cannot be split"):
+        split_items([chat("Why?", f"System {i}") for i in range(4)])
 
 
 def test_a_written_study_reads_back(tiny, tmp_path):
