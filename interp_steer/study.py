@@ -36,8 +36,9 @@ from interp_steer.intervention import (
     sites_text,
     steer,
 )
-from interp_steer.item import Item, asked, digest
+from interp_steer.item import Item
 from interp_steer.model import SteeringModel
+from interp_steer.parts import PARTS, check_apart
 from interp_steer.prompt import chat
 from interp_steer.row import Row, Sampling
 from interp_steer.scale import Scale
@@ -62,7 +63,7 @@ class Study:
             shuffled-label controls with it.
         sites: a layer, or sites as text such as "14-16", which are steered together; "each 10-20"
             stands for a cell a layer.
-        coefficients: numbers, or text with a unit: "0.4 dose", "2 max".
+        coefficients: numbers, or text with a unit: "0.4 dose", "2 max", "2 raw".
         operators, scopes, seeds: as in an intervention and a row.
         lines: whole lines of interventions, each a cell of its own.
         metrics: names, see `metrics.METRICS`.
@@ -195,37 +196,7 @@ class Study:
                     f"direction {name!r} is a {type(given).__name__}, expected a Direction, a "
                     "DirectionSet or a Contrast"
                 )
-        self._check_apart()
-
-    def _check_apart(self) -> None:
-        """Refuses what was asked in two parts, or of a direction that is run on it.
-
-        What is compared is what the user asks (`item.asked`): system prompts, answers, white space
-        and capitals are left out. Of a text with a continuation its beginning and its whole are.
-        """
-        parts: dict[str, str] = {}
-        shown: dict[str, tuple[str, str]] = {}
-        for part in ("build", "choose", "prove", "neutral"):
-            for item in getattr(self, part):
-                for text in _asked(item):
-                    if part != "build":
-                        shown[digest(text)] = (item.text[:60], part)
-                    before = parts.setdefault(text, part)
-                    if before != part:
-                        raise RequestError(
-                            f"{item.text[:60]!r} is asked in both {before} and {part}; what is "
-                            "shown must not also be used to choose"
-                        )
-                if part != "build" and getattr(self, part).count(item) > 1:
-                    raise RequestError(f"{part} holds {item.text[:60]!r} twice")
-        for name, given in self.directions.items():
-            made = given if isinstance(given, (Direction, Contrast)) else next(iter(given))
-            for one in made.source.get("asked", "").split():
-                if one in shown:
-                    raise RequestError(
-                        f"direction {name!r} was made from {shown[one][0]!r}, which is asked in "
-                        f"{shown[one][1]} too; give it other prompts"
-                    )
+        check_apart({name: getattr(self, name) for name in PARTS}, self.directions)
 
     # --- what is run ----------------------------------------------------------------------------
 
@@ -302,15 +273,21 @@ class Study:
         null: int | None = None,
     ) -> Cell:
         """The cell of a setting, with its own directions or with others in their place."""
-        name, operator, site, level, scope = setting
         known = vectors or self.vectors
-        if not operator:
-            steps = tuple(
-                _with(one, lambda v: known.get(v.name, v)) for one in parse(name, self.vectors)
-            )
-        else:
-            steps = (steer(operator, known[name], coefficient=level or 0.0, at=site, on=scope),)
+        steps: list[Intervention] = []
+        for one in self.steps(setting):
+            # a multiple of the direction's own length stays that length under another direction
+            own = one.resolve(scale) if one.unit == "raw" else (one,)
+            steps += [_with(part, lambda v: known.get(v.name, v)) for part in own]
         return Cell(role, *setting, resolve(steps, scale), null)
+
+    def steps(self, setting: Setting) -> tuple[Intervention, ...]:
+        """The interventions of a setting as they are declared."""
+        name, operator, site, level, scope = setting
+        if not operator:
+            return parse(name, self.vectors)
+        vector = self.vectors[name]
+        return (steer(operator, vector, coefficient=level or 0.0, at=site, on=scope),)
 
     def grid(self, scale: Scale) -> list[Cell]:
         """Every cell of the grid."""
@@ -364,44 +341,6 @@ class Study:
         from interp_steer.execution import run
 
         return run(self, model, folder, **options)
-
-
-def split_items(
-    items: Sequence[Any], share: float = 0.5, seed: int = 16
-) -> tuple[list[Any], list[Any]]:
-    """(choose, prove) of one list, shuffled; those that ask the same stay together.
-
-    Raises:
-        RequestError: either part would be empty.
-    """
-    import random
-
-    shuffled = list(items)
-    random.Random(seed).shuffle(shuffled)
-    cut = round(share * len(shuffled))
-    if not 0 < cut < len(shuffled):
-        raise RequestError(f"{len(shuffled)} prompts cannot be split into {share} to choose")
-    groups: dict[str, list[Any]] = {}
-    for one in shuffled:
-        groups.setdefault(_asked(Item.of(one))[-1], []).append(one)
-    choose: list[Any] = []
-    prove: list[Any] = []
-    for group in groups.values():
-        # to where it leaves `choose` nearer to its share
-        (choose if len(choose) + len(group) / 2 <= cut else prove).extend(group)
-    if not choose or not prove:
-        raise RequestError(
-            f"{len(shuffled)} prompts ask {len(groups)} questions, which cannot be split into "
-            f"{share} to choose"
-        )
-    return choose, prove
-
-
-def _asked(item: Item) -> list[str]:
-    """What an item asks; of a text that goes on, its beginning and its whole."""
-    if item.continuation is None or not isinstance(item.prompt, str):
-        return [asked(item.prompt)]
-    return [asked(item.prompt), asked(item.prompt + item.continuation)]
 
 
 def _halved(item: Item) -> Item:
