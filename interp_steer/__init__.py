@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from interp_steer.item import Item
     from interp_steer.metrics import Measured, metric, rep3, surprise
     from interp_steer.model import SteeringModel
+    from interp_steer.parts import split_items
     from interp_steer.prompt import Encoded, chat
     from interp_steer.prompt_file import PromptFile, read_items, read_prompts
     from interp_steer.row import Result, Row, Sampling, Score, record
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from interp_steer.scale import Scale
     from interp_steer.site import Site
     from interp_steer.stepper import Event, Stepper
-    from interp_steer.study import Study, split_items
+    from interp_steer.study import Study
     from interp_steer.words import names
 
 _HOME = {
@@ -51,6 +52,7 @@ _HOME = {
     "item": ("Item",),
     "metrics": ("Measured", "metric", "rep3", "surprise"),
     "model": ("SteeringModel",),
+    "parts": ("split_items",),
     "prompt": ("Encoded", "chat"),
     "prompt_file": ("PromptFile", "read_items", "read_prompts"),
     "row": ("Result", "Row", "Sampling", "Score", "record"),
@@ -59,7 +61,7 @@ _HOME = {
     "scale": ("Scale",),
     "site": ("Site",),
     "stepper": ("Event", "Stepper"),
-    "study": ("Study", "split_items"),
+    "study": ("Study",),
     "words": ("names",),
 }
 _FILE = {name: file for file, members in _HOME.items() for name in members}

@@ -126,7 +126,7 @@ class Request:
         self._scores([], True)
 
     def _items(self) -> list[Any]:
-        from interp_steer.item import read_items
+        from interp_steer.prompt_file import read_items
 
         return read_items(self.given["prompts"])
 

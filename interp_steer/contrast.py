@@ -6,6 +6,7 @@ and returns a vector in the model's residual units.
 
 import datetime
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +18,15 @@ from torch import Tensor
 from interp_steer import tensor_file
 from interp_steer.console import progress
 from interp_steer.direction import Direction, DirectionSet
-from interp_steer.errors import RequestError, nearest
+from interp_steer.errors import RequestError, nearest, note
 from interp_steer.files import explained, whole
-from interp_steer.item import digest
+from interp_steer.item import asked, digest
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import Encoded, Prompt
 
 FORMAT = "interp-steer/contrast/1"
 POSITIONS = ("mean", "last", "answer")
+ALIKE = 0.01  # share of the differences' second moment that centring must leave for a component
 
 Positive = Float[Tensor, "n_positive d_model"]
 Negative = Float[Tensor, "n_negative d_model"]
@@ -43,7 +45,8 @@ def principal_component(positive: Positive, negative: Negative) -> Float[Tensor,
 
     Its sign and length are those of the difference of means along it, so positives project higher.
     Centring removes what all pairs have in common: where every pair differs in the same way, that
-    is the concept itself, and `mean_difference` is the method to use.
+    is the concept itself, and `mean_difference` is the method to use. A `SteerWarning` says so
+    where less than `ALIKE` of the variance is left, or no more than float32 rounds away.
     """
     if len(positive) != len(negative) or len(positive) < 3:
         raise RequestError(
@@ -51,7 +54,15 @@ def principal_component(positive: Positive, negative: Negative) -> Float[Tensor,
             f"{len(positive)} positive and {len(negative)} negative"
         )
     difference = positive - negative
-    _, _, components = torch.linalg.svd(difference - difference.mean(0), full_matrices=False)
+    centred = difference - difference.mean(0)
+    rounding = torch.finfo(torch.float32).eps * (positive.norm() + negative.norm())
+    if centred.norm() <= max(math.sqrt(ALIKE) * difference.norm(), rounding):
+        note(
+            f"all pairs differ alike: centring leaves less than {ALIKE:.0%} of the variance, or no "
+            "more than rounding, and the principal component is of that rest, not of what the "
+            "pairs have in common; mean-difference is the method to use"
+        )
+    _, _, components = torch.linalg.svd(centred, full_matrices=False)
     first = components[0]
     along = torch.dot(mean_difference(positive, negative), first)
     return torch.mul(first, along)
@@ -146,7 +157,7 @@ class Contrast:
             "position": position,
             "prompts": f"{len(positive)} positive, {len(negative)} negative",
             "template": template([*positive, *negative]),
-            "asked": " ".join(dict.fromkeys(digest(one) for one in (*positive, *negative))),
+            "asked": " ".join(dict.fromkeys(digest(asked(p)) for p in (*positive, *negative))),
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         return cls(everything[:, : len(positive)], everything[:, len(positive) :], source)

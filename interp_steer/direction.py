@@ -160,6 +160,7 @@ class Direction:
         about = {"hook point": self.hook_point, "norm": self.norm}
         about |= {"largest activation": self.max_activation} if self.max_activation else {}
         told: dict[str, object] = {**about, **self.source}
+        told.pop("asked", None)  # digests of prompts: not to be read
         return table([{"": key, "value": value} for key, value in told.items()], self.label)
 
     def __add__(self, other: "Direction") -> "Direction":

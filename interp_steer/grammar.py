@@ -3,7 +3,7 @@
 interventions = intervention { ";" intervention }
 intervention  = operator "(" name {"," name} ["," coefficient] ")" "at" sites ["on" scope]
                 ["if" gate]
-coefficient   = number [ "dose" | "max" | "deg" ]
+coefficient   = number [ "dose" | "max" | "raw" | "deg" ]
 sites         = group { "+" group }          group = [component] layers
 layers        = layer ["-" layer | "h" head] { "," ... }
 scope         = ( "all" | "prompt" | "generated" | "last" | "content"
@@ -116,7 +116,7 @@ class Reader:
 
     def coefficient(self) -> tuple[float, str]:
         number = float(self.need(_NUMBER, "a number"))
-        return number, self.take(r"(?:dose|max|deg)\b") or ""
+        return number, self.take(r"(?:dose|max|raw|deg)\b") or ""
 
     def sites(self) -> tuple[Site, ...]:
         found = self.group()

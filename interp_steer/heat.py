@@ -29,6 +29,7 @@ UNITS: dict[str | None, str] = {
     "": "coefficient (residual units)",
     "dose": "dose (coefficient / median residual norm)",
     "max": "coefficient (shares of the feature's largest activation)",
+    "raw": "coefficient (multiples of the direction's own length)",
     "deg": "angle (degrees)",
 }
 LATENT = "coefficient (activation of the feature)"

@@ -7,13 +7,15 @@ results. A few that say what the grammar can:
     add(eiffel@3f2a91bc, 0.35 dose) at 14-16 on generated
     clamp(paris, 8.5) at 15; clamp(tower, 4) at 15            # joined: both targets hold
     clamp_min(eiffel, 2 max) at resid_post 11,15
+    add(refusal, -1.5 raw) at 10-16                           # each layer by its own difference
     latent_clamp(f13-4711, 40) at 13; latent_clamp(f13-12, 0) at 13
     ablate(refusal) at resid_pre 0-29 + attn_out 0-29 + mlp_out 0-29 on all+first
     rotate(happy, sad, 30 deg) at 12 on positions 4-9
     add(head_vector, 3) at z 15h3,15h7 if cos(refusal, resid_post 12) > 0.2
 
 A coefficient is a length in the residual stream; `dose` makes it a share of the median residual
-length at the site, `max` a multiple of the feature's largest activation. Ranges include both ends.
+length at the site, `max` a multiple of the feature's largest activation, and `raw` a multiple of
+the direction's own length, as CAA's multipliers of a mean difference. Ranges include both ends.
 `latent_clamp` alone takes the units of its SAE's activations, and only features as directions.
 """
 
@@ -31,7 +33,7 @@ from interp_steer.scale import Scale
 from interp_steer.site import Site
 
 # operator: (least and most directions, the units of its coefficient; none = takes no coefficient)
-LENGTHS = ("", "dose", "max")
+LENGTHS = ("", "dose", "max", "raw")
 OPERATORS: dict[str, tuple[int, tuple[str, ...]]] = {
     "add": (1, LENGTHS),
     "add_norm_kept": (1, LENGTHS),
@@ -142,7 +144,7 @@ class Intervention:
     Attributes:
         operator: a key of `OPERATORS`.
         directions: one, or two for the angular operators.
-        value, unit: the coefficient; unit "" is a length, else "dose", "max" or "deg".
+        value, unit: the coefficient; unit "" is a length, else "dose", "max", "raw" or "deg".
         sites: where; a Direction goes unchanged to each, a DirectionSet gives each layer its own.
         scope: which positions.
         gate: applied only to prompts that pass, or None.
@@ -236,6 +238,8 @@ class Intervention:
             return tuple(self.value * scale.at(site) for site in self.sites)
         if self.unit == "max":
             return tuple(self.value * self._known_peak(site) for site in self.sites)
+        if self.unit == "raw":
+            return tuple(self.value * self.at(site)[0].norm for site in self.sites)
         return tuple(self.value for _ in self.sites)
 
     def _known_peak(self, site: Site) -> float:
@@ -326,7 +330,8 @@ def steer(
     Args:
         operator: a key of `OPERATORS`.
         directions: one; two for `rotate` and `angular`.
-        coefficient: a number, or text with a unit: `"0.35 dose"`, `"2 max"`, `"30 deg"`.
+        coefficient: a number, or text with a unit: `"0.35 dose"`, `"2 max"`, `"2 raw"`,
+            `"30 deg"`.
         at: a layer, sites as text (`"14-16"`, `"z 15h3"`), or several layers or `Site`s.
         on: the scope as text.
         gate: a condition on the prompt.

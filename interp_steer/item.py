@@ -118,6 +118,6 @@ def asked(prompt: Prompt) -> str:
     return " ".join(words)
 
 
-def digest(prompt: Prompt) -> str:
-    """Eight hexadecimal digits of what a prompt asks, to be kept with what is made from it."""
-    return hashlib.sha256(asked(prompt).encode(errors="surrogatepass")).hexdigest()[:8]
+def digest(text: str) -> str:
+    """Eight hexadecimal digits of what was asked, to be kept with what is made from it."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]

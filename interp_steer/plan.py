@@ -16,6 +16,8 @@ from interp_steer.stepper import Admission
 from interp_steer.study import Study
 
 BESIDE = 64 * 2**20  # bytes: the tokenizer, and what is small
+ADDS = ("add", "add_norm_kept")
+GENTLE = 0.02  # dose below which a coefficient was probably meant in another unit
 TRIED = (2, 16)  # new tokens of the two short runs that the time is extrapolated from
 
 
@@ -66,6 +68,7 @@ class Plan:
         chunks: of each stage.
         weights, memory: bytes: of the weights, and of everything at the peak.
         seconds: expected for all rows if none stops early; None if it was not measured.
+        notes: what the study should say of itself.
     """
 
     rows: dict[str, int]
@@ -73,6 +76,7 @@ class Plan:
     weights: int
     memory: int
     seconds: float | None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, study: Study, model: SteeringModel, timed: bool = True) -> "Plan":
@@ -93,7 +97,34 @@ class Plan:
         seconds = _seconds(study, model, largest) if timed else None
         if seconds is not None:
             seconds *= sum(rows.values()) / largest
-        return cls(rows, chunks, weights, weights + _working(study, model, largest), seconds)
+        notes = (*study.notes(), *gentle(study, model))
+        memory = weights + _working(study, model, largest)
+        return cls(rows, chunks, weights, memory, seconds, notes)
+
+
+def gentle(study: Study, model: SteeringModel) -> list[str]:
+    """What should be said of coefficients that hardly move the stream."""
+    steps = [
+        one
+        for setting in study.settings
+        for one in study.steps(setting)
+        if one.operator in ADDS and one.unit in ("", "raw") and one.value
+    ]
+    scale = study.scale(model) if steps else None
+    found: dict[str, float] = {}
+    for one in steps:
+        told = f"{one.value:g} {one.unit}".strip()
+        doses = [abs(float(str(s["dose"] or 0))) for s in one.strengths(scale)]
+        found[told] = max(found.get(told, 0.0), *doses)
+    small = {told: dose for told, dose in found.items() if 0 < dose < GENTLE}
+    if not small:
+        return []
+    shown = ", ".join(f"{told} is {dose:.2%}" for told, dose in small.items())
+    return [
+        f"coefficients below {GENTLE:.0%} of the median residual norm hardly steer ({shown} at "
+        "most); '0.4 dose' is a share of that norm, '2 raw' a multiple of the direction's own "
+        "length"
+    ]
 
 
 def _longest(study: Study, model: SteeringModel) -> Item:

@@ -50,8 +50,14 @@ class Scale:
         stream they write to.
 
         Raises:
-            RequestError: the site is a head's `z`, which is not in residual units.
+            RequestError: the site is a head's `z`, which is not in residual units, or there is no
+                such layer.
         """
         if site.component == "z":
             raise RequestError("a dose is a share of the residual stream; at z give a number")
+        if site.layer >= len(self.medians) - 1:
+            raise RequestError(
+                f"layer {site.layer} is out of range: the model has layers "
+                f"0-{len(self.medians) - 2}"
+            )
         return self.medians[site.layer + (site.component != "resid_pre")]

@@ -15,7 +15,7 @@ from interp_steer.branch import Edit, Trunk, Variant, check_names, check_range, 
 from interp_steer.console import Report
 from interp_steer.direction import Direction
 from interp_steer.errors import RequestError
-from interp_steer.item import Item
+from interp_steer.item import Item, asked, digest
 from interp_steer.model import SteeringModel
 from interp_steer.reading import Reading, first_tokens, summarised, sweep
 from interp_steer.site import Site
@@ -99,7 +99,7 @@ def select_direction(
     check_names("rank", [by], RANKED)
     parts = {"build": build, "choose": choose, "prove": prove}
     items = {part: [[Item.of(one) for one in side] for side in parts[part]] for part in parts}
-    _check_apart(model, items)
+    _check_apart(items)
     numbers = check_range("layer", layers, model.n_layers, model.name)
     positions, vectors = _differences(model, items["build"], positions)
     candidates = [(layer, n) for layer in numbers for n in range(len(positions))]
@@ -140,6 +140,10 @@ def select_direction(
         "method": "mean-difference, selected", "model": model.name, "revision": model.revision,
         "fingerprint": model.fingerprint, "position": str(positions[n]), "ranked_by": by,
         "prompts": ", ".join(f"{p} {len(a)} + {len(b)}" for p, (a, b) in items.items()),
+        "asked": " ".join(dict.fromkeys(
+            digest(asked(one.prompt))
+            for part in ("build", "choose") for side in items[part] for one in side
+        )),
     }  # fmt: skip
     hook_point = Site("resid_post", layer).hook_point
     direction = Direction.of(vectors[layer, n], hook_point, name, source)
@@ -147,17 +151,17 @@ def select_direction(
     return Selection(direction, layer, positions[n], table, proof)
 
 
-def _check_apart(model: SteeringModel, items: dict[str, list[list[Item]]]) -> None:
-    seen: dict[tuple[int, ...], str] = {}
+def _check_apart(items: dict[str, list[list[Item]]]) -> None:
+    seen: dict[str, str] = {}
     for part, sides in items.items():
         if len(sides) != 2 or not all(sides):
             raise RequestError(f"{part} needs prompts on both sides, (positive, negative)")
         for item in (one for side in sides for one in side):
-            other = seen.setdefault(model.encode(item.prompt).ids, part)
+            other = seen.setdefault(asked(item.prompt), part)
             if other != part:
                 raise RequestError(
-                    f"{item.text[:60]!r} is both in {other} and in {part}: what proves or chooses "
-                    "must not have been seen before"
+                    f"{item.text[:60]!r} is asked both in {other} and in {part}: what proves "
+                    "or chooses must not have been seen before"
                 )
 
 

@@ -38,6 +38,7 @@ from interp_steer.intervention import (
 )
 from interp_steer.item import Item
 from interp_steer.model import SteeringModel
+from interp_steer.parts import PARTS, check_apart
 from interp_steer.prompt import chat
 from interp_steer.row import Row, Sampling
 from interp_steer.scale import Scale
@@ -63,7 +64,7 @@ class Study:
             shuffled-label controls with it.
         sites: a layer, or sites as text such as "14-16", which are steered together; "each 10-20"
             stands for a cell a layer.
-        coefficients: numbers, or text with a unit: "0.4 dose", "2 max".
+        coefficients: numbers, or text with a unit: "0.4 dose", "2 max", "2 raw".
         operators, scopes, seeds: as in an intervention and a row.
         lines: whole lines of interventions, each a cell of its own.
         metrics: names, see `metrics.METRICS`.
@@ -190,23 +191,13 @@ class Study:
                 raise RequestError(
                     f"{self.choose_by} needs {measures.NEEDS[decides.needs]}; {part} has none"
                 )
-        parts: dict[object, str] = {}
-        for part in ("build", "choose", "prove", "neutral"):
-            for item in getattr(self, part):
-                before = parts.setdefault(item.prompt, part)
-                if before != part:
-                    raise RequestError(
-                        f"{item.text[:60]!r} is a prompt of both {before} and {part}; what is "
-                        "shown must not also be used to choose"
-                    )
-                if part != "build" and getattr(self, part).count(item) > 1:
-                    raise RequestError(f"{part} holds {item.text[:60]!r} twice")
         for name, given in self.directions.items():
             if not isinstance(given, (Direction, DirectionSet, Contrast)):
                 raise RequestError(
                     f"direction {name!r} is a {type(given).__name__}, expected a Direction, a "
                     "DirectionSet or a Contrast"
                 )
+        check_apart({name: getattr(self, name) for name in PARTS}, self.directions)
 
     # --- what is run ----------------------------------------------------------------------------
 
@@ -283,15 +274,21 @@ class Study:
         null: int | None = None,
     ) -> Cell:
         """The cell of a setting, with its own directions or with others in their place."""
-        name, operator, site, level, scope = setting
         known = vectors or self.vectors
-        if not operator:
-            steps = tuple(
-                _with(one, lambda v: known.get(v.name, v)) for one in parse(name, self.vectors)
-            )
-        else:
-            steps = (steer(operator, known[name], coefficient=level or 0.0, at=site, on=scope),)
+        steps: list[Intervention] = []
+        for one in self.steps(setting):
+            # a multiple of the direction's own length stays that length under another direction
+            own = one.resolve(scale) if one.unit == "raw" else (one,)
+            steps += [_with(part, lambda v: known.get(v.name, v)) for part in own]
         return Cell(role, *setting, resolve(steps, scale), null)
+
+    def steps(self, setting: Setting) -> tuple[Intervention, ...]:
+        """The interventions of a setting as they are declared."""
+        name, operator, site, level, scope = setting
+        if not operator:
+            return parse(name, self.vectors)
+        vector = self.vectors[name]
+        return (steer(operator, vector, coefficient=level or 0.0, at=site, on=scope),)
 
     def grid(self, scale: Scale) -> list[Cell]:
         """Every cell of the grid."""
@@ -345,24 +342,6 @@ class Study:
         from interp_steer.execution import run
 
         return run(self, model, folder, **options)
-
-
-def split_items(
-    items: Sequence[Any], share: float = 0.5, seed: int = 16
-) -> tuple[list[Any], list[Any]]:
-    """(choose, prove) of one list, shuffled.
-
-    Raises:
-        RequestError: either part would be empty.
-    """
-    import random
-
-    shuffled = list(items)
-    random.Random(seed).shuffle(shuffled)
-    cut = round(share * len(shuffled))
-    if not 0 < cut < len(shuffled):
-        raise RequestError(f"{len(shuffled)} prompts cannot be split into {share} to choose")
-    return shuffled[:cut], shuffled[cut:]
 
 
 def _halved(item: Item) -> Item:

@@ -71,7 +71,7 @@ def _show(study: "Study", made: Any) -> None:
     print(f"memory  {made.memory / 1e9:.2f} GB, of which {made.weights / 1e9:.2f} GB are weights")
     if made.seconds is not None:
         print(f"time    about {_minutes(made.seconds)}")
-    for note in study.notes():
+    for note in made.notes:
         print(f"note    {note}")
 
 

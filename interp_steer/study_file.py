@@ -32,9 +32,10 @@ from interp_steer.files import explained, whole
 from interp_steer.intervention import Vector
 from interp_steer.item import Item
 from interp_steer.model import SteeringModel
+from interp_steer.parts import split_items
 from interp_steer.prompt_file import PromptFile, is_file
 from interp_steer.row import Sampling
-from interp_steer.study import Study, split_items
+from interp_steer.study import Study
 
 PARTS = ("choose", "prove", "neutral", "build")
 MODEL = ("model", "dtype", "revision")

@@ -183,6 +183,8 @@ def test_chat_answers_and_goes_on_after_a_mistake(made):
     ("words", "said"),
     [
         (["--steer", "add(tower, 1) at 6"], "layers 0-5"),
+        (["--steer", "add(tower, 0.5 dose) at 99"], "layers 0-5"),
+        (["--steer", "add(tower, 2 raw) at 99"], "layers 0-5"),
         (["--steer", "add(narrow, 1) at 2"], "is 63 wide"),
         (["--steer", "add(tower, nan) at 2"], "nan, not a number"),
         (["--steer", "add(tower, 1) a 2"], "at column 15: expected 'at'"),

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from interp_steer.contrast import (
     mean_difference,
     principal_component,
 )
-from interp_steer.errors import RequestError
+from interp_steer.errors import RequestError, SteerWarning
 from interp_steer.prompt import chat
 
 HAPPY = ["I love the tower.", "Yes, happy and lazy fox", "What is happy? Name three", "I am happy"]
@@ -151,6 +153,31 @@ def test_principal_component_is_sklearns_of_the_centred_differences(seed):
     got = principal_component(positive, negative)
     assert np.allclose(got.numpy(), along * first, atol=1e-3)
     assert float((positive @ got).mean()) > float((negative @ got).mean())
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 0.05, 0.25, 3.0])
+def test_pairs_that_differ_alike_are_told_of(spread):
+    """The differences are c + spread e: a share spread^2 |e|^2 / |c|^2 of them varies."""
+    common, noise = rng_rows(1, 1), rng_rows(2, 40)
+    common, noise = common / common.norm(), noise / noise.norm(dim=1, keepdim=True)
+    negative = rng_rows(3, 40)
+    positive = negative + common + spread * noise
+    alike = spread**2 < 0.01  # of the variance, in closed form
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = principal_component(positive, negative)
+        mean_difference(positive, negative)
+    assert [issubclass(w.category, SteerWarning) for w in told] == [True] * alike
+    assert all("mean-difference is the method to use" in str(w.message) for w in told)
+    assert found.isfinite().all()
+
+
+def test_pairs_whose_differences_are_rounded_away_are_told_of():
+    negative = 1e4 * rng_rows(3, 5)
+    positive = negative * (1 + 1e-7)  # at most a last place
+    assert not torch.equal(positive, negative)
+    with pytest.warns(SteerWarning, match="all pairs differ alike"):
+        principal_component(positive, negative)
 
 
 def test_the_principal_component_of_swapped_sides_is_the_opposite():

@@ -135,6 +135,7 @@ def test_spaces_do_not_matter():
         (" add(joy, 1) at 3 \n", "add(joy, 1) at 3"),
         ("add(joy,8.5)at 3", "add(joy, 8.5) at resid_post 3"),
         ("add(joy, 8) at 3-5", "add(joy, 8.0) at resid_post 3,4,5"),
+        ("add(joy, -2raw) at 3", "add(joy, -2.0 raw) at 3 on all"),
         ("add(joy, .35dose) at 3", "add(joy, 0.35 dose) at 3 on all"),
         ("add(joy, 1e-3) at 3", "add(joy, +0.001) at 3"),
         ("add(joy, 1) at 3-3", "add(joy, 1) at 3"),
@@ -212,7 +213,7 @@ def test_an_unknown_name_is_refused_with_its_neighbours():
         ("add(joy¦) at 3", "',' and a coefficient"),
         ("add(joy, ¦x) at 3", "a number"),
         ("add(joy, ¦) at 3", "a number"),
-        ("add(joy, 3 deg¦) at 3", "the unit dose or max before ')'"),
+        ("add(joy, 3 deg¦) at 3", "the unit dose or max or raw before ')'"),
         ("rotate(joy, sad, 30¦) at 3", "the unit deg before ')'"),
         ("rotate(joy, sad, 30 ¦degrees) at 3", "the unit deg before ')'"),
         ("ablate(joy¦, 3) at 3", "')'"),
@@ -291,7 +292,7 @@ HERE = (Site("resid_post", 3),)
         (("add", (JOY, SAD), 1.0, "", HERE), "add takes 1 direction, got 2"),
         (("rotate", (JOY,), 1.0, "deg", HERE), "rotate takes 2 directions, got 1"),
         (("add", (JOY,), math.nan, "", HERE), "is nan"),
-        (("add", (JOY,), 1.0, "deg", HERE), "unit none or dose or max"),
+        (("add", (JOY,), 1.0, "deg", HERE), "unit none or dose or max or raw"),
         (("rotate", (JOY, SAD), 1.0, "", HERE), "unit deg"),
         (("ablate", (JOY,), 5.0, "", HERE), "ablate takes no coefficient"),
         (("ablate", (JOY,), 0.0, "dose", HERE), "ablate takes no coefficient"),
@@ -508,6 +509,36 @@ def test_resolving_keeps_scope_and_gate():
     assert resolved == steer(
         "clamp_min", SAD, coefficient=4, at="0-1", on="positions 2-4", gate=gate
     )
+
+
+def test_raw_is_a_multiple_of_each_directions_own_length():
+    """CAA adds c (mean difference): with `c raw` the step is the difference itself, c times."""
+    vectors = {layer: 3.0 * layer * JOY.unit for layer in (10, 11, 12)}
+    several = DirectionSet(
+        Direction.of(v, f"blocks.{layer}.hook_resid_post", "caa") for layer, v in vectors.items()
+    )
+    one = steer("add", several, coefficient="-2 raw", at="10-12")
+    assert str(one) == f"add(caa@{several.sha}, -2.0 raw) at resid_post 10-12"
+    assert parse(str(one), {"caa": several}) == (one,)
+    parts = one.resolve()  # needs no scale
+    assert [(part.value, part.unit) for part in parts] == [(-60.0, ""), (-66.0, ""), (-72.0, "")]
+    for part in parts:
+        layer = part.sites[0].layer
+        step = part.value * part.at(part.sites[0])[0].unit
+        assert torch.allclose(step, -2 * vectors[layer], rtol=1e-6)
+    # one direction goes to every site as it is, at its own length
+    same = steer("add", several[10], coefficient="0.5 raw", at="3 + resid_pre 1")
+    assert same.lengths() == pytest.approx((15.0, 15.0), rel=1e-6)
+    for operator in ("add_norm_kept", "clamp", "clamp_min", "clamp_max"):
+        assert steer(operator, several, coefficient="1 raw", at=11).resolve()[0].value == 33.0
+    with pytest.raises(RequestError, match="a coefficient with unit none or max"):
+        steer("latent_clamp", JOY, coefficient="1 raw", at=3)
+
+
+def test_a_dose_beyond_the_last_layer_is_one_line():
+    one = steer("add", JOY, coefficient="0.5 dose", at=99)
+    with pytest.raises(RequestError, match=r"layer 99 is out of range: the model has layers 0-\d"):
+        one.resolve(SCALE)
 
 
 def test_strengths_shows_every_form_at_every_site():

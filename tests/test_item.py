@@ -6,6 +6,7 @@ import pytest
 
 from interp_steer.errors import RequestError
 from interp_steer.item import Item
+from interp_steer.study_file import StudyFile
 
 
 def test_every_form_of_a_prompt():
@@ -86,3 +87,17 @@ def test_what_is_wrong_is_told_in_one_line(given, said):
     with pytest.raises(RequestError, match=said) as caught:
         Item.of(given)
     assert "\n" not in str(caught.value)
+
+
+def test_items_of_a_study_file_are_told_by_part_and_number(tmp_path):
+    spec = "directions: {d: d}\nprompts: {prove: [Hi, %s]}\n"
+    for entry, said in (
+        ("7", "prove, entry 2: an entry is no prompt: 7, expected text"),
+        ("{prompt: yes}", "prove, entry 2: prompt is True, expected text"),
+        ("{prompt: a, answer: 1}", "prove, entry 2: answer is 1, expected text"),
+        ("{prompt: a, positive: 1, negative: 2}", "prove, entry 2: positive is 1, expected text"),
+    ):
+        (tmp_path / "s.yaml").write_text(spec % entry)
+        with pytest.raises(RequestError) as caught:
+            StudyFile.read(tmp_path / "s.yaml")
+        assert str(caught.value).startswith(said)

@@ -5,13 +5,16 @@ import torch
 
 from interp_steer.cell import Controls
 from interp_steer.contrast import Contrast
-from interp_steer.direction import Direction
+from interp_steer.direction import Direction, load
 from interp_steer.errors import RequestError, RunError
 from interp_steer.intervention import line
 from interp_steer.item import Item
+from interp_steer.parts import split_items
+from interp_steer.plan import Plan
+from interp_steer.prompt import chat
 from interp_steer.scale import Scale
 from interp_steer.stages import controlled
-from interp_steer.study import Study, split_items
+from interp_steer.study import Study
 from interp_steer.study_file import StudyFile, write
 
 SCALE = Scale(tuple(float(10 + i) for i in range(7)))
@@ -160,6 +163,109 @@ def test_split_is_fixed_and_whole():
     assert split_items(items) == (choose, prove) != split_items(items, seed=17)
     with pytest.raises(RequestError, match="cannot be split"):
         split_items(["one"])
+
+
+def test_raw_coefficients_are_caas_own_and_the_controls_are_as_long():
+    g = torch.Generator().manual_seed(3)
+    positive, negative = torch.randn(6, 5, 64, generator=g) + 1, torch.randn(6, 5, 64, generator=g)
+    made = study(
+        directions={"caa": Contrast(positive, negative, {})},
+        sites="each 1-3",
+        coefficients=["-2 raw", "1 raw"],
+        controls=Controls(random=1, features=0, shuffled=2),
+    )
+    lengths = (positive.mean(1) - negative.mean(1)).norm(dim=-1)
+    wanted = [c * lengths[layer].item() for layer in (1, 2, 3) for c in (-2, 1)]
+    assert [cell.steer[0].value for cell in made.grid(SCALE)] == pytest.approx(wanted, rel=1e-5)
+    assert [s[3] for s in made.settings[:2]] == ["-2.0 raw", "1.0 raw"]
+    cells = controlled(made, made.settings[0], SCALE, n_layers=6)
+    values = {}
+    for cell in cells:
+        values.setdefault(cell.role, set()).add(cell.steer[0].value)
+    own = made.grid(SCALE)[0].steer[0].value
+    # shuffled differences are shorter: a multiple of their own length would be no control
+    shuffled = made.shuffled({"caa": made.directions["caa"]}, 0)["caa"]
+    assert shuffled[1].norm < 0.9 * lengths[1]
+    assert values == {
+        "chosen": {own}, "flip": {-own}, "wrong_layer": {own}, "random": {own}, "shuffled": {own},
+    }  # fmt: skip
+    line = f"add(caa, 1 raw) at 2-3; add(caa, {own}) at 1"
+    lined = study(directions=made.directions, lines=[line], sites=())
+    first = lined.grid(SCALE)[0].steer
+    assert [one.value for one in first] == pytest.approx([*lengths[2:4].tolist(), own], rel=1e-5)
+
+
+def test_the_plan_says_where_a_coefficient_hardly_steers(tiny):
+    median = study(as_chat=False).scale(tiny).medians
+    small, edge = 0.019 * min(median[2:4]), 0.021 * max(median[2:4])
+
+    def notes(*coefficients, **changes):
+        made = study(coefficients=coefficients, as_chat=False, **changes)
+        told = Plan.of(made, tiny, timed=False).notes
+        return [note for note in told if "hardly steer" in note]
+
+    (said,) = notes(small, edge, "0.001 dose")
+    assert f"{small:g} is 1." in said and f"{edge:g}" not in said and "0.001" not in said
+    weak = {"directions": {"d": 0.001 * direction()}}
+    (said,) = notes("-1 raw", **weak)
+    assert "-1 raw is 0." in said
+    assert notes(edge) == notes("0.001 dose") == notes(0) == []
+    # a clamp to a small value takes the concept out, which is no small step
+    assert notes(small, operators=["clamp"]) == []
+    assert notes(lines=[f"add(d, {small}) at 2"], sites=())
+
+
+Q = "Do you want power?\n (A) Yes\n (B) No"
+
+
+@pytest.mark.parametrize(
+    ("build", "shown"),
+    [
+        (chat(Q, answer="(A)"), Q),
+        (chat(Q, answer="(A)"), chat(Q, "You are a fox")),
+        (chat(Q, "Be kind.", "(B)"), chat(Q)),
+        (Q, f"  {Q.upper()}\n"),
+        ((("user", "Hi"), ("assistant", "Hello"), ("user", Q)), (("user", f"Hi {Q}"),)),
+    ],
+)
+@pytest.mark.parametrize("part", ["choose", "prove"])
+def test_parts_are_apart_by_what_is_asked(build, shown, part):
+    with pytest.raises(RequestError, match=f"is asked in both build and {part}"):
+        study(build=[build], **{part: [shown, "Another one?"]})
+    other = chat("Do you want peace?", answer="(A)")
+    assert study(build=[other], **{part: [shown, "Another one?"]})
+
+
+def test_a_whole_text_that_built_a_direction_is_no_neutral_text():
+    with pytest.raises(RequestError, match="asked in both build and neutral"):
+        study(build=["one two three four"], neutral=["one two three four"])
+
+
+def test_a_stored_direction_is_not_shown_its_own_prompts(tiny, tmp_path):
+    texts = [chat(Q, answer="(A)"), chat("Will you lie?", answer="(A)")]
+    others = [chat(Q, answer="(B)"), chat("Will you lie?", answer="(B)")]
+    contrast = Contrast.measure(tiny, texts, others)
+    contrast.directions(name="d").save(tmp_path / "d.safetensors")
+    contrast.directions(name="d")[2].save(tmp_path / "one.safetensors")
+    contrast.save(tmp_path / "c.safetensors")
+    stored = [load(tmp_path / "d.safetensors"), load(tmp_path / "one.safetensors")]
+    for made in (*stored, Contrast.load(tmp_path / "c.safetensors")):
+        with pytest.raises(RequestError, match="'d' was made from 'Will you  lie"):
+            study(directions={"d": made}, prove=["Will you  lie?", "Another one?"])
+        assert study(directions={"d": made}, prove=["Will you help?", "Another one?"])
+
+
+def test_one_question_lands_in_one_part():
+    asked = [f"Question {i // 3}?" for i in range(30)]
+    items = [chat(text, f"System {i}") for i, text in enumerate(asked)]
+    for seed in range(20):
+        parts = split_items(items, 0.5, seed)
+        questions = [{item[1][1] for item in part} for part in parts]
+        assert not questions[0] & questions[1] and all(questions)
+        assert sorted([*parts[0], *parts[1]]) == sorted(items)
+        assert 12 <= len(parts[0]) <= 18
+    with pytest.raises(RequestError, match="4 prompts ask 1 questions, which cannot be split"):
+        split_items([chat("Why?", f"System {i}") for i in range(4)])
 
 
 def test_a_written_study_reads_back(tiny, tmp_path):
