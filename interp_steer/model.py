@@ -4,6 +4,7 @@ Together with `block.py` and `hooked.py` this is the only file that touches the 
 transformers' Llama and of TransformerLens. It knows nothing of steering.
 """
 
+import datetime
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -21,7 +22,7 @@ from interp_steer.errors import RequestError
 from interp_steer.loading import find_folder, pick_device, pick_dtype, read, refuse_unsupported
 from interp_steer.prompt import Encoded, Prompt, is_chat
 from interp_steer.site import Site
-from interp_steer.template import Template
+from interp_steer.template import Template, read_date
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -36,6 +37,7 @@ class SteeringModel:
         tokenizer: its fast tokenizer.
         name: hub id, folder or `"starter"`, as asked for.
         revision: the hub's commit, or "" for a folder.
+        date: what the chat template is told if it asks for the date; may be set.
         n_layers, d_model, n_heads, n_kv_heads, d_head, d_vocab, n_ctx: the model's shape.
     """
 
@@ -45,6 +47,7 @@ class SteeringModel:
         tokenizer: "PreTrainedTokenizerBase",
         name: str = "",
         revision: str = "",
+        date: datetime.date | str | None = None,
     ) -> None:
         """Wraps a model that is already in memory.
 
@@ -61,6 +64,7 @@ class SteeringModel:
         self.hf = hf.eval()
         self.tokenizer = tokenizer
         self.name, self.revision = name, revision
+        self.date = date
         config: Any = hf.config  # its fields are typed as optional
         self.n_layers: int = config.num_hidden_layers
         self.d_model: int = config.hidden_size
@@ -78,6 +82,7 @@ class SteeringModel:
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
         revision: str | None = None,
+        date: datetime.date | str | None = None,
         device_map: object = None,
         quantization: object = None,
     ) -> "SteeringModel":
@@ -89,6 +94,8 @@ class SteeringModel:
                 break the sharing of the weights.
             device: default the first CUDA GPU if there is one, else the CPU.
             revision: the hub's branch, tag or commit.
+            date: told to a chat template that asks for the date, as Llama 3.2's does; default
+                2024-07-26, never the day's: prompts and keys of rows would change at midnight.
             device_map, quantization: refused, with the reason.
 
         Raises:
@@ -106,10 +113,10 @@ class SteeringModel:
                 "matrices without a second copy; load with dtype='bfloat16'"
             )
         place = pick_device(device)
-        kind = pick_dtype(dtype, place)
+        kind, day = pick_dtype(dtype, place), read_date(date)
         name = str(name)
         folder, commit = find_folder(name, revision)
-        return cls(*read(folder, name, kind, place), name=name, revision=commit)
+        return cls(*read(folder, name, kind, place), name=name, revision=commit, date=day)
 
     def __repr__(self) -> str:
         return (
@@ -165,10 +172,24 @@ class SteeringModel:
         """Whether the tokenizer has a chat template."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
+    @property
+    def date(self) -> datetime.date | None:
+        """The date that the chat template is told; None where it asks for none.
+
+        It may be set, also as text such as "2024-07-26"; None is the default, 2024-07-26.
+        """
+        return self._codec.template.told
+
+    @date.setter
+    def date(self, given: datetime.date | str | None) -> None:
+        self._date = read_date(given)
+        self.__dict__.pop("_codec", None)
+
     @cached_property
     def _codec(self) -> Codec:
         rows: int = self.hf.model.embed_tokens.weight.shape[0]
-        return Codec(self.tokenizer, Template(self.tokenizer, self.name), self.n_ctx, rows)
+        template = Template(self.tokenizer, self.name, self._date)
+        return Codec(self.tokenizer, template, self.n_ctx, rows)
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
