@@ -19,7 +19,7 @@ from interp_steer.errors import RequestError, SteerError
 from interp_steer.feature_cli import app as features
 from interp_steer.feature_cli import saes
 from interp_steer.labels.cli import app as labels
-from interp_steer.options import Device, Dtype, Json, Model, load
+from interp_steer.options import Date, Device, Dtype, Json, Model, load
 from interp_steer.study_cli import app as study
 from interp_steer.study_cli import report
 
@@ -111,7 +111,7 @@ def generate(
         typer.Option(help="Interventions, such as 'add(eiffel, 0.3 dose) at 15'; may be repeated."),
     ] = None,
     named: Named = None,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt; '' is an empty one.")] = None,
     text: Annotated[bool, typer.Option("--text", help="Plain text, no chat template.")] = False,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -126,6 +126,7 @@ def generate(
     as_json: Json = False,
     dtype: Dtype = None,
     device: Device = None,
+    date: Date = None,
 ) -> None:
     """Answer prompts, each unsteered and under every --steer, in one batch."""
     from interp_steer.console import side_by_side
@@ -133,7 +134,7 @@ def generate(
     if not prompt and not prompts:
         raise RequestError("nothing to answer: give --prompt or --prompts")
     _writable(out)
-    loaded = load(model, dtype, device)
+    loaded = load(model, dtype, device, date=date)
     from interp_steer.contrast import read_prompts
     from interp_steer.direction import Directions
     from interp_steer.engine import Engine
@@ -193,7 +194,7 @@ def chat(
     model: Model = "starter",
     steer: Annotated[str, typer.Option(help="Interventions, as for generate.")] = "",
     named: Named = None,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt; '' is an empty one.")] = None,
     max_new_tokens: int = 128,
     temperature: float = 0.5,
     top_p: float = 1.0,
@@ -201,9 +202,10 @@ def chat(
     seed: int = 0,
     dtype: Dtype = None,
     device: Device = None,
+    date: Date = None,
 ) -> None:
     """Talk to the steered model beside its unsteered self. `/steer LINE`, `/reset`, `/quit`."""
-    loaded = load(model, dtype, device)
+    loaded = load(model, dtype, device, date=date)
     from interp_steer import conversation
     from interp_steer.direction import Directions
     from interp_steer.row import Sampling
@@ -228,6 +230,7 @@ def make(
     as_json: Json = False,
     dtype: Dtype = None,
     device: Device = None,
+    date: Date = None,
 ) -> None:
     """A direction from contrasting prompts, for every layer from one pass."""
     from interp_steer.errors import nearest
@@ -244,7 +247,7 @@ def make(
     if not is_name(name):
         raise RequestError(f"{name!r} cannot name a direction: use letters, digits, '_', '.', '-'")
     sides = read_prompts(positive, "positive"), read_prompts(negative, "negative")
-    loaded = load(model, dtype, device)
+    loaded = load(model, dtype, device, date=date)
     if layer is not None and not 0 <= layer < loaded.n_layers:
         raise RequestError(
             f"layer {layer} is out of range: {loaded.name} has layers 0-{loaded.n_layers - 1}"

@@ -24,7 +24,7 @@ from interp_steer.intervention import line
 from interp_steer.model import SteeringModel
 from interp_steer.plan import check, forecast
 from interp_steer.results import Results
-from interp_steer.runs import Run, known
+from interp_steer.runs import Run, known, same_date
 from interp_steer.scale import Scale
 from interp_steer.site import Site
 from interp_steer.stages import Stage, key_of, stages
@@ -72,6 +72,7 @@ def run(
     results = Results(folder / name, about)
     before = known(folder, about)
     check(study, model)
+    same_date(folder, model.date)
     manifest = _opened(folder, study, model, about, arguments)
     scale = study.scale(model)
     work = _Work(study, model, folder, results, before, shard, scale)
@@ -309,6 +310,7 @@ def _opened(
         "directions": {name: vector.sha for name, vector in study.vectors.items()},
         "model": model.name,
         "revision": model.revision,
+        "date": str(model.date) if model.date else None,
         "dtype": about["dtype"],
         "device": str(model.device),
         "n_layers": model.n_layers,

@@ -2,6 +2,7 @@
 
 import datetime
 import io
+import json
 import sys
 
 import pytest
@@ -311,3 +312,63 @@ def test_every_way_to_ask_the_clock(tokenizer, monkeypatch):
     assert told == tokenizer.apply_chat_template(
         [{"role": "user", "content": "I love"}], tokenize=False, add_generation_prompt=True
     )
+
+
+
+STUDY = """
+directions: {{d: d.safetensors}}
+prompts: {{choose: [I love the fox], prove: [I hate the rain, Name three]}}
+sites: 0
+coefficients: [2.0]
+metrics: [length]
+sampling: {{max_new_tokens: 2}}
+controls: {{random: 1, features: 0, shuffled: 0}}
+{date}
+"""
+
+
+def test_a_run_goes_on_the_next_day_and_says_if_its_date_is_another(
+    tokenizer, monkeypatch, tmp_path
+):
+    from transformers.utils import chat_template_utils
+
+    from interp_steer.study_file import StudyFile
+
+    model = with_template(tokenizer, LLAMA_32)
+    Direction.of(torch.ones(model.d_model), "blocks.0.hook_resid_post").save(
+        tmp_path / "d.safetensors"
+    )
+    (tmp_path / "s.yaml").write_text(STUDY.format(date=""))
+    file, folder = StudyFile.read(tmp_path / "s.yaml"), tmp_path / "run"
+    done = file.study(model).run(model, folder)
+    before = (folder / "rows.jsonl").read_text()
+    assert done.manifest["date"] == "2024-07-26"
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    model = with_template(tokenizer, LLAMA_32)
+    file.study(model).run(model, folder)
+    StudyFile.read(folder / "study.yaml").study(model).run(model, folder)
+    assert (folder / "rows.jsonl").read_text() == before
+
+    (tmp_path / "s.yaml").write_text(STUDY.format(date="date: 2031-05-06"))
+    dated = StudyFile.read(tmp_path / "s.yaml")
+    study = dated.study(model)
+    assert str(model.date) == "2031-05-06"
+    with pytest.raises(RequestError, match="say 2024-07-26, and these say 2031-05-06"):
+        study.run(model, folder)
+    assert (folder / "rows.jsonl").read_text() == before
+    other = study.run(model, tmp_path / "other")
+    assert not set(other.rows) & set(done.rows)
+    assert str(dated.told("2024-07-26").study(model) and model.date) == "2024-07-26"
+
+    # a run from before dates were fixed, begun on a day of its own
+    manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
+    del manifest["date"]
+    manifest["written_at"] = "2031-05-06T07:08:09+00:00"
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RequestError, match="go on with --date 2031-05-06"):
+        file.study(model).run(model, tmp_path / "other")
+    again = dated.study(model).run(model, tmp_path / "other")
+    assert set(again.rows) == set(other.rows)
+    (tmp_path / "s.yaml").write_text(STUDY.format(date="date: today"))
+    with pytest.raises(RequestError, match="date is 'today', expected such as 2024-07-26"):
+        StudyFile.read(tmp_path / "s.yaml")
