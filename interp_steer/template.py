@@ -129,8 +129,8 @@ class Template:
         found = _Search(self, messages, text).found()
         role, content = messages[-1]
         begins = None
-        if role == "assistant" and content.strip():
-            if not text.endswith(content.strip()) and not text.endswith(content):
+        if role == "assistant":
+            if not text.endswith((content, content.strip())):
                 raise RequestError(
                     "the chat template rewrites the assistant's answer, so that it cannot be "
                     "continued; give plain text instead"
@@ -163,12 +163,12 @@ class _Search:
 
     def found(self) -> list[list[Span] | None]:
         """For each message where it stands, more than once if it is repeated; None if unknown."""
-        said = [i for i, content in enumerate(self.contents) if content.strip()]
-        cores = {i: self._core(i) for i in said}
-        for places in ({i: (0, len(self.contents[i])) for i in said}, cores):
+        whole = {i: (0, len(content)) for i, content in enumerate(self.contents) if content}
+        cores = {i: self._core(i) for i in whole if self.contents[i].strip()}
+        for places in (whole, cores):
             spans = self._marked(places)
-            if spans is not None and len(spans) == len(said):
-                each = dict(zip(said, ([span] for span in spans), strict=True))
+            if spans is not None and len(spans) == len(places):
+                each = dict(zip(places, ([span] for span in spans), strict=True))
                 return [each.get(i, []) for i in range(len(self.contents))]
         return [self._alone(i) if i in cores else [] for i in range(len(self.contents))]
 

@@ -314,7 +314,6 @@ def test_every_way_to_ask_the_clock(tokenizer, monkeypatch):
     )
 
 
-
 STUDY = """
 directions: {{d: d.safetensors}}
 prompts: {{choose: [I love the fox], prove: [I hate the rain, Name three]}}
