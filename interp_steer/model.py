@@ -223,6 +223,18 @@ class SteeringModel:
         """
         return self._codec.after(_prompt(prompt), text)
 
+    def parted(self, prompt: str, text: str) -> tuple[str, str]:
+        """A text in two parts, moved back to where a token ends if one stands across the boundary.
+
+        Raises:
+            RequestError: as for `encode_after`, if no place near it will do.
+        """
+        return self._codec.parted(prompt, text)
+
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of a plain text of any length, as `encode` has them of a prompt."""
+        return self._codec.tokens(text, plain=True)[0]
+
     def decode(self, ids: Sequence[int], after: object = None) -> str:
         """Text of generated tokens, without special tokens.
 
