@@ -21,7 +21,7 @@ from interp_steer.errors import RequestError, SteerError, SteerWarning, nearest
 from interp_steer.feature_cli import app as features
 from interp_steer.feature_cli import saes
 from interp_steer.labels.cli import app as labels
-from interp_steer.options import Device, Dtype, Json, Model, load
+from interp_steer.options import Date, Device, Dtype, Json, Model, load
 from interp_steer.study_cli import app as study
 from interp_steer.study_cli import report
 
@@ -131,7 +131,7 @@ def generate(
         typer.Option(help="Interventions, such as 'add(eiffel, 0.3 dose) at 15'; may be repeated."),
     ] = None,
     named: Named = None,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt; '' is an empty one.")] = None,
     text: Annotated[bool, typer.Option("--text", help="Plain text, no chat template.")] = False,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -146,6 +146,7 @@ def generate(
     as_json: Json = False,
     dtype: Dtype = None,
     device: Device = None,
+    date: Date = None,
 ) -> None:
     """Answer prompts, each unsteered and under every --steer, in one batch."""
     from interp_steer.console import side_by_side
@@ -156,7 +157,7 @@ def generate(
     from interp_steer.prompt_file import PromptFile
 
     file = PromptFile.read(prompts) if prompts else None
-    loaded = load(model, dtype, device)
+    loaded = load(model, dtype, device, date=date)
     from interp_steer.direction import Directions
     from interp_steer.engine import Engine
     from interp_steer.files import whole
@@ -216,7 +217,7 @@ def chat(
     model: Model = "starter",
     steer: Annotated[str, typer.Option(help="Interventions, as for generate.")] = "",
     named: Named = None,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt; '' is an empty one.")] = None,
     max_new_tokens: int = 128,
     temperature: float = 0.5,
     top_p: float = 1.0,
@@ -224,9 +225,10 @@ def chat(
     seed: int = 0,
     dtype: Dtype = None,
     device: Device = None,
+    date: Date = None,
 ) -> None:
     """Talk to the steered model beside its unsteered self. `/steer LINE`, `/reset`, `/quit`."""
-    loaded = load(model, dtype, device)
+    loaded = load(model, dtype, device, date=date)
     from interp_steer import conversation
     from interp_steer.direction import Directions
     from interp_steer.row import Sampling
@@ -260,6 +262,7 @@ def make(
     as_json: Json = False,
     dtype: Dtype = None,
     device: Device = None,
+    date: Date = None,
 ) -> None:
     """A direction from contrasting prompts, for every layer from one pass.
 
@@ -279,7 +282,7 @@ def make(
     files = {"positive": PromptFile.read(positive), "negative": PromptFile.read(negative)}
     for side, file in files.items():
         file.side(side)  # typos are told before a model loads
-    loaded = load(model, dtype, device)
+    loaded = load(model, dtype, device, date=date)
     from interp_steer.contrast import Contrast, act_add, template
     from interp_steer.scale import Scale
 

@@ -12,6 +12,7 @@ from interp_steer.template import Rendered, Template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_CUTS = 16  # places where a text is tried to be parted
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte-fallback token
 
 
@@ -78,6 +79,21 @@ class Codec:
         if len(both) == n:
             raise RequestError(f"{text[:40]!r} is no token after its prompt")
         return both[n:]
+
+    def parted(self, prompt: str, text: str) -> tuple[str, str]:
+        """A text in two, its boundary moved back to where a token ends; see `SteeringModel`."""
+        whole, cuts = prompt + text, [len(prompt)]
+        _, places = self.tokens(whole, plain=True)
+        cuts += sorted({begin for begin, _ in places if 0 < begin < len(prompt)}, reverse=True)
+        refused: RequestError | None = None
+        for cut in cuts[:_CUTS]:
+            try:
+                self.after(whole[:cut], whole[cut:])
+                return whole[:cut], whole[cut:]
+            except RequestError as error:
+                refused = refused or error
+        assert refused is not None
+        raise refused
 
     def tokens(self, text: str, plain: bool) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
         """Token ids, and where in the text each stands.

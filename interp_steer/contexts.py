@@ -13,7 +13,7 @@ from interp_steer.console import Report
 from interp_steer.errors import RequestError
 from interp_steer.fit import Tally
 from interp_steer.model import SteeringModel
-from interp_steer.prompt import Encoded, Prompt, is_chat, readable
+from interp_steer.prompt import Encoded, Prompt, is_chat
 from interp_steer.sae import Sae
 
 PLACES = 2**20  # more than any context holds
@@ -158,9 +158,9 @@ def _context(
         text,
         position,
         value,
-        model.decode(ids[max(0, position - width) : position]),
+        model.decode(ids[max(0, position - width) : position], "" if position > width else None),
         model.decode_token(ids[position]),
-        model.decode(ids[position + 1 : position + 1 + width]),
+        model.decode(ids[position + 1 : position + 1 + width], ""),
     )
 
 
@@ -233,7 +233,7 @@ def windows(model: SteeringModel, prompts: Sequence[Prompt], length: int) -> lis
         if is_chat(prompt):
             ids, content = (one := model.encode(prompt)).ids, one.content
         else:  # a text may be longer than the model's context
-            ids = tuple(model.tokenizer(readable(str(prompt)), verbose=False)["input_ids"])
+            ids = model.token_ids(str(prompt))
             content = (True,) * len(ids)
         for start in range(0, len(ids), length):
             piece = ids[start : start + length]

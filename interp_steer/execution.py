@@ -25,7 +25,7 @@ from interp_steer.locking import running
 from interp_steer.model import SteeringModel
 from interp_steer.plan import check, forecast
 from interp_steer.results import Results, joined
-from interp_steer.runs import Run, known
+from interp_steer.runs import Run, known, same_date
 from interp_steer.scale import Scale
 from interp_steer.site import Site
 from interp_steer.stages import Stage, key_of, stages
@@ -70,6 +70,7 @@ def run(
     about = {"model": model.fingerprint, "dtype": str(model.dtype).removeprefix("torch.")}
     part = "" if shard is None else f"-{shard[0]}-of-{shard[1]}"
     check(study, model)
+    same_date(folder, model.date)
     description: Description | None = None
 
     def begin(alone: bool) -> None:
@@ -341,6 +342,7 @@ def _manifest(
         "directions": {name: vector.sha for name, vector in study.vectors.items()},
         "model": model.name,
         "revision": model.revision,
+        "date": str(model.date) if model.date else None,
         "dtype": about["dtype"],
         "device": str(model.device),
         "n_layers": model.n_layers,

@@ -4,6 +4,7 @@ Together with `block.py` and `hooked.py` this is the only file that touches the 
 transformers' Llama and of TransformerLens. It knows nothing of steering.
 """
 
+import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
@@ -28,7 +29,7 @@ from interp_steer.loading import (
 )
 from interp_steer.prompt import Encoded, Prompt, is_chat
 from interp_steer.site import Site
-from interp_steer.template import Template
+from interp_steer.template import Template, read_date
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -43,6 +44,7 @@ class SteeringModel:
         tokenizer: its fast tokenizer.
         name: hub id, folder or `"starter"`, as asked for.
         revision: the hub's commit, or "" for a folder.
+        date: what the chat template is told if it asks for the date; may be set.
         n_layers, d_model, n_heads, n_kv_heads, d_head, d_vocab, n_ctx: the model's shape.
     """
 
@@ -52,6 +54,7 @@ class SteeringModel:
         tokenizer: "PreTrainedTokenizerBase",
         name: str = "",
         revision: str = "",
+        date: datetime.date | str | None = None,
     ) -> None:
         """Wraps a model that is already in memory, and puts it into evaluation mode.
 
@@ -67,6 +70,7 @@ class SteeringModel:
         self.name, self.revision = name, revision
         self._fingerprint = Fingerprint(hf)
         self._hooked: tuple[list[int], HookedTransformer] | None = None
+        self.date = date
         config: Any = hf.config  # its fields are typed as optional
         self.n_layers: int = config.num_hidden_layers
         self.d_model: int = config.hidden_size
@@ -84,6 +88,7 @@ class SteeringModel:
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
         revision: str | None = None,
+        date: datetime.date | str | None = None,
         device_map: object = None,
         quantization: object = None,
     ) -> "SteeringModel":
@@ -95,6 +100,8 @@ class SteeringModel:
                 break the sharing of the weights.
             device: default the first CUDA GPU if there is one, else the CPU.
             revision: the hub's branch, tag or commit.
+            date: told to a chat template that asks for the date, as Llama 3.2's does; default
+                2024-07-26, never the day's: prompts and keys of rows would change at midnight.
             device_map, quantization: refused, with the reason.
 
         Raises:
@@ -112,10 +119,10 @@ class SteeringModel:
                 "matrices without a second copy; load with dtype='bfloat16'"
             )
         place = pick_device(device)
-        kind = pick_dtype(dtype, place)
+        kind, day = pick_dtype(dtype, place), read_date(date)
         name = str(name)
         folder, commit = find_folder(name, revision)
-        return cls(*read(folder, name, kind, place), name=name, revision=commit)
+        return cls(*read(folder, name, kind, place), name=name, revision=commit, date=day)
 
     def __repr__(self) -> str:
         return (
@@ -169,10 +176,24 @@ class SteeringModel:
         """Whether the tokenizer has a chat template."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
+    @property
+    def date(self) -> datetime.date | None:
+        """The date that the chat template is told; None where it asks for none.
+
+        It may be set, also as text such as "2024-07-26"; None is the default, 2024-07-26.
+        """
+        return self._codec.template.told
+
+    @date.setter
+    def date(self, given: datetime.date | str | None) -> None:
+        self._date = read_date(given)
+        self.__dict__.pop("_codec", None)
+
     @cached_property
     def _codec(self) -> Codec:
         rows: int = self.hf.model.embed_tokens.weight.shape[0]
-        return Codec(self.tokenizer, Template(self.tokenizer, self.name), self.n_ctx, rows)
+        template = Template(self.tokenizer, self.name, self._date)
+        return Codec(self.tokenizer, template, self.n_ctx, rows)
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -205,6 +226,18 @@ class SteeringModel:
                 prompt as given.
         """
         return self._codec.after(_prompt(prompt), text)
+
+    def parted(self, prompt: str, text: str) -> tuple[str, str]:
+        """A text in two parts, moved back to where a token ends if one stands across the boundary.
+
+        Raises:
+            RequestError: as for `encode_after`, if no place near it will do.
+        """
+        return self._codec.parted(prompt, text)
+
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of a plain text of any length, as `encode` has them of a prompt."""
+        return self._codec.tokens(text, plain=True)[0]
 
     def decode(self, ids: Sequence[int], after: object = None) -> str:
         """Text of generated tokens, without special tokens.

@@ -13,11 +13,22 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Option(help="'starter', a folder, or a hub id.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, ...")]
+Date = Annotated[
+    str | None,
+    typer.Option(
+        help="Told to a chat template that asks for the date; default 2024-07-26, on any day."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 def load(
-    name: str, dtype: str | None, device: str | None, revision: str | None = None
+    name: str,
+    dtype: str | None,
+    device: str | None,
+    revision: str | None = None,
+    *,
+    date: str | None = None,
 ) -> "SteeringModel":
     """The model, its imports announced; raises as `SteeringModel.load` does."""
     # Spinning OpenMP threads make short decoding steps up to 30 times slower on a busy machine.
@@ -26,4 +37,4 @@ def load(
     with progress("starting", every=5):
         from interp_steer.model import SteeringModel
 
-    return SteeringModel.load(name, dtype=dtype, device=device, revision=revision)
+    return SteeringModel.load(name, dtype=dtype, device=device, revision=revision, date=date)

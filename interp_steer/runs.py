@@ -5,6 +5,7 @@ arguments, hashes, machine; `plan.jsonl`: which row plays which part; and the ro
 `rows.jsonl` (one such file a shard).
 """
 
+import datetime
 import json
 from collections.abc import Mapping
 from functools import cached_property
@@ -103,6 +104,25 @@ class Run:
     def _repr_html_(self) -> str:
         head = self.table().head(20)._repr_html_()  # type: ignore[operator]
         return f"<p>{self.folder}: {len(self.rows)} rows</p>{head}"
+
+
+def same_date(folder: Path, date: datetime.date | None) -> None:
+    """Whether the prompts of a run say that date, if their chat template asks for one.
+
+    Runs from before the date was fixed hold the day on which they ran.
+
+    Raises:
+        RequestError: they say another, so that none of its rows would be found again.
+    """
+    if date is None or not (folder / "manifest.json").is_file():
+        return
+    manifest = Run(folder).manifest
+    theirs = manifest["date"] if "date" in manifest else str(manifest.get("written_at"))[:10]
+    if theirs not in (None, str(date)):
+        raise RequestError(
+            f"the prompts of {folder} say {theirs}, and these say {date}: its rows would all be "
+            f"run again; go on with --date {theirs}, or in another folder"
+        )
 
 
 def known(folder: Path, about: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:

@@ -73,7 +73,7 @@ class Study:
         limits: metric -> the worst mean on `choose` prompts that a cell may have to be picked.
         concept: words, for `concept` and `mention`.
         neutral: texts whose loss says what steering damages: given continuations, or the second
-            half of a plain text.
+            half of a plain text. Where a token stands across the boundary, it is continuation.
         build: the prompts that the directions were made from, to make sure that they do not come
             back.
         method: how a Contrast makes its direction.
@@ -249,9 +249,16 @@ class Study:
                 other = chat(other, self.system)
             return replace(item, prompt=chat(item.prompt, self.system), corrupted=other)
 
+        def parted(item: Item) -> Item:
+            if item.continuation is None or not isinstance(item.prompt, str):
+                return item
+            prompt, rest = model.parted(item.prompt, item.continuation)
+            return replace(item, prompt=prompt, continuation=rest)
+
         parts: dict[str, Any] = {
             n: [said(i) for i in getattr(self, n)] for n in ("choose", "prove", "neutral")
         }
+        parts["neutral"] = [parted(item) for item in parts["neutral"]]
         return replace(self, **parts, as_chat=False)
 
     def items(self) -> Iterator[tuple[str, Item]]:

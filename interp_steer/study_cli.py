@@ -9,7 +9,7 @@ import typer
 
 from interp_steer.console import safe
 from interp_steer.errors import RequestError
-from interp_steer.options import Device, Json, load
+from interp_steer.options import Date, Device, Json, load
 
 if TYPE_CHECKING:
     from interp_steer.study import Study
@@ -26,20 +26,24 @@ Model = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="In place of the file's.")]
 
 
-def _opened(file: Path, model: str | None, dtype: str | None, device: str | None) -> Any:
+def _opened(
+    file: Path, model: str | None, dtype: str | None, device: str | None, date: str | None
+) -> Any:
     """(study, model, what loads the model again) of a file; typos are told before a model loads."""
     from interp_steer.study_file import StudyFile
 
-    read = StudyFile.read(file)
+    read = StudyFile.read(file).told(date)
     name = model or read.model.get("model", "starter")
     kind = dtype or read.model.get("dtype")
     loaded = load(str(name), kind, device)
+    study = read.study(loaded)
     again = {
         "name": loaded.name,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": device,
+        "date": loaded.date,
     }
-    return read.study(loaded), loaded, again
+    return study, loaded, again
 
 
 @app.command()
@@ -48,11 +52,12 @@ def plan(
     model: Model = None,
     dtype: Dtype = None,
     device: Device = None,
+    date: Date = None,
     timed: Annotated[bool, typer.Option(help="Time two short runs, for the expected time.")] = True,
     as_json: Json = False,
 ) -> None:
     """Rows, chunks, memory and expected time, before anything runs."""
-    study, loaded, _ = _opened(file, model, dtype, device)
+    study, loaded, _ = _opened(file, model, dtype, device, date)
     from interp_steer.plan import Plan
 
     made = Plan.of(study, loaded, timed=timed)
@@ -90,6 +95,7 @@ def run(
     model: Model = None,
     dtype: Dtype = None,
     device: Device = None,
+    date: Date = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads; pinned by a run's first start.")
     ] = None,
@@ -113,7 +119,7 @@ def run(
         raise RequestError("--workers, --gpus-per-worker and --address need --ray")
     if threads is not None and threads < 1:
         raise RequestError(f"--threads is {threads}, expected at least 1")
-    study, loaded, again = _opened(file, model, dtype, device)
+    study, loaded, again = _opened(file, model, dtype, device, date)
     import torch
 
     from interp_steer.files import cache_dir

@@ -18,7 +18,7 @@ The other fields are those of `Study`. Files are looked for beside the YAML file
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,10 @@ from interp_steer.parts import split_items
 from interp_steer.prompt_file import PromptFile, is_file
 from interp_steer.row import Sampling
 from interp_steer.study import Study
+from interp_steer.template import read_date
 
 PARTS = ("choose", "prove", "neutral", "build")
-MODEL = ("model", "dtype", "revision")
+MODEL = ("model", "dtype", "revision", "date")
 _OWN = {f.name for f in fields(Study)} - {*PARTS, "directions"}
 FIELDS = (*MODEL, "directions", "prompts", *sorted(_OWN))
 KINDS = {
@@ -101,14 +102,19 @@ class StudyFile:
                 raise RequestError(f"{path} has no {needed}")
         for name, given in spec["directions"].items():
             _check_direction(name, given)
+        read_date(spec.get("date"))
         made = cls(spec, path.parent)
         made.parts()
         return made
 
     @property
     def model(self) -> dict[str, Any]:
-        """What the file says of the model: name, dtype, revision."""
+        """What the file says of the model: name, dtype, revision, date."""
         return {name: self.spec[name] for name in MODEL if name in self.spec}
+
+    def told(self, date: str | None) -> "StudyFile":
+        """The same with another date for the chat template; None leaves the file's."""
+        return self if date is None else replace(self, spec={**self.spec, "date": read_date(date)})
 
     def parts(self) -> dict[str, list[Item]]:
         """The prompts, by the part that they play."""
@@ -123,12 +129,14 @@ class StudyFile:
         return found
 
     def study(self, model: SteeringModel) -> Study:
-        """The study, its directions made with the model.
+        """The study, its directions made with the model, whose `date` becomes the file's.
 
         Raises:
             RequestError: as `Study` does, and for a direction that cannot be made.
         """
         spec = self.spec
+        if spec.get("date") is not None:
+            model.date = spec["date"]
         parts: dict[str, Any] = {**self.parts()}
         given = {name: spec[name] for name in _OWN if spec.get(name) is not None}
         for name, kind in (("controls", Controls), ("sampling", Sampling)):
@@ -206,6 +214,7 @@ def declared(study: Study, model: SteeringModel) -> dict[str, Any]:
         "model": model.name,
         "dtype": str(model.dtype).removeprefix("torch."),
         **({"revision": model.revision} if model.revision else {}),
+        **({"date": str(model.date)} if model.date else {}),
         "directions": directions,
         "prompts": {
             part: [item.as_mapping() for item in getattr(study, part)]

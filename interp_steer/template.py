@@ -21,7 +21,21 @@ own templates fall back to. With the clock's date a prompt would change at midni
 _CODES = "aAbBcdDeFGhHIjmMpSTuUVwWxXyYzZ"  # of strftime
 _PRIVATE = range(0xE000, 0xF900)  # characters that mean nothing, to mark contents with
 
+_TRIES = 16  # characters by which a shortened content may seem longer than it is
+
 Span = tuple[int, int]
+
+
+def read_date(given: object) -> datetime.date | None:
+    """A date, or one as text such as 2024-07-26, or None; raises RequestError for others."""
+    if isinstance(given, datetime.datetime):
+        return given.date()
+    if given is None or isinstance(given, datetime.date):
+        return given
+    try:
+        return datetime.date.fromisoformat(str(given))
+    except ValueError:
+        raise RequestError(f"date is {given!r}, expected such as {DATE}") from None
 
 
 @dataclass(frozen=True)
@@ -64,10 +78,15 @@ class Template:
             raise RequestError(f"{self.name} has no default chat template") from error
 
     @property
-    def dated(self) -> bool:
-        """Whether it asks for the date."""
-        has = bool(getattr(self.tokenizer, "chat_template", None))
-        return has and ("strftime_now" in self.source or "date_string" in self.source)
+    def told(self) -> datetime.date | None:
+        """The date that it is told; None where it is not asked for."""
+        try:
+            source = self.source
+        except RequestError:
+            return None
+        if "strftime_now" in source:
+            return self.date or DATE
+        return self.date if "date_string" in source else None
 
     def apply(self, messages: Sequence["Message"]) -> str:
         """The text of messages, an assistant's last one left open.
@@ -76,8 +95,8 @@ class Template:
             RequestError: there is no template, or it refuses the messages.
         """
         source, more = self.source, dict[str, Any]()
-        if "strftime_now" in source:
-            source = _clock(self.date or DATE) + source
+        if "strftime_now" in source and self.told:
+            source = _clock(self.told) + source
         if self.date:
             more["date_string"] = self.date.strftime("%d %b %Y")
         opened = messages[-1][0] == "assistant"
@@ -110,8 +129,8 @@ class Template:
         found = _Search(self, messages, text).found()
         role, content = messages[-1]
         begins = None
-        if role == "assistant" and content.strip():
-            if not text.endswith(content.strip()) and not text.endswith(content):
+        if role == "assistant":
+            if not text.endswith((content, content.strip())):
                 raise RequestError(
                     "the chat template rewrites the assistant's answer, so that it cannot be "
                     "continued; give plain text instead"
@@ -144,12 +163,12 @@ class _Search:
 
     def found(self) -> list[list[Span] | None]:
         """For each message where it stands, more than once if it is repeated; None if unknown."""
-        said = [i for i, content in enumerate(self.contents) if content.strip()]
-        cores = {i: self._core(i) for i in said}
-        for places in ({i: (0, len(self.contents[i])) for i in said}, cores):
+        whole = {i: (0, len(content)) for i, content in enumerate(self.contents) if content}
+        cores = {i: self._core(i) for i in whole if self.contents[i].strip()}
+        for places in (whole, cores):
             spans = self._marked(places)
-            if spans is not None and len(spans) == len(said):
-                each = dict(zip(said, ([span] for span in spans), strict=True))
+            if spans is not None and len(spans) == len(places):
+                each = dict(zip(places, ([span] for span in spans), strict=True))
                 return [each.get(i, []) for i in range(len(self.contents))]
         return [self._alone(i) if i in cores else [] for i in range(len(self.contents))]
 
@@ -176,14 +195,16 @@ class _Search:
             n = _common(core[::-1], self.text[: after[0]][::-1])
             if n in (0, len(core)):
                 return [(after[0] - n, after[0])] if n else []
-            kept = core[len(core) - n :]
-            return self._marked({i: (end - len(kept.lstrip()), end)}) or None
-        if before and len(before) == 1:
+            # the template's own text may look like what it dropped
+            tries = [(end - k, end) for k in range(n, max(0, n - _TRIES), -1)]
+        elif before and len(before) == 1:
             n = _common(core, self.text[before[0] :])
             if n == len(core):
                 return [(before[0], before[0] + n)]
-            return self._marked({i: (start, start + len(core[:n].rstrip()))}) or None
-        return None
+            tries = [(start, start + k) for k in range(n, max(0, n - _TRIES), -1)]
+        else:
+            return None
+        return next((spans for place in tries if (spans := self._marked({i: place}))), None)
 
     def _marked(self, places: Mapping[int, Span]) -> list[Span] | None:
         """What stands between marks around parts of contents; None if marking changes the text."""

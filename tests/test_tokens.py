@@ -4,6 +4,7 @@ import pytest
 import torch
 from tokenizers_at_hand import KINDS, USER_TURNS, sentencepiece, small, unigram, wordpiece
 
+from interp_steer.direction import Direction
 from interp_steer.engine import Engine
 from interp_steer.errors import RequestError
 from interp_steer.item import Item
@@ -246,3 +247,40 @@ def test_a_token_beyond_the_embedding_is_refused_by_name():
         Engine(model).score([Row("I love")], [" <new>"])
     with pytest.raises(RequestError, match="no token id"):
         Engine(model).score([Row("I love")], [(rows,)])
+
+
+def test_a_text_is_parted_where_a_token_ends():
+    """A neutral text may be halved amid a token, which then continues the first half."""
+    from interp_steer.study import Study
+
+    model = small(sentencepiece(legacy=False))
+    tokenizer = model.tokenizer
+    assert "▁(A)" in tokenizer.convert_ids_to_tokens(tokenizer("He said (A) Yes")["input_ids"])
+    halves = [("He said (", "A) Yes"), ("He said", " (A) Yes"), ("I love the to", "wer.")]
+    for first, second in halves:
+        before, after = model.parted(first, second)
+        assert before + after == first + second and len(before) <= len(first)
+        whole = tokenizer(first + second)["input_ids"]
+        assert [*model.encode(before).ids, *model.encode_after(before, after)] == whole
+    assert model.parted(*halves[0]) == halves[1] == model.parted(*halves[1])
+    study = Study(
+        choose=["a"],
+        prove=[Item("She said (", positive=" x", negative=" y")],
+        directions={"d": Direction.of(torch.ones(32), "blocks.0.hook_resid_post")},
+        sites=0,
+        coefficients=[1.0],
+        metrics=["length", "loss"],
+        neutral=[Item("He said (", continuation="A) Yes")],
+    ).bound(model)
+    (item,) = study.neutral
+    assert (item.prompt, item.continuation) == halves[1]
+    assert study.prove[0].prompt == "She said ("  # what is asked stays as it is
+
+
+def test_pieces_of_texts_have_the_tokens_of_prompts():
+    """One BOS, no EOS behind: as a prompt, where features are read from long texts."""
+    from interp_steer.contexts import windows
+
+    model = small(unigram())
+    for text in ("I love the tower", "<s>I love the tower"):
+        assert windows(model, [text], 100)[0].ids == model.encode(text).ids
