@@ -171,6 +171,7 @@ def merge(
     others: Annotated[list[Path], typer.Argument(help="Folders or row files.", show_default=False)],
 ) -> None:
     """Add other machines' rows to a run; each row once."""
+    from interp_steer.locking import running
     from interp_steer.results import merge as together
     from interp_steer.runs import ROWS
 
@@ -180,11 +181,16 @@ def merge(
             raise RequestError(f"no rows in {path}")
         return found
 
-    sources = [file for path in (folder, *others) for file in files(path)]
-    own = [file for file in files(folder) if file.name != "rows.jsonl"]
-    merged = together(sources, folder / "rows.jsonl")
-    for file in own:  # shards whose rows are in the one file now
-        file.unlink()
+    if not folder.is_dir():
+        raise RequestError(f"no rows in {folder}: it is no folder")
+    files(folder)
+    with running(folder):
+        own = files(folder)
+        added = [file for path in others for file in files(path)]
+        merged = together([*own, *added], folder / "rows.jsonl")
+        for file in own:  # shards whose rows are in the one file now
+            if file.name != "rows.jsonl":
+                file.unlink()
     print(f"{len(merged)} rows in {merged.path}")
 
 
