@@ -16,7 +16,9 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
-def load(name: str, dtype: str | None, device: str | None) -> "SteeringModel":
+def load(
+    name: str, dtype: str | None, device: str | None, revision: str | None = None
+) -> "SteeringModel":
     """The model, its imports announced; raises as `SteeringModel.load` does."""
     # Spinning OpenMP threads make short decoding steps up to 30 times slower on a busy machine.
     # To be set before torch is imported.
@@ -24,4 +26,4 @@ def load(name: str, dtype: str | None, device: str | None) -> "SteeringModel":
     with progress("starting", every=5):
         from interp_steer.model import SteeringModel
 
-    return SteeringModel.load(name, dtype=dtype, device=device)
+    return SteeringModel.load(name, dtype=dtype, device=device, revision=revision)

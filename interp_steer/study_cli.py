@@ -31,13 +31,14 @@ def _opened(file: Path, model: str | None, dtype: str | None, device: str | None
     from interp_steer.study_file import StudyFile
 
     read = StudyFile.read(file)
-    name = model or read.model.get("model", "starter")
-    kind = dtype or read.model.get("dtype")
-    loaded = load(str(name), kind, device)
+    name = str(read.model.get("model", "starter"))
+    revision = read.model.get("revision") if model in (None, name) else None
+    loaded = load(model or name, dtype or read.model.get("dtype"), device, revision)
     again = {
         "name": loaded.name,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": device,
+        "revision": loaded.revision or None,  # the commit itself: a branch may move meanwhile
     }
     return read.study(loaded), loaded, again
 
@@ -96,7 +97,9 @@ def run(
     ray: Annotated[bool, typer.Option("--ray", help="Run on Ray actors.")] = False,
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster; default here.")] = None,
     workers: Annotated[int, typer.Option(help="Ray actors.")] = 1,
-    gpus_per_worker: Annotated[float, typer.Option(help="GPUs of each actor.")] = 0.0,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(help="GPUs of each actor; default 1 where there are any.")
+    ] = None,
     shard: Annotated[
         str | None, typer.Option(help="i/n: only every n-th chunk, for a job array.")
     ] = None,
@@ -105,11 +108,9 @@ def run(
 ) -> None:
     """Run a study, or what is missing of it; exit 1 if rows failed."""
     part = _shard(shard)
-    if workers < 1 or gpus_per_worker < 0:
-        raise RequestError(
-            f"--workers {workers} --gpus-per-worker {gpus_per_worker:g}: at least 1, 0"
-        )
-    if not ray and (workers > 1 or address or gpus_per_worker):
+    if workers < 1:
+        raise RequestError(f"--workers is {workers}, expected at least 1")
+    if not ray and (workers > 1 or address or gpus_per_worker is not None):
         raise RequestError("--workers, --gpus-per-worker and --address need --ray")
     if threads is not None and threads < 1:
         raise RequestError(f"--threads is {threads}, expected at least 1")
@@ -122,9 +123,11 @@ def run(
         torch.set_num_threads(threads)
     mapper = None
     if ray:
-        from interp_steer.ray import on_ray
+        from interp_steer.ray import gpus_each, on_ray
 
-        mapper = on_ray(again, workers=workers, gpus=gpus_per_worker, address=address)
+        here = torch.cuda.device_count() if address is None else None
+        gpus = gpus_each(gpus_per_worker, workers, device, loaded.device.type, here)
+        mapper = on_ray(again, workers=workers, gpus=gpus, address=address)
     folder = out or cache_dir("runs") / file.stem
     done = study.run(loaded, folder, mapper=mapper, shard=part, arguments=sys.argv)
     found = done.findings()
