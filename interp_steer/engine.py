@@ -64,19 +64,18 @@ class Engine:
             for one, row in zip(encoded, rows, strict=True)
         ]
         results: dict[int, Result] = {}
-        done = 0
 
         def work(chunk: list[int]) -> None:
-            nonlocal done
+            for r in chunk:
+                results.pop(r, None)  # of a larger batch that did not fit
             stepper = self.stepper()
             ids = {stepper.add(rows[r], taps): r for r in chunk}
             while stepper.busy:
                 for event in stepper.step():
                     if event.finish:
-                        done += 1
                         results[ids[event.id]] = stepper.pop(event.id)
                 if report:
-                    report(done + stepper.share)
+                    report(len(results) + stepper.share)
 
         self._in_batches(order, longest, batch, work)
         return [results[r] for r in range(len(rows))]
@@ -152,6 +151,7 @@ class Engine:
         # streams of reference rows are kept; their logits are formed again where they are needed
         wanted = {other for other in against if other is not None}
         kept: dict[int, Tensor] = {}
+        early: list[int] = []  # rows that were read before the row that they are compared with
         found: dict[int, Score] = {}
 
         def work(chunk: list[int]) -> None:
@@ -180,7 +180,9 @@ class Engine:
                     logits = logits.log_softmax(-1)
                     ids = torch.tensor(given[r], dtype=torch.long, device=model.device)
                     logprobs[i][:-1] = logits[:-1].gather(1, ids[:, None])[:, 0]
-                    if (other := against[r]) is not None:
+                    if (other := against[r]) is not None and other not in kept:
+                        early.append(r)
+                    elif other is not None:
                         if last is None or last[0] != other:
                             last = other, model.unembed(kept[other]).float().log_softmax(-1)
                         kl[i][:] = (last[1].exp() * (last[1] - logits)).sum(-1)
@@ -199,6 +201,12 @@ class Engine:
         order = sorted(range(len(rows)), key=lambda r: (len(sequences[r]), sequences[r]))
         # references first, so that their streams are there when they are asked for
         self._in_batches([r for r in order if r in wanted], lengths, batch, work)
+        for r in early:
+            other, kl = against[r], found[r].kl
+            assert other is not None and kl is not None
+            with torch.no_grad():
+                p, q = (model.unembed(kept[n]).float().log_softmax(-1) for n in (other, r))
+                kl[:] = (p.exp() * (p - q)).sum(-1)
         self._in_batches([r for r in order if r not in wanted], lengths, batch, work)
         return [found[r] for r in range(len(rows))]
 

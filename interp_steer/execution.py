@@ -153,8 +153,8 @@ class _Work:
                     if not self.do(stage):
                         return
         self.complete = True
-        if not self.description.same:
-            self.description.begin(self._plan)
+        if not self.description.same and not self.failures:
+            self.description.begin(self._plan)  # all its rows were there already
         self.description.plan(self._plan, done=True)
 
     def partly(self, done: float, note: str = "") -> None:

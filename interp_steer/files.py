@@ -5,6 +5,7 @@ import json
 import os
 import re
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ def cache_dir(*parts: str) -> Path:
     checkout = Path(__file__).resolve().parents[1]
     if told := os.environ.get("INTERP_STEER_CACHE"):
         root = Path(os.path.expanduser(told))
-    elif (checkout / "pyproject.toml").is_file():
+    elif _is_ours(checkout / "pyproject.toml"):
         root = checkout / "cache"
     else:
         root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "interp-steer"
@@ -38,6 +39,14 @@ def cache_dir(*parts: str) -> Path:
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether it is this project's own file, not one that happens to lie in site-packages."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))["project"]["name"] == "interp-steer"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @contextmanager

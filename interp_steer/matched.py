@@ -20,7 +20,7 @@ def matched_features(to: Direction, n: int) -> list[Direction]:
     are stored of the SAE, or that ship with the starter's.
 
     Raises:
-        RequestError: the direction is no feature, or no labels of its SAE are known.
+        RequestError: the direction is no feature, or fewer than n others of its SAE are known.
     """
     if n <= 0:
         return []
@@ -35,6 +35,12 @@ def matched_features(to: Direction, n: int) -> list[Direction]:
             "match it; `interp-steer labels sync` its source, or set controls: {features: 0}"
         )
     center = known.pop(own)
+    if len(known) < n:
+        raise RequestError(
+            f"density and largest activation are known of {len(known)} other features of the SAE "
+            f"of {to.label}, expected {n}; `interp-steer labels sync` its source, or set "
+            f"controls: {{features: {len(known)}}}"
+        )
     nearest = sorted(known, key=lambda i: (math.dist(known[i], center), i))[:n]
     return [feature(labels[i], name=f"{to.name}-like{i}") for i in nearest]
 

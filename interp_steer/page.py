@@ -84,9 +84,12 @@ def _scroll(inner: str, name: str) -> str:
 
 def image(drawn: "Figure", alt: str, kind: str = "svg") -> str:
     """A figure inside the page. As an image, so that ids of several SVGs do not meet."""
+    from matplotlib import rc_context
+
     written = io.BytesIO()
     dated: dict[str, Any] = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 144}
-    drawn.savefig(written, format=kind, **dated)
+    with rc_context({"svg.hashsalt": "interp-steer"}):  # else one picture is written in many ways
+        drawn.savefig(written, format=kind, **dated)
     data = base64.b64encode(written.getvalue()).decode()
     mime = "image/svg+xml" if kind == "svg" else "image/png"
     # below three quarters of its size the small print would be too small: then it scrolls

@@ -9,6 +9,7 @@ from interp_steer.contrast import Contrast
 from interp_steer.direction import Direction
 from interp_steer.engine import Engine, working
 from interp_steer.item import Item
+from interp_steer.matched import matched_features
 from interp_steer.model import SteeringModel
 from interp_steer.row import Row
 from interp_steer.scale import Scale
@@ -22,7 +23,8 @@ TRIED = (2, 16)  # new tokens of the two short runs that the time is extrapolate
 
 
 def check(study: Study, model: SteeringModel) -> None:
-    """Whether every cell fits the model, and the longest prompt its context, before anything runs.
+    """Whether every cell fits the model, the longest prompt its context, and every feature has
+    others to be matched with, before anything runs.
 
     Raises:
         RequestError: one that does not.
@@ -38,6 +40,10 @@ def check(study: Study, model: SteeringModel) -> None:
     for setting in study.settings:
         cell = study.cell(setting, unit)
         admission.take(0, Row(longest.prompt, cell.steer, study.sampling), (), new)
+    if study.choose or len(study.settings) == 1:  # else nothing is proved
+        for one in study.vectors.values():
+            if isinstance(one, Direction) and one.is_feature:
+                matched_features(one, study.controls.features)
 
 
 def forecast(study: Study) -> dict[str, int]:

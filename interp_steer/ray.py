@@ -6,12 +6,13 @@ at a time. A killed worker is restarted and its chunk run again; a chunk that ki
 times is given back as failed.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from interp_steer.chunk import Chunk, Mapper, Record
-from interp_steer.errors import RunError
+from interp_steer.errors import RequestError, RunError
 
 TRIES = 3
 
@@ -89,6 +90,44 @@ def on_ray(
             ray.shutdown()
 
     return started
+
+
+def gpus_each(
+    told: float | None, workers: int, device: str | None, kind: str, here: int | None
+) -> float:
+    """GPUs of each worker: as told, else one where the model is on a GPU.
+
+    Args:
+        told: what was asked for; None if nothing was.
+        device: what the workers load the model on; None leaves it to them.
+        kind: of the device that the model is on here: "cpu" or "cuda".
+        here: GPUs of this machine; None for a cluster, whose machines are not known here.
+
+    Raises:
+        RequestError: so many cannot be had, or the model would not be on them.
+    """
+    gpus = float(kind == "cuda") if told is None else told
+    if not 0 <= gpus < math.inf or (gpus > 1 and gpus != int(gpus)):
+        raise RequestError(
+            f"--gpus-per-worker is {gpus:g}, expected 0, a share of one such as 0.5, or 1, 2, ..."
+        )
+    place = (device or "").partition(":")
+    if place[0] == "cuda" and not gpus:
+        raise RequestError(f"--device {device} needs --gpus-per-worker above 0: workers see no GPU")
+    if place[0] == "cuda" and place[2] not in ("", "0"):
+        raise RequestError(f"--device {device}: each worker sees its own GPU alone, as cuda:0")
+    if place[0] == "cpu" and gpus:
+        raise RequestError(f"--gpus-per-worker is {gpus:g}, but --device is {device}")
+    if here is not None and gpus:
+        fit = int(here / gpus) if gpus >= 1 else here * int(1 / gpus)
+        if fit < workers:
+            raise RequestError(
+                f"{workers} workers of {gpus:g} GPUs each do not fit on this machine's {here}; "
+                f"at most {fit} do"
+            )
+    if told is not None and not gpus and kind == "cuda":
+        raise RequestError("--gpus-per-worker is 0, but the model is on a GPU here: --device cpu")
+    return gpus
 
 
 def _map(

@@ -16,7 +16,7 @@ import pandas as pd
 from interp_steer import methods, plots
 from interp_steer.cell import ROLES, SETTING
 from interp_steer.errors import RequestError
-from interp_steer.files import whole
+from interp_steer.files import explained, whole
 from interp_steer.heat import heat_map
 from interp_steer.metrics import METRICS
 from interp_steer.page import (
@@ -64,6 +64,9 @@ def write(run: "Run", path: str | Path | None = None, level: float = 0.95) -> Pa
     """
     path = Path(path) if path is not None else run.folder / "report.html"
     page = _Report(run, run.findings(level=level), level).html()
+    with explained(path):
+        if path.is_file() and path.read_bytes() == page.encode():
+            return path
     with whole(path) as part:
         part.write_text(page, encoding="utf-8")
     return path

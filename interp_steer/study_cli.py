@@ -33,15 +33,16 @@ def _opened(
     from interp_steer.study_file import StudyFile
 
     read = StudyFile.read(file).told(date)
-    name = model or read.model.get("model", "starter")
-    kind = dtype or read.model.get("dtype")
-    loaded = load(str(name), kind, device)
+    name = str(read.model.get("model", "starter"))
+    revision = read.model.get("revision") if model in (None, name) else None
+    loaded = load(model or name, dtype or read.model.get("dtype"), device, revision)
     study = read.study(loaded)
     again = {
         "name": loaded.name,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": device,
         "date": loaded.date,
+        "revision": loaded.revision or None,  # the commit itself: a branch may move meanwhile
     }
     return study, loaded, again
 
@@ -102,7 +103,9 @@ def run(
     ray: Annotated[bool, typer.Option("--ray", help="Run on Ray actors.")] = False,
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster; default here.")] = None,
     workers: Annotated[int, typer.Option(help="Ray actors.")] = 1,
-    gpus_per_worker: Annotated[float, typer.Option(help="GPUs of each actor.")] = 0.0,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(help="GPUs of each actor; default 1 where there are any.")
+    ] = None,
     shard: Annotated[
         str | None, typer.Option(help="i/n: only every n-th chunk, for a job array.")
     ] = None,
@@ -111,11 +114,9 @@ def run(
 ) -> None:
     """Run a study, or what is missing of it; exit 1 if rows failed."""
     part = _shard(shard)
-    if workers < 1 or gpus_per_worker < 0:
-        raise RequestError(
-            f"--workers {workers} --gpus-per-worker {gpus_per_worker:g}: at least 1, 0"
-        )
-    if not ray and (workers > 1 or address or gpus_per_worker):
+    if workers < 1:
+        raise RequestError(f"--workers is {workers}, expected at least 1")
+    if not ray and (workers > 1 or address or gpus_per_worker is not None):
         raise RequestError("--workers, --gpus-per-worker and --address need --ray")
     if threads is not None and threads < 1:
         raise RequestError(f"--threads is {threads}, expected at least 1")
@@ -128,9 +129,11 @@ def run(
         torch.set_num_threads(threads)
     mapper = None
     if ray:
-        from interp_steer.ray import on_ray
+        from interp_steer.ray import gpus_each, on_ray
 
-        mapper = on_ray(again, workers=workers, gpus=gpus_per_worker, address=address)
+        here = torch.cuda.device_count() if address is None else None
+        gpus = gpus_each(gpus_per_worker, workers, device, loaded.device.type, here)
+        mapper = on_ray(again, workers=workers, gpus=gpus, address=address)
     folder = out or cache_dir("runs") / file.stem
     done = study.run(loaded, folder, mapper=mapper, shard=part, arguments=sys.argv)
     found = done.findings()
@@ -177,6 +180,7 @@ def merge(
     others: Annotated[list[Path], typer.Argument(help="Folders or row files.", show_default=False)],
 ) -> None:
     """Add other machines' rows to a run; each row once."""
+    from interp_steer.locking import running
     from interp_steer.results import merge as together
     from interp_steer.runs import ROWS
 
@@ -186,11 +190,16 @@ def merge(
             raise RequestError(f"no rows in {path}")
         return found
 
-    sources = [file for path in (folder, *others) for file in files(path)]
-    own = [file for file in files(folder) if file.name != "rows.jsonl"]
-    merged = together(sources, folder / "rows.jsonl")
-    for file in own:  # shards whose rows are in the one file now
-        file.unlink()
+    if not folder.is_dir():
+        raise RequestError(f"no rows in {folder}: it is no folder")
+    files(folder)
+    with running(folder):
+        own = files(folder)
+        added = [file for path in others for file in files(path)]
+        merged = together([*own, *added], folder / "rows.jsonl")
+        for file in own:  # shards whose rows are in the one file now
+            if file.name != "rows.jsonl":
+                file.unlink()
     print(f"{len(merged)} rows in {merged.path}")
 
 

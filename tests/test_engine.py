@@ -17,6 +17,7 @@ from interp_steer.prompt import chat
 from interp_steer.row import Row, Sampling
 from interp_steer.sampler import Sampler
 from interp_steer.site import Site
+from interp_steer.stepper import Stepper
 
 PROMPTS = (
     chat("Name three fruits."),
@@ -333,6 +334,43 @@ def test_a_reference_of_other_tokens_is_refused(engine):
             engine.score([Row(PROMPTS[0])] * 2, [(), ()], reference=wrong)
 
 
+def test_a_reference_may_have_a_reference_of_its_own(engine, tiny):
+    from transformers import LlamaForCausalLM
+
+    assert isinstance(tiny.hf, LlamaForCausalLM)
+    vector = torch.randn(64, generator=torch.Generator().manual_seed(8))
+    known = {"d": Direction.of(vector, "blocks.3.hook_resid_post", "d")}
+    lines = [f"add(d, {c}) at 3" for c in (2.0, 5.0, 9.0)]
+    rows = [Row(PROMPTS[0]), *(Row(PROMPTS[0], parse(text, known)) for text in lines)]
+    after = (5, 7, 11)
+    ids = torch.tensor([[*tiny.encode(PROMPTS[0]).ids, *after]])
+    logits = []
+    for coefficient in (0.0, 2.0, 5.0, 9.0):  # the steering of transformers alone
+        step = coefficient * known["d"].unit
+
+        def add(_m, _i, out, step=step):
+            stream = (out[0] if isinstance(out, tuple) else out).clone()
+            stream[:, 1:] += step
+            return (stream, *out[1:]) if isinstance(out, tuple) else stream
+
+        hook = tiny.hf.model.layers[3].register_forward_hook(add)
+        with torch.no_grad():
+            logits.append(tiny.hf(ids).logits[0, -len(after) - 1 :].log_softmax(-1))
+        hook.remove()
+
+    # a chain in both directions, a pair that are each other's, and one that is its own
+    for reference in ([None, 0, 1, 2], [1, 2, 3, None], [1, 0, 3, 2], [0, 0, 1, 2]):
+        for batch in (1, 2, 4):
+            found = engine.score(rows, [after] * 4, reference=reference, batch=batch)
+            for mine, other in enumerate(reference):
+                if other is None:
+                    assert found[mine].kl is None
+                    continue
+                p, q = logits[other], logits[mine]
+                expected = (p.exp() * (p - q)).sum(-1)
+                assert torch.allclose(found[mine].kl, expected, atol=1e-4), (reference, batch)
+
+
 # --- the stepper ---------------------------------------------------------------------------------
 
 
@@ -378,11 +416,29 @@ def test_batches_that_do_not_fit_are_halved(engine, rows, answers, monkeypatch):
     monkeypatch.setattr(forward.Stream, "prefill", classmethod(small))
     assert [r.token_ids for r in engine.generate(rows[:20])] == answers[:20]
     assert max(tried) > 5
+    done = []
+    engine.generate(rows[:20], report=lambda n, note="": done.append(n))
+    assert max(done) == done[-1] == 20
     monkeypatch.setattr(
         forward.Stream, "prefill", classmethod(lambda *_: (_ for _ in ()).throw(MemoryError()))
     )
     with pytest.raises(RunError, match="single row"):
         engine.generate(rows[:2])
+
+
+def test_progress_counts_a_row_once_though_memory_ran_out_late(engine, monkeypatch):
+    real, steps, done = Stepper.step, [], []
+
+    def late(self):
+        steps.append(1)
+        if len(steps) == 6:  # the short rows have ended
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self)
+
+    monkeypatch.setattr(Stepper, "step", late)
+    rows = [Row(PROMPTS[0], (), Sampling(max_new_tokens=n), seed=n) for n in (2, 2, 2, 30)]
+    engine.generate(rows, report=lambda n, note="": done.append(n))
+    assert 3 <= max(done[:5]) < 4 and max(done) == done[-1] == 4
 
 
 def test_errors_of_another_kind_are_not_swallowed(engine, rows, monkeypatch):

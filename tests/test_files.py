@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from interp_steer import files
 from interp_steer.errors import RequestError, RunError
-from interp_steer.files import parse_json, read_text
+from interp_steer.files import cache_dir, parse_json, read_text
 
 
 def test_json_is_what_the_standard_library_reads():
@@ -59,3 +60,25 @@ def test_a_file_is_read_up_to_its_limit(tmp_path):
         file.truncate(2**36)  # sparse: 64 GiB that nobody should read
     with pytest.raises(RequestError, match="more than 16,777,216 bytes"):
         read_text(path)
+
+
+@pytest.mark.parametrize(
+    ("found", "own"),
+    [
+        ('[project]\nname = "interp-steer"\n', True),
+        ('[project]\nname = "another"\n', False),
+        ("[tool.ruff]\n", False),
+        ("no [toml", False),
+        (None, False),
+    ],
+)
+def test_the_cache_lies_in_this_projects_own_checkout_alone(tmp_path, monkeypatch, found, own):
+    folder = tmp_path / "site-packages"
+    (folder / "interp_steer").mkdir(parents=True)
+    if found:
+        (folder / "pyproject.toml").write_text(found)
+    monkeypatch.setattr(files, "__file__", str(folder / "interp_steer" / "files.py"))
+    monkeypatch.delenv("INTERP_STEER_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    expected = folder / "cache" / "a" if own else tmp_path / "xdg" / "interp-steer" / "a"
+    assert cache_dir("a") == expected and expected.is_dir()

@@ -236,16 +236,134 @@ def test_a_row_that_fails_is_listed_and_all_others_are_done(tiny, tmp_path):
         del METRICS["touchy"]
 
 
-def test_a_run_that_cannot_succeed_stops(tiny, tmp_path):
-    @metric("never")
-    def never(measured):
-        raise ValueError("no")
+def test_a_prompt_that_always_fails_does_not_end_the_run(tiny, tmp_path):
+    @metric("touchy")
+    def touchy(measured):
+        if any("tower" in item.text for item in measured.items):
+            raise ValueError("I cannot stand towers")
+        return [float(n) for n, _ in enumerate(measured.rows)]
 
     try:
-        with pytest.raises(RunError, match="rows failed"):
-            study(metrics=["never", "length"], choose_by="length").run(tiny, tmp_path)
+        made = study(
+            metrics=["touchy"], choose_by="touchy", sampling=Sampling(max_new_tokens=1),
+            coefficients=[float(n + 1) for n in range(15)], chunk=64,
+        )  # fmt: skip
+        with pytest.raises(RunError, match=r"46 rows failed, every other row is done.*and 41 more"):
+            made.run(tiny, tmp_path)
+    finally:
+        del METRICS["touchy"]
+    listed = json.loads((tmp_path / "failures.json").read_text())
+    assert len(listed) == 46 and all("'I love the tower'" in one["what"] for one in listed)
+    table = Run(tmp_path).table()
+    assert len(table.query("role == 'grid'")) == 2 * 45
+    assert len(table.query("split == 'prove'")) == 4 * 7
+
+
+def test_a_run_that_cannot_succeed_stops_and_says_where(tiny, tmp_path):
+    calls = []
+
+    @metric("never")
+    def never(measured):
+        calls.append(len(measured.rows))
+        if measured.rows[0].steer:
+            raise ValueError("no")
+        return [1.0] * len(measured.rows)
+
+    try:
+        made = study(
+            metrics=["never"], choose_by="never", sampling=Sampling(max_new_tokens=1),
+            coefficients=[float(n + 1) for n in range(10)],
+        )  # fmt: skip
+        said = r"20 rows failed, the last 20 one after the other, and none of this stage has "
+        said += r"succeeded; the run stopped there with 7 rows in .*: no$"
+        with pytest.raises(RunError, match=said):
+            made.run(tiny, tmp_path)
     finally:
         del METRICS["never"]
+    assert sum(calls[1:]) < 90 * 4
+    assert len(json.loads((tmp_path / "failures.json").read_text())) == 20
+    assert len(Run(tmp_path).table()) == 7
+
+
+def test_a_run_whose_rows_begin_to_fail_stops(tiny, tmp_path):
+    works = [True]
+
+    @metric("once")
+    def once(measured):
+        if measured.rows[0].steer and not works:
+            raise ValueError("broken")
+        if measured.rows[0].steer:
+            works.clear()
+        return [1.0] * len(measured.rows)
+
+    try:
+        made = study(
+            metrics=["once"], choose_by="once", sampling=Sampling(max_new_tokens=1),
+            coefficients=[float(n + 1) for n in range(10)],
+        )  # fmt: skip
+        with pytest.raises(RunError, match=r"20 rows failed.*and so does one that had succeeded;"):
+            made.run(tiny, tmp_path)
+    finally:
+        del METRICS["once"]
+
+
+def test_each_shard_lists_its_own_failures(tiny, tmp_path):
+    @metric("touchy")
+    def touchy(measured):
+        if any(word in item.text for item in measured.items for word in ("fox", "tower")):
+            raise ValueError("no")
+        return [1.0] * len(measured.rows)
+
+    made = study(
+        metrics=["touchy"], choose_by="touchy", sampling=Sampling(max_new_tokens=1), sites=[2],
+        coefficients=[1.0, 2.0, 3.0], chunk=3,
+    )  # fmt: skip
+    try:
+        for i in (1, 2, 3):
+            with pytest.raises(RunError, match=f"every other row of shard {i}/3"):
+                made.run(tiny, tmp_path, shard=(i, 3))
+    finally:
+        del METRICS["touchy"]
+    listed = {
+        path.name: {one["key"] for one in json.loads(path.read_text())}
+        for path in tmp_path.glob("failures*.json")
+    }
+    assert set(listed) == {f"failures-{i}-of-3.json" for i in (1, 2, 3)}
+    assert len(set().union(*listed.values())) == 2 + 6  # unsteered, and three cells of two prompts
+    METRICS["touchy"] = METRICS["length"]
+    try:
+        made.run(tiny, tmp_path)
+    finally:
+        del METRICS["touchy"]
+    assert [path.name for path in tmp_path.glob("failures*.json")] == ["failures.json"]
+    assert json.loads((tmp_path / "failures.json").read_text()) == []
+
+
+def test_controls_that_cannot_be_had_are_told_before_anything_runs(tiny, tmp_path):
+    source = {"release": "r", "sae_id": "s", "index": "5", "neuronpedia": "nobody/3-res/5"}
+    vector = direction().vector
+    one = Direction.of(vector, "blocks.2.hook_resid_post", "f", source)
+    with pytest.raises(RequestError, match=r"nothing is known of the density.*features: 0"):
+        study(directions={"f": one}, controls=Controls(1, 2, 0)).run(tiny, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_fewer_known_features_than_controls_are_told(monkeypatch, tmp_path):
+    from interp_steer.labels.label import Source
+    from interp_steer.labels.rows import Row
+    from interp_steer.labels.store import Store
+    from interp_steer.matched import matched_features
+
+    monkeypatch.setenv("INTERP_STEER_CACHE", str(tmp_path))
+    with Store(write=True) as store:
+        rows = [
+            Row("m", "3-res", i, f"e{i}", "x", density=0.1, max_activation=1.0) for i in range(4)
+        ]
+        store.commit(Source("m", "3-res"), "a", "1", rows)
+    source = {"release": "r", "sae_id": "s", "index": "1", "neuronpedia": "m/3-res/1"}
+    one = Direction.of(direction().vector, "blocks.2.hook_resid_post", "f", source)
+    with pytest.raises(RequestError, match=r"known of 3 other features.*expected 4.*features: 3"):
+        matched_features(one, 4)
 
 
 def test_shards_together_are_the_whole(tiny, tmp_path):

@@ -9,6 +9,7 @@ from test_runs import direction
 
 from interp_steer import cli
 from interp_steer.direction import Direction
+from interp_steer.errors import RequestError
 
 STUDY = """
 question: Does it?
@@ -120,6 +121,81 @@ def test_shards_and_merging(folder, capsys):
 def test_mistakes_are_one_line(folder, tiny_folder, capsys, words, expected):
     fields = {"f": folder, "s": folder / "s.yaml", "m": tiny_folder}
     assert expected in error(capsys, 2, *(word.format(**fields) for word in words))
+
+
+@pytest.mark.parametrize(
+    ("told", "workers", "device", "kind", "here", "expected"),
+    [
+        (None, 1, None, "cpu", 0, 0.0),
+        (None, 2, None, "cuda", 2, 1.0),
+        (None, 2, "cpu", "cpu", 2, 0.0),
+        (0.5, 4, None, "cuda", 2, 0.5),
+        (1, 8, None, "cpu", None, 1.0),  # a cluster's workers, not this machine's
+        (None, 8, None, "cuda", None, 1.0),
+        (None, 3, None, "cuda", 2, "at most 2 do"),
+        (1, 1, None, "cpu", 0, "do not fit on this machine's 0"),
+        (0.6, 3, None, "cuda", 2, "at most 2 do"),
+        (0, 1, None, "cuda", 1, "--device cpu"),
+        (0, 1, "cuda:0", "cuda", 1, "workers see no GPU"),
+        (1, 1, "cuda:1", "cuda", 2, "as cuda:0"),
+        (1, 1, "cpu", "cpu", 1, "--device is cpu"),
+        (1.5, 1, None, "cuda", 4, "such as 0.5"),
+        (-1, 1, None, "cuda", 4, "expected 0"),
+        (float("nan"), 1, None, "cuda", 4, "expected 0"),
+    ],
+)
+def test_gpus_of_each_worker(told, workers, device, kind, here, expected):
+    from interp_steer.ray import gpus_each
+
+    if isinstance(expected, float):
+        assert gpus_each(told, workers, device, kind, here) == expected
+        return
+    with pytest.raises(RequestError, match=expected):
+        gpus_each(told, workers, device, kind, here)
+
+
+def test_the_files_revision_reaches_the_model_and_its_workers(
+    folder, tiny_folder, monkeypatch, capsys
+):
+    import contextlib
+
+    from interp_steer import ray
+    from interp_steer.model import SteeringModel
+
+    real, asked, workers = SteeringModel.load, [], []
+
+    def load(name, **options):
+        asked.append((name, options.pop("revision")))
+        loaded = real(str(tiny_folder), **options)
+        loaded.name, loaded.revision = name, "c0ffee"
+        return loaded
+
+    text = (folder / "s.yaml").read_text().replace(str(tiny_folder), "some/model")
+    (folder / "r.yaml").write_text(text + 'revision: "v1.2"\n')
+    monkeypatch.setattr(SteeringModel, "load", load)
+
+    def on_ray(again, **_):
+        workers.append(again)
+
+        @contextlib.contextmanager
+        def here(manifest):
+            from interp_steer.chunk import Local
+            from interp_steer.engine import Engine
+
+            yield Local(Engine(SteeringModel.load(**again)))
+
+        return here
+
+    monkeypatch.setattr(ray, "on_ray", on_ray)
+    out = folder / "revised"
+    said(capsys, 0, "study", "run", folder / "r.yaml", "--ray", "--out", out, "--no-report")
+    # the workers load the commit that the branch meant when the run began
+    assert asked == [("some/model", "v1.2"), ("some/model", "c0ffee")]
+    assert workers[0]["revision"] == "c0ffee"
+    said(capsys, 0, "study", "plan", folder / "r.yaml", "--no-timed", "--model", "other/model")
+    assert asked[-1] == ("other/model", None)  # the file's revision is of the file's model
+    said(capsys, 0, "study", "plan", out / "study.yaml", "--no-timed")
+    assert asked[-1] == ("some/model", "c0ffee")
 
 
 def test_an_ablation_prints_writes_and_draws(folder, tiny_folder, capsys):

@@ -13,10 +13,12 @@ from test_runs import contents, direction, study
 from interp_steer import cli
 from interp_steer.cell import Controls
 from interp_steer.errors import RequestError, RunError
+from interp_steer.locking import running
 from interp_steer.metrics import METRICS, metric
 from interp_steer.row import Sampling
 from interp_steer.runs import Run
 from interp_steer.study import Study
+from interp_steer.study_cli import merge
 
 FILES = ("study.yaml", "manifest.json", "plan.jsonl", "directions/d.safetensors")
 
@@ -63,13 +65,28 @@ def during(when, action, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("when", ["before its rows", "among its rows"])
-@pytest.mark.parametrize("other", ["run", "changed", "shard", "merge"])
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory) -> Path:
+    """A run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("alone")
+    return small(0.3).run(tiny, folder).folder
+
+
+@pytest.mark.parametrize(
+    ("when", "other"),
+    [
+        ("before its rows", "run"),
+        ("before its rows", "changed"),
+        ("before its rows", "merge"),
+        ("among its rows", "changed"),
+        ("among its rows", "shard"),
+        ("among its rows", "merge"),
+    ],
+)
 def test_another_in_the_folder_of_a_run_is_refused_and_changes_nothing(
-    tiny, tmp_path, monkeypatch, when, other
+    tiny, tmp_path, monkeypatch, alone, when, other
 ):
     folder = tmp_path / "run"
-    small(0.9).run(tiny, tmp_path / "else")
     if other == "changed":  # the folder holds rows of another study already
         small(0.2).run(tiny, folder)
     told = []
@@ -79,7 +96,7 @@ def test_another_in_the_folder_of_a_run_is_refused_and_changes_nothing(
         monkeypatch.undo()
         with pytest.raises(RunError, match="is being written by another run") as caught:
             if other == "merge":
-                merged(folder, tmp_path / "else")
+                merge(folder, [alone])
             else:
                 shard = (1, 2) if other == "shard" else None
                 small(0.6).run(tiny, folder, shard=shard)
@@ -89,9 +106,8 @@ def test_another_in_the_folder_of_a_run_is_refused_and_changes_nothing(
     during(when, intrude, monkeypatch)
     made = small(0.3).run(tiny, folder)
     assert len(told) == 1 and "\n" not in told[0]
-    small(0.3).run(tiny, tmp_path / "alone")
     assert len(made.table()) == 12
-    mine = contents(tmp_path / "alone")
+    mine = contents(alone)
     assert {key: contents(folder)[key] for key in mine} == mine
     assert "0.3 dose" in (folder / "study.yaml").read_text()
     # and when it has ended, the other one's turn comes
@@ -101,13 +117,7 @@ def test_another_in_the_folder_of_a_run_is_refused_and_changes_nothing(
     assert len(Run(folder).table()) == 12 and "0.6 dose" in (folder / "study.yaml").read_text()
 
 
-def merged(*folders):
-    from interp_steer.study_cli import merge
-
-    merge(folders[0], list(folders[1:]))
-
-
-def test_a_run_and_other_shards_are_kept_apart(tiny, tmp_path, monkeypatch):
+def test_a_run_and_other_shards_are_kept_apart(tiny, tmp_path, monkeypatch, alone):
     folder = tmp_path / "run"
     told = []
 
@@ -126,9 +136,8 @@ def test_a_run_and_other_shards_are_kept_apart(tiny, tmp_path, monkeypatch):
     small(0.3).run(tiny, folder, shard=(1, 2))
     assert len(told) == 3 and "another study" in told[2]
     small(0.3).run(tiny, folder, shard=(1, 2))
-    small(0.3).run(tiny, tmp_path / "alone")
-    assert set(Run(folder).rows) == set(contents(tmp_path / "alone"))
-    assert (folder / "plan.jsonl").read_bytes() == (tmp_path / "alone/plan.jsonl").read_bytes()
+    assert set(Run(folder).rows) == set(contents(alone))
+    assert (folder / "plan.jsonl").read_bytes() == (alone / "plan.jsonl").read_bytes()
     before = state(folder)
     small(0.3).run(tiny, folder, shard=(2, 2))
     assert state(folder) == before
@@ -189,18 +198,18 @@ def test_what_ran_under_other_versions_stays_known(tiny, tmp_path):
 
 def test_metrics_that_a_shard_measures_anew_are_found(tiny, tmp_path):
     small().run(tiny, tmp_path)
-    more = small(metrics=["rep3", "length"])
+    more = small(metrics=["kl_last", "length"])
     for _ in range(2):
         for i in (1, 2):
             more.run(tiny, tmp_path, shard=(i, 2))
     table = Run(tmp_path).table()
-    assert len(table) == 12 and table["rep3"].notna().all() and table["length"].notna().all()
+    assert len(table) == 12 and table["kl_last"].notna().all() and table["length"].notna().all()
     before = state(tmp_path)
     more.run(tiny, tmp_path, shard=(1, 2))
     assert state(tmp_path) == before
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_from_there(tiny, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_the_run_goes_on_from_there(tiny, tmp_path, monkeypatch, alone):
     real, calls = os.write, []
 
     def full(handle, data):
@@ -216,8 +225,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_from_there(tiny, tmp_path, 
     assert "\n" not in str(caught.value)
     assert len(contents(tmp_path / "a")) == 4  # two chunks
     small().run(tiny, tmp_path / "a")
-    small().run(tiny, tmp_path / "b")
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(alone)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tiny, tmp_path, monkeypatch):
@@ -237,17 +245,24 @@ def test_a_folder_that_cannot_be_written_is_one_line(tiny, tmp_path, monkeypatch
     assert state(tmp_path) == before
 
 
-def test_a_refused_run_on_the_command_line(tiny, tiny_folder, tmp_path, monkeypatch, capsys):
-    from interp_steer.locking import running
-
+def test_on_the_command_line(tiny, tmp_path, monkeypatch, capsys):
     small().run(tiny, tmp_path)
-    before = state(tmp_path)
-    words = ["study", "run", str(tmp_path / "study.yaml"), "--out", str(tmp_path)]
-    for more in ([], ["--shard", "1/2"]):
-        monkeypatch.setattr(sys, "argv", ["interp-steer", *words, *more])
-        with running(tmp_path), pytest.raises(SystemExit) as ended:
+    words = ["interp-steer", "study", "run", str(tmp_path / "study.yaml"), "--out", str(tmp_path)]
+
+    def said(*more) -> int:
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        with pytest.raises(SystemExit) as ended:
             cli.main()
-        assert ended.value.code == 1
+        return ended.value.code
+
+    assert said() == 0  # writes report.html
+    before = state(tmp_path)
+    assert said() == 0 and state(tmp_path) == before
+    capsys.readouterr()
+    for more in ([], ["--shard", "1/2"]):
+        with running(tmp_path):
+            code = said(*more)
+        assert code == 1
         errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
         assert errors == [f"error: {tmp_path} is being written by another run"]
     assert state(tmp_path) == before
