@@ -20,8 +20,9 @@ class Told:
 
     folder = "made by hand"
 
-    def __init__(self, table, **manifest):
+    def __init__(self, table, plan=None, **manifest):
         self._table = table
+        self.plan = table.to_dict("records") if plan is None else plan
         self.manifest = {
             "metrics": ["length"], "choose_by": "length", "limits": {}, "cells": 1, "selected": 0,
             "prompts": {"choose": 12, "prove": 12}, **manifest,
