@@ -201,7 +201,8 @@ def _run(path: Path, content: bytes, name: str) -> None:
     module.__file__ = str(path)
     sys.modules[name] = module
     try:
-        vars(module)[measures.CONTENT] = content.decode(errors="replace")
+        text = content.decode(errors="replace").replace("\r\n", "\n")
+        vars(module)[measures.CONTENT] = text
         exec(compile(content, str(path), "exec"), vars(module))
     except Exception as error:
         del sys.modules[name]
