@@ -228,9 +228,8 @@ class _Reader:
             whole = moved.dropna()
             spans: list[Interval | None] = [None] * len(cells)
             if len(whole) >= intervals.MINIMUM:
-                spans = list(
-                    intervals.bands(whole.to_numpy(), level=self.level, bounds=_apart(metric))
-                )
+                bounds = _apart(metric)
+                spans = list(intervals.bands(whole.to_numpy(), self.level, 0, bounds, metric.kind))
             if metric is self.decides and len(whole):
                 best = intervals.best_set(metric.sign * whole.to_numpy(), level=self.level)
             for i, (setting, part) in enumerate(cells):
@@ -319,7 +318,7 @@ class _Reader:
         if metric.kind == "rate" and set(np.unique(numbers)) <= {0.0, 1.0}:
             return intervals.rate_by_unit(numbers.astype(bool), units, level=self.level)
         values = intervals.by_unit(numbers, units)
-        return intervals.mean(values, level=self.level, bounds=metric.bounds)
+        return intervals.mean(values, self.level, 0, metric.bounds, metric.kind)
 
     def _effect(
         self, after: "pd.Series[float]", before: "pd.Series[float]", metric: Declared

@@ -195,6 +195,19 @@ def test_a_grid_of_few_prompts_does_not_say_that_they_chose():
     assert "the grid has 6 prompts" in str(f) and "6 prompts chose" not in str(f)
 
 
+def test_a_bounded_share_that_hardly_differs_has_no_interval_beside_its_p():
+    after = np.zeros(10)
+    after[3] = 0.09
+    parts = [*rows("unsteered", BEFORE[:10]), *rows("chosen", BEFORE[:10])]
+    for row, value in zip(parts, [*np.zeros(10), *after], strict=True):
+        row["rep3"] = value
+    f = found(parts, metrics=["length", "rep3"])
+    (claim,) = f.claims[f.claims["metric"] == "rep3"].to_dict("records")
+    assert claim["effect"] == pytest.approx(0.009) and claim["p"] == 1.0
+    assert np.isnan(claim["low"]) and claim["method"].startswith("fewer than 3 prompts differ")
+    assert "effect +0.009 (no interval)" in str(f)
+
+
 def test_within_the_limits_is_what_the_choice_saw():
     """The mean over rows that have a value, seeds and prompts together; all missing is beyond."""
     before = rows("unsteered", BEFORE, "choose", seeds=2)
