@@ -5,12 +5,12 @@ process; `ray.py` has the other one. Nothing here knows what a study asks.
 """
 
 import hashlib
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from interp_steer import metrics as measures
@@ -171,25 +171,42 @@ class Local:
             yield chunk, made
 
 
+_LOADED: dict[str, dict[str, measures.Metric]] = {}
+
+
 def load_modules(paths: Sequence[str | Path]) -> None:
-    """Runs Python files that define metrics, each once.
+    """Runs Python files that define metrics, each once, and once more when it has changed. Where
+    two define a metric of one name, that of the last one counts.
 
     Raises:
         RequestError: a file does not exist or cannot be run.
     """
     for path in map(Path, paths):
-        name = f"interp_steer_module_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
-        if name in sys.modules:
-            continue
-        spec = importlib.util.spec_from_file_location(name, path)
-        if not path.is_file() or spec is None or spec.loader is None:
-            raise RequestError(f"no Python file {path}")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
         try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[name]
-            if isinstance(error, SteerError):
-                raise
-            raise RequestError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+            content = path.read_bytes()
+        except OSError as error:
+            raise RequestError(f"no Python file {path}") from error
+        told = str(path.resolve()).encode() + content
+        name = f"interp_steer_module_{hashlib.sha256(told).hexdigest()[:8]}"
+        if name not in _LOADED:
+            before = dict(measures.METRICS)
+            _run(path, content, name)
+            now = measures.METRICS.items()
+            _LOADED[name] = {key: one for key, one in now if before.get(key) is not one}
+        measures.METRICS.update(_LOADED[name])
+
+
+def _run(path: Path, content: bytes, name: str) -> None:
+    """Not by import: compiled files beside it may be of an earlier content with the same length."""
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    sys.modules[name] = module
+    try:
+        text = content.decode(errors="replace").replace("\r\n", "\n")
+        vars(module)[measures.CONTENT] = text
+        exec(compile(content, str(path), "exec"), vars(module))
+    except Exception as error:
+        del sys.modules[name]
+        if isinstance(error, SteerError):
+            raise
+        raise RequestError(f"{path} cannot be run: {type(error).__name__}: {error}") from error

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from interp_steer import metrics as measures
 from interp_steer.cell import Cell, Planned
 from interp_steer.chunk import Chunk, Local, Mapper, Record, kind
 from interp_steer.console import Report, progress
@@ -329,6 +330,7 @@ def _manifest(
         "about": dict(about),
         "question": study.question,
         "metrics": list(study.metrics),
+        "measures": measures.declared(study.metrics),
         "choose_by": study.choose_by,
         "limits": dict(study.limits),
         "controls": asdict(study.controls),

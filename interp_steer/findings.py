@@ -5,24 +5,35 @@ its seeds are averaged first. Below ten prompts there are points and no interval
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from interp_steer import intervals
-from interp_steer import metrics as measures
 from interp_steer.cell import SETTING
+from interp_steer.declared import UNKNOWN, Declared, of_manifest
 from interp_steer.errors import RequestError
 from interp_steer.intervals import Interval
+from interp_steer.metrics import BUILT_IN
 
 if TYPE_CHECKING:
     from interp_steer.runs import Run
 
 ALPHA = 0.05
 NULLS = ("random", "features", "shuffled", "null")
+STATES = {
+    "chosen": "",
+    "open": "no prompts chose, so no cell is claimed",
+    "begun": "no steered row was run yet",
+    "unfinished": "rows of the grid are missing",
+    "beyond": "no cell stayed within the limits",
+    "waiting": "the chosen cell was not run yet",
+}
+"""How far a run has come, and why nothing is declared there."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +62,22 @@ class Findings:
     Attributes:
         grid: every cell x metric on the prompts that choose: `mean`, `unsteered`, `effect` with
             `low` and `high`, which hold for the whole grid at once; `n` prompts, `missing`;
-            `best`: not excluded from being the best cell; `passes` the limits.
+            `best`: not excluded from being the best cell; `passes` the limits; the metric's `unit`.
         claims: chosen cell, sign flip and wrong layer x metric on the prompts that prove: `mean`,
             `mean_low`, `mean_high`, `unsteered`, `effect`, `low`, `high`, `method`, `p` (paired, of
             no effect: McNemar's exact test or sign flips), `n`, `missing`, `mean_missing_zero`
-            (the mean with what is missing as 0: its lower bound).
-        nulls: effect of every null direction x metric on the prompts that prove.
-        p: control x metric: how the chosen cell's effect compares: `p`, `n` nulls, their mean and
-            range. By the metric that chose, one-sided; by the others, two-sided (|effect|).
+            (the mean with what is missing as 0), `unit`.
+        nulls: effect of every null direction x metric on the prompts that prove; NaN where it has
+            no value.
+        p: control x metric: how the chosen cell's effect compares: `p`, `n` nulls that were run,
+            the mean and range of those with a value. By the metric that chose, one-sided; by the
+            others, two-sided (|effect|). A null without a value counts as one without effect, and
+            one that found no cell within the limits as one that did worse.
         slopes: where a metric was asked at three coefficients or more: mean slope per unit of
             dose (or of coefficient), its interval, and the share of prompts with a negative one
             (steerability, Tan et al. 2024).
+        measures: the metrics as the manifest declares them, by name.
+        state: a key of `STATES`.
         chosen: the chosen cell's setting, by name of its parts.
         best_layers: layers of the cells that are not excluded from being best.
         notes: what a reader should know.
@@ -74,6 +90,8 @@ class Findings:
     nulls: pd.DataFrame
     p: pd.DataFrame
     slopes: pd.DataFrame
+    measures: Mapping[str, Declared]
+    state: str
     chosen: Mapping[str, str] | None
     best_layers: tuple[int, ...]
     verdict: Verdict
@@ -89,19 +107,15 @@ class Findings:
         table, manifest = run.table(), run.manifest
         if not (table["role"] == "unsteered").any():
             raise RequestError(f"{run.folder} has no rows yet; run its study first")
-        for module in manifest.get("modules", ()):
-            from interp_steer.chunk import load_modules
-
-            load_modules([module])
-        reader = _Reader(table, manifest, level)
+        measures, notes = of_manifest(manifest, BUILT_IN)
+        reader = _Reader(table, manifest, run.plan, measures, level)
         grid, best = reader.grid()
         claims, nulls = reader.claims(), reader.nulls()
         p = reader.p(claims, nulls)
         chosen = None
-        for row in claims.to_dict("records"):  # a run that was stopped may have but its controls
-            if row["role"] == "chosen" and row["metric"] == manifest["choose_by"]:
-                chosen = {name: str(row[name]) for name in SETTING}
-        verdict = reader.verdict(claims, p, chosen)
+        if reader.state == "chosen":
+            (row,) = table[table["role"] == "chosen"].head(1).to_dict("records")
+            chosen = {name: str(row[name]) for name in SETTING}
         return cls(
             table,
             manifest,
@@ -110,10 +124,12 @@ class Findings:
             nulls,
             p,
             reader.slopes(),
+            measures,
+            reader.state,
             chosen,
             tuple(sorted({int(n) for n in best["layer"].dropna()})) if len(best) else (),
-            verdict,
-            tuple(reader.notes),
+            reader.verdict(claims, p, chosen),
+            (*notes, *reader.notes),
         )
 
     def __str__(self) -> str:
@@ -129,10 +145,9 @@ class Findings:
                 )
         for row in self.p.to_dict("records"):
             if row["metric"] == decides:
-                lines.append(
-                    f"  against {row['n']} {row['control']}: their mean effect {row['mean']:+.3f}, "
-                    f"largest {row['highest']:+.3f}, p {row['p']:.3f}"
-                )
+                theirs = f"their mean effect {row['mean']:+.3f}, largest {row['highest']:+.3f}"
+                theirs = "none has an effect" if math.isnan(row["mean"]) else theirs
+                lines.append(f"  against {row['n']} {row['control']}: {theirs}, p {row['p']:.3f}")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
@@ -143,20 +158,56 @@ class Findings:
 
 
 class _Reader:
-    def __init__(self, table: pd.DataFrame, manifest: Mapping[str, Any], level: float) -> None:
-        self.table, self.manifest, self.level = table, manifest, level
-        self.metrics = [measures.find(name) for name in manifest["metrics"]]
-        self.decides = measures.find(manifest["choose_by"])
+    def __init__(
+        self,
+        table: pd.DataFrame,
+        manifest: Mapping[str, Any],
+        plan: Sequence[Mapping[str, Any]],
+        measures: Mapping[str, Declared],
+        level: float,
+    ) -> None:
+        self.table, self.manifest, self.plan, self.level = table, manifest, plan, level
+        self.measures, self.metrics = measures, list(measures.values())
+        self.decides = measures[manifest["choose_by"]]
         self.notes: list[str] = []
         unsteered = table[table["role"] == "unsteered"]
-        names = [m.name for m in self.metrics]
-        self.before = unsteered.groupby("item", sort=False)[names].mean()
+        self.before = unsteered.groupby("item", sort=False)[list(measures)].mean()
+
+    @cached_property
+    def state(self) -> str:
+        """How far the run has come."""
+        if (self.table["role"] == "chosen").any():
+            return "chosen"
+        if not self.manifest["prompts"]["choose"]:
+            return "begun" if int(self.manifest["cells"]) == 1 else "open"
+        rows = self.table[self.table["role"].isin(["grid", "null_grid"])]
+        if rows.empty:
+            return "begun"
+        if len(rows) < sum(one["role"] in ("grid", "null_grid") for one in self.plan):
+            return "unfinished"
+        cells = [part for _, part in self._cells()]
+        return "waiting" if any(map(self._passes, cells)) else "beyond"
+
+    def _cells(self) -> list[tuple[Any, pd.DataFrame]]:
+        """(setting, rows) of every cell of the grid."""
+        rows = self.table[self.table["role"] == "grid"]
+        return list(rows.groupby(list(SETTING), sort=False))
+
+    def _passes(self, rows: pd.DataFrame) -> bool:
+        """Whether a cell stays within the limits, as the choice sees it."""
+        for name, limit in self.manifest["limits"].items():
+            one, told = self.measures[name], rows[name].dropna()
+            if one.better != UNKNOWN and (
+                told.empty or one.sign * told.mean() < one.sign * limit
+            ):
+                return False
+        return True
 
     def _by_item(self, rows: pd.DataFrame, metric: str) -> "pd.Series[float]":
         """The metric of each prompt, its seeds averaged; NaN where all are missing."""
         return rows.groupby("item", sort=False)[metric].mean()
 
-    def _moved(self, rows: pd.DataFrame, metric: measures.Metric) -> "pd.Series[float]":
+    def _moved(self, rows: pd.DataFrame, metric: Declared) -> "pd.Series[float]":
         """Steered - unsteered of each prompt."""
         after = self._by_item(rows, metric.name)
         return after - self.before[metric.name].reindex(after.index)
@@ -165,7 +216,7 @@ class _Reader:
         rows = self.table[self.table["role"] == "grid"]
         if rows.empty:
             return pd.DataFrame(), pd.DataFrame()
-        cells = list(rows.groupby(list(SETTING), sort=False))
+        cells = self._cells()
         lines: list[dict[str, Any]] = []
         best: list[int] = []
         for metric in self.metrics:
@@ -177,9 +228,8 @@ class _Reader:
             whole = moved.dropna()
             spans: list[Interval | None] = [None] * len(cells)
             if len(whole) >= intervals.MINIMUM:
-                spans = list(
-                    intervals.bands(whole.to_numpy(), level=self.level, bounds=_apart(metric))
-                )
+                bounds = _apart(metric)
+                spans = list(intervals.bands(whole.to_numpy(), self.level, 0, bounds, metric.kind))
             if metric is self.decides and len(whole):
                 best = intervals.best_set(metric.sign * whole.to_numpy(), level=self.level)
             for i, (setting, part) in enumerate(cells):
@@ -194,6 +244,7 @@ class _Reader:
                         "coefficient": part["coefficient"].iloc[0],
                         "dose": part["dose"].iloc[0],
                         "metric": metric.name,
+                        "unit": metric.unit,
                         "mean": values.mean(),
                         "unsteered": self.before[metric.name].reindex(values.index).mean(),
                         "effect": told.mean() if len(told) else math.nan,
@@ -207,21 +258,13 @@ class _Reader:
             return pd.DataFrame(), pd.DataFrame()
         grid = pd.DataFrame(lines)
         grid["best"] = grid["cell"].isin(best)
-        grid["passes"] = ~grid["cell"].isin(self._vetoed(grid))
+        passing = [i for i, (_, part) in enumerate(cells) if self._passes(part)]
+        grid["passes"] = grid["cell"].isin(passing)
         if rows["item"].nunique() < intervals.MINIMUM:
             self.notes.append(
-                f"{rows['item'].nunique()} prompts chose: the grid shows points without intervals"
+                f"the grid has {rows['item'].nunique()} prompts: it shows points without intervals"
             )
         return grid, grid[grid["best"]].drop_duplicates("cell")
-
-    def _vetoed(self, grid: pd.DataFrame) -> set[int]:
-        out: set[int] = set()
-        for name, limit in self.manifest["limits"].items():
-            mine = grid[grid["metric"] == name]
-            sign = measures.find(name).sign
-            beyond = sign * mine["mean"] < sign * limit
-            out |= set(mine[beyond | mine["mean"].isna()]["cell"])
-        return out
 
     def claims(self) -> pd.DataFrame:
         lines: list[dict[str, Any]] = []
@@ -248,6 +291,7 @@ class _Reader:
                         "coefficient": rows["coefficient"].iloc[0],
                         "dose": rows["dose"].iloc[0],
                         "metric": metric.name,
+                        "unit": metric.unit,
                         "mean": mean.estimate,
                         "mean_low": mean.low,
                         "mean_high": mean.high,
@@ -265,7 +309,7 @@ class _Reader:
         return pd.DataFrame(lines)
 
     def _mean(
-        self, rows: pd.DataFrame, items: "pd.Index[Any]", metric: measures.Metric
+        self, rows: pd.DataFrame, items: "pd.Index[Any]", metric: Declared
     ) -> Interval:
         told = rows[rows["item"].isin(items)].dropna(subset=[metric.name])
         numbers, units = told[metric.name].to_numpy(float), list(told["item"])
@@ -274,10 +318,10 @@ class _Reader:
         if metric.kind == "rate" and set(np.unique(numbers)) <= {0.0, 1.0}:
             return intervals.rate_by_unit(numbers.astype(bool), units, level=self.level)
         values = intervals.by_unit(numbers, units)
-        return intervals.mean(values, level=self.level, bounds=metric.bounds)
+        return intervals.mean(values, self.level, 0, metric.bounds, metric.kind)
 
     def _effect(
-        self, after: "pd.Series[float]", before: "pd.Series[float]", metric: measures.Metric
+        self, after: "pd.Series[float]", before: "pd.Series[float]", metric: Declared
     ) -> Interval:
         if not len(after):
             return Interval(math.nan, None, None, 0, "no values", self.level)
@@ -287,7 +331,7 @@ class _Reader:
         return intervals.mean(one - other, level=self.level, bounds=_apart(metric))
 
     def _paired_p(
-        self, after: "pd.Series[float]", before: "pd.Series[float]", metric: measures.Metric
+        self, after: "pd.Series[float]", before: "pd.Series[float]", metric: Declared
     ) -> float | None:
         """Two-sided p of no effect on these prompts."""
         if len(after) < intervals.MINIMUM:
@@ -302,11 +346,10 @@ class _Reader:
         rows = self.table[self.table["role"].isin(NULLS) & (self.table["split"] == "prove")]
         for (role, null), part in rows.groupby(["role", "null"], sort=False):
             for metric in self.metrics:
-                moved = self._moved(part, metric).dropna()
-                if len(moved):
-                    lines.append(
-                        {"role": role, "null": null, "metric": metric.name, "effect": moved.mean()}
-                    )
+                effect = self._moved(part, metric).mean()  # NaN where every value is missing
+                lines.append(
+                    {"role": role, "null": null, "metric": metric.name, "effect": effect}
+                )
         return pd.DataFrame(lines, columns=["role", "null", "metric", "effect"])
 
     def p(self, claims: pd.DataFrame, nulls: pd.DataFrame) -> pd.DataFrame:
@@ -318,25 +361,47 @@ class _Reader:
             for role in NULLS:
                 mine = nulls[(nulls["role"] == role) & (nulls["metric"] == metric.name)]
                 effects = mine["effect"].to_numpy(float)
-                if not len(effects):
+                told, missing = effects[~np.isnan(effects)], int(np.isnan(effects).sum())
+                without, unknown = self._unmeasured() if role == "null" else (0, 0)
+                count = len(effects) + without + unknown
+                if not count:
                     continue
-                if metric is self.decides:
-                    p = intervals.p_null(metric.sign * seen, metric.sign * effects)
+                if missing and metric is self.decides:
+                    self.notes.append(
+                        f"{missing} of {count} {role} directions have no value in {metric.name}: "
+                        "they count as without effect"
+                    )
+                values = np.nan_to_num(effects)
+                if metric is self.decides and metric.better != UNKNOWN:
+                    observed, values = metric.sign * seen, metric.sign * values
                 else:
-                    p = intervals.p_null(abs(seen), np.abs(effects))
+                    observed, values = abs(seen), np.abs(values)
+                step = 1 + abs(observed)
+                values = np.concatenate(
+                    [values, [observed - step] * without, [observed + step] * unknown]
+                )
                 lines.append(
                     {
                         "control": role,
                         "metric": metric.name,
-                        "n": len(effects),
-                        "mean": effects.mean(),
-                        "lowest": effects.min(),
-                        "highest": effects.max(),
-                        "p": p,
+                        "n": count,
+                        "mean": told.mean() if len(told) else math.nan,
+                        "lowest": told.min() if len(told) else math.nan,
+                        "highest": told.max() if len(told) else math.nan,
+                        "p": intervals.p_null(observed, values),
                     }
                 )
         columns = ["control", "metric", "n", "mean", "lowest", "highest", "p"]
         return pd.DataFrame(lines, columns=columns)
+
+    def _unmeasured(self) -> tuple[int, int]:
+        """Null directions that went through the choice and have no rows on the prompts that prove:
+        those that found no cell within the limits, and those whose rows are missing.
+        """
+        mine = self.table[(self.table["role"] == "null") & (self.table["split"] == "prove")]
+        ran = {int(n) for n in mine["null"].dropna()}
+        chose = {int(one["null"]) for one in self.plan if one["role"] == "null"}
+        return max(0, int(self.manifest["selected"]) - len(ran | chose)), len(chose - ran)
 
     def _observed(self, claims: pd.DataFrame, metric: str) -> float | None:
         if claims.empty:
@@ -347,57 +412,66 @@ class _Reader:
     def verdict(
         self, claims: pd.DataFrame, p: pd.DataFrame, chosen: Mapping[str, str] | None
     ) -> Verdict:
-        name, cells = self.decides.name, int(self.manifest["cells"])
         if chosen is None:
-            why = "the grid has no chosen cell yet"
-            if self.manifest["prompts"]["choose"] == 0 and cells > 1:
-                why = "no prompts chose, so no cell is claimed"
-            elif (self.table["role"] == "grid").any():
-                why = "no cell stayed within the limits" if self.manifest["limits"] else why
-            return Verdict(None, None, "", f"Nothing is declared: {why}.")
-        mine = claims[(claims["role"] == "chosen") & (claims["metric"] == name)].iloc[0]
-        against = {r["control"]: r for r in p[p["metric"] == name].to_dict("records")}
-        value: float | None = None
-        how = "no random directions were run"
-        planned = int(self.manifest["selected"])
-        if planned:
-            effects = against.get("null")
-            if effects is not None:
-                # a null direction that found no cell within the limits has not done better
-                count = round(float(effects["p"]) * (1 + int(effects["n"])))
-                value = count / (1 + planned)
-                how = f"{planned} random directions made the same choice among {cells} cells"
-        elif "random" in against:
-            at_cell = float(against["random"]["p"])
-            value = min(1.0, cells * at_cell)
-            how = "the cell was fixed beforehand"
-            if cells > 1:
-                how = f"Bonferroni over the {cells} cells of the grid (p at the cell {at_cell:.3f})"
+            return Verdict(None, None, "", f"Nothing is declared: {STATES[self.state]}.")
+        name = self.decides.name
         where = ", ".join(v for v in chosen.values() if v)
-        said = (
-            f"{name} {mine['unsteered']:.3f} -> {mine['mean']:.3f} on {int(mine['n'])} new prompts"
-        )
-        if mine["low"] is None or math.isnan(mine["low"]):
-            few = int(mine["n"]) < intervals.MINIMUM
-            why = f"on fewer than {intervals.MINIMUM} prompts" if few else f"({mine['method']})"
+        mine = claims[claims["metric"] == name] if len(claims) else claims
+        mine = mine[mine["role"] == "chosen"] if len(mine) else mine
+        if mine.empty or math.isnan(mine.iloc[0]["effect"]):
+            how = f"no prompt has a value of {name}, steered and unsteered"
+            return Verdict(None, None, how, f"Nothing is declared, as {how}: {where}.")
+        one = mine.iloc[0]
+        against = {r["control"]: r for r in p[p["metric"] == name].to_dict("records")}
+        value, how = self._accounted(against)
+        said = f"{name} {one['unsteered']:.3f} -> {one['mean']:.3f} on {int(one['n'])} new prompts"
+        if one["low"] is None or math.isnan(one["low"]):
+            few = int(one["n"]) < intervals.MINIMUM
+            why = f"on fewer than {intervals.MINIMUM} prompts" if few else f"({one['method']})"
             return Verdict(None, value, how, f"Nothing is declared {why}: {where}: {said}.")
-        said += f", effect {mine['effect']:+.3f} {_span(mine['low'], mine['high'])}"
-        good = mine["low"] > 0 if self.decides.better == "high" else mine["high"] < 0
+        said += f", effect {one['effect']:+.3f} {_span(one['low'], one['high'])}"
+        if self.decides.better == UNKNOWN:
+            why = f"the run does not keep which way {name} is better"
+            return Verdict(None, value, how, f"Nothing is declared, as {why}: {where}: {said}.")
+        good = one["low"] > 0 if self.decides.better == "high" else one["high"] < 0
         if value is None:
             return Verdict(None, None, how, f"Nothing is declared, as {how}: {where}: {said}.")
         told = f"{where}: {said}; p {value:.3f}, {how}."
-        if good and value > ALPHA and not planned and float(against["random"]["p"]) <= ALPHA:
+        random = against.get("random")
+        if good and value > ALPHA and random and "null" not in against and random["p"] <= ALPHA:
             # no fault of the direction: so few null directions cannot tell it from a lucky choice
+            count = round(random["p"] * (1 + random["n"])) - 1
             text = (
-                f"Moves {name} on new prompts, as {int(against['random']['n'])} random directions "
-                f"in the same cell do not; whether one that chose its own cell would was not run "
-                f"(controls: selected): {told}"
+                f"Moves {name} on new prompts, as {count or 'none'} of {random['n']} random "
+                "directions in the same cell did; whether one that chose its own cell would was "
+                f"not run (controls: selected): {told}"
             )
             return Verdict(None, value, how, text)
         steers = bool(good) and value <= ALPHA
         return Verdict(
             steers, value, how, f"{'Steers' if steers else 'Not shown to steer'}: {told}"
         )
+
+    def _accounted(self, against: Mapping[Any, Mapping[Any, Any]]) -> tuple[float | None, str]:
+        """(p, how the choice among cells is accounted for in it)."""
+        cells = int(self.manifest["cells"])
+        if "null" in against:
+            count = int(against["null"]["n"])
+            how = f"{count} random directions made the same choice among {cells} cells"
+            without, unknown = self._unmeasured()
+            if without and self.manifest["limits"]:
+                some = "none found one" if without == count else f"{without} found none"
+                how += f", of which {some} within the limits"
+            if unknown:
+                how += f"; {unknown} of them are not measured and count as doing as well"
+            return float(against["null"]["p"]), how
+        if "random" in against:
+            at_cell = float(against["random"]["p"])
+            how = "the cell was fixed beforehand"
+            if cells > 1:
+                how = f"Bonferroni over the {cells} cells of the grid (p at the cell {at_cell:.3f})"
+            return min(1.0, cells * at_cell), how
+        return None, "no random directions were run"
 
     def slopes(self) -> pd.DataFrame:
         """Steerability of every direction x operator x site x scope."""
@@ -438,7 +512,7 @@ class _Reader:
         return pd.DataFrame(lines)
 
 
-def _apart(metric: measures.Metric) -> tuple[float, float] | None:
+def _apart(metric: Declared) -> tuple[float, float] | None:
     """What no difference of two values can pass."""
     if metric.bounds is None:
         return None

@@ -18,7 +18,7 @@ import pandas as pd
 from interp_steer.cell import SETTING
 from interp_steer.console import safe
 from interp_steer.errors import RequestError
-from interp_steer.metrics import METRICS
+from interp_steer.metrics import BUILT_IN
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -241,7 +241,7 @@ def _heat_of_metric(
     bar = part.colorbar(
         image, ax=axes[: len(panels)], shrink=min(1.0, 2.6 / tall), anchor=(0, 1), aspect=18
     )
-    bar.set_label(f"effect on {axis_name(metric)}", fontsize=TEXT)
+    bar.set_label(f"effect on {axis_name(metric, panels[0].spots[0].record)}", fontsize=TEXT)
     bar.ax.tick_params(labelsize=SMALL)
     labels = [strength(panel.spots) for panel in panels]
     if len(set(labels)) == 1:  # said once for all panels
@@ -339,8 +339,12 @@ def number(value: Any) -> float:
     return math.nan if pd.isna(value) else float(value)
 
 
-def axis_name(metric: str) -> str:
-    return METRICS[metric].axis if metric in METRICS else metric
+def axis_name(metric: str, record: Record | None = None) -> str:
+    """A metric with its unit: as a line of a table has it, else as a built-in metric's."""
+    unit = (record or {}).get("unit")
+    if isinstance(unit, str):
+        return f"{metric} ({unit})" if unit else metric
+    return BUILT_IN[metric].axis if metric in BUILT_IN else metric
 
 
 def minus(text: str) -> str:

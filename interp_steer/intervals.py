@@ -89,7 +89,11 @@ class Steerability(NamedTuple):
 
 
 def mean(
-    values: Values, level: float = 0.95, seed: int = 0, bounds: Limits | None = None
+    values: Values,
+    level: float = 0.95,
+    seed: int = 0,
+    bounds: Limits | None = None,
+    kind: str = "mean",
 ) -> Interval:
     """The mean of one value a prompt, or of one paired difference a prompt.
 
@@ -100,9 +104,12 @@ def mean(
     covered 92 % at n = 20, 95 % at 50.
 
     Where fewer than `DIFFERING` prompts differ from the commonest value, all equal included,
-    nothing tells how far the unseen ones lie, and there is no interval unless `bounds` say so.
-    Then, if a share p of prompts differs, with Wilson's interval of p, the unseen ones may lie at
-    a bound: 20 equal zeros between -1 and 1 give [-0.16, 0.16], and 0/1 values Wilson's interval.
+    nothing tells how far the unseen ones lie, and there is no interval. Of rates it is known: a
+    success or a failure lies at a bound. Then, if a share p of prompts differs, with Wilson's
+    interval of p, the unseen ones may lie there: 20 equal zeros between -1 and 1 give
+    [-0.16, 0.16], and 0/1 values Wilson's interval. A share that is seldom above 0, such as that of
+    repeated 3-grams, is no rate: its bounds are far from all that it ever is, and limits that
+    reach for them say nothing of it.
 
     Args:
         values: one a prompt.
@@ -110,16 +117,19 @@ def mean(
         seed: of the resampling; a seed gives the same interval every time.
         bounds: what no value can pass, (0, 1) for rates, (-1, 1) for their differences; the
             limits are cut there.
+        kind: "mean"; or "rate": shares of successes, or their differences, which do lie at the
+            bounds.
 
     Raises:
-        RequestError: a value passes the bounds.
+        RequestError: an unknown kind, a value that passes the bounds.
     """
+    _check_kind(kind)
     _check(values, level, bounds)
     n, estimate = len(values), float(values.mean())
     if n < MINIMUM:
         return _interval(estimate, None, n, "", level)
     if _seldom(values[:, None], DIFFERING)[0]:
-        return _carried(values, level, bounds, DIFFERING)
+        return _carried(values, level, bounds if kind == "rate" else None, DIFFERING)
     tail = (1 - level) / 2
     t = _studentised(values[:, None], _resamples(n, seed, RESAMPLES))[0]
     below, above = np.quantile(t, [tail, 1 - tail])
@@ -199,7 +209,7 @@ def difference(a: Arm, b: Arm, kind: str = "mean", level: float = 0.95, seed: in
         return mean(a - b, level, seed)
     _check(np.concatenate([a, b]), level, (0.0, 1.0))
     if not np.isin([a, b], (0, 1)).all():
-        return mean(a - b, level, seed, (-1.0, 1.0))
+        return mean(a - b, level, seed, (-1.0, 1.0), kind)
     n, p, q, both = len(a), float(a.mean()), float(b.mean()), float((a * b).mean())
     (p_low, p_high), (q_low, q_high) = _wilson(p, n, level), _wilson(q, n, level)
     # the correlation of the two rates; a positive one is corrected for continuity
@@ -249,23 +259,28 @@ def permutation_p(a: Values, b: Values, seed: int = 0) -> float:
 
 
 def bands(
-    values: Cells, level: float = 0.95, seed: int = 0, bounds: Limits | None = None
+    values: Cells,
+    level: float = 0.95,
+    seed: int = 0,
+    bounds: Limits | None = None,
+    kind: str = "mean",
 ) -> list[Interval]:
     """Intervals of every cell's mean that hold all together, over the same prompts.
 
     Studentised bootstrap of the largest and the smallest t over the cells (max-t; Westfall and
     Young 1993; Romano and Wolf 2005), whole prompts resampled, so that cells keep their
     correlation. A cell in which fewer than `DIFFERING_IN_BANDS` prompts differ from its commonest
-    value has no interval, or with `bounds` that of `mean` at Bonferroni's level, and does not
-    widen the others.
+    value has no interval, or of rates with `bounds` that of `mean` at Bonferroni's level, and does
+    not widen the others.
 
     Args:
         values: one a prompt and cell.
-        level, seed, bounds: as in `mean`.
+        level, seed, bounds, kind: as in `mean`.
 
     Raises:
         RequestError: as `mean`.
     """
+    _check_kind(kind)
     _check(values, level, bounds)
     n, cells = values.shape
     centre, spread = values.mean(0), values.std(0, ddof=1) if n > 1 else np.zeros(cells)
@@ -283,7 +298,8 @@ def bands(
     found = []
     for cell in range(cells):
         if seldom[cell]:
-            one = _carried(values[:, cell], each, bounds, DIFFERING_IN_BANDS)
+            ends = bounds if kind == "rate" else None
+            one = _carried(values[:, cell], each, ends, DIFFERING_IN_BANDS)
             found.append(replace(one, method=f"simultaneous: {one.method}", level=level))
         else:
             limits = float(low[cell]), float(high[cell])

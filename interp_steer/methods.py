@@ -8,9 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interp_steer.declared import UNKNOWN, Declared
 from interp_steer.files import explained
 from interp_steer.findings import ALPHA
-from interp_steer.metrics import METRICS
 from interp_steer.page import escaped
 from interp_steer.plots import as_records
 
@@ -29,14 +29,15 @@ def careful(found: "Findings") -> str:
     told, notes = found.manifest, list(found.notes)
     others = len(told["metrics"]) - 1
     if others > 0 and not found.claims.empty:
+        what = "decides" if told["cells"] == 1 else "chose and decides"
         notes.append(
-            f"Only {told['choose_by']} chose and decides. The intervals of other metrics hold each "
+            f"Only {told['choose_by']} {what}. The intervals of other metrics hold each "
             "on its own, not all at once."
         )
     if not found.claims.empty and (missing := found.claims["missing"].sum()):
         notes.append(
             f"{int(missing)} values are missing. They are left out of means and intervals; the "
-            "column “missing as 0” is the lower bound if each had been 0."
+            "column “missing as 0” is the mean if each had been 0."
         )
     if found.verdict.p is not None:
         notes += _reach(found)
@@ -78,51 +79,64 @@ def _reach(found: "Findings") -> list[str]:
 
 def methods(found: "Findings", level: float) -> str:
     """How it was chosen, measured and compared; what each metric is."""
+    better = {"high": "Higher is better.", "low": "Lower is better."}
     about = [
-        f"<li><strong>{escaped(name)}</strong>: {escaped(METRICS[name].about)} "
-        f"{'Higher' if METRICS[name].better == 'high' else 'Lower'} is better.</li>"
-        for name in found.manifest["metrics"]
+        f"<li><strong>{escaped(name)}</strong>: {escaped(one.about)} "
+        f"{better.get(one.better, 'Which way is better is not known.')}</li>"
+        for name, one in found.measures.items()
     ]
-    paragraphs = (_choosing(found.manifest), _measuring(found, level), _comparing(found))
+    paragraphs = (_choosing(found), _measuring(found, level), _comparing(found))
     said = "".join(f"<p>{escaped(' '.join(one))}</p>" for one in paragraphs if one)
     return f"{said}<ul>{''.join(about)}</ul>"
 
 
-def _choosing(told: Mapping[str, Any]) -> list[str]:
-    """What was chosen by what, on how many prompts, and shown on how many others."""
+def _choosing(found: "Findings") -> list[str]:
+    """What is chosen by what, on how many prompts, and shown on how many others: the design, and
+    how far it has come.
+    """
+    told = found.manifest
     prompts, cells = told["prompts"], int(told["cells"])
     said = []
     if prompts["build"]:
         said.append(
             f"The directions were made from {prompts['build']} prompts that occur nowhere else."
         )
+    were, was = ("were", "was") if found.state == "chosen" else ("are to be", "is to be")
     if cells == 1:
         said.append(
-            "There was one cell, fixed beforehand; nothing was chosen. It and its controls "
-            f"were run on {prompts['prove']} prompts, from which all claims come."
+            "There is one cell, fixed beforehand; nothing is chosen. It and its controls "
+            f"{were} run on {prompts['prove']} prompts, from which all claims come."
         )
     elif not prompts["choose"]:
         said.append(
-            f"{cells} cells were run on {prompts['prove']} prompts. No prompts were set apart "
-            "to choose one, so none is claimed."
+            f"The grid's {cells} cells are run on {prompts['prove']} prompts. No prompts were set "
+            "apart to choose one, so none is claimed."
         )
     else:
+        ran = "are to be" if found.state in ("begun", "unfinished") else "were"
         limits = " and ".join(
-            f"mean {name} of {'at least' if METRICS[name].better == 'high' else 'at most'} "
-            f"{limit:g}"
+            f"mean {name} of {_side(found.measures[name])} {limit:g}"
             for name, limit in told["limits"].items()
         )
         said.append(
-            f"{cells} cells were run on {prompts['choose']} prompts, and of those "
+            f"{cells} cells {ran} run on {prompts['choose']} prompts, and of those "
             + (f"with {limits} " if limits else "")
-            + f"the one with the best mean effect in {told['choose_by']} was chosen, a missing "
-            "value counting as no effect and the first of equal ones winning. That cell, its "
-            f"controls and nothing else were run on {prompts['prove']} other prompts, from "
-            "which all claims come."
+            + f"the one with the best mean effect in {told['choose_by']} {was} chosen, a missing "
+            "value counting as no effect. Of equal ones the gentlest wins, then the first. That "
+            f"cell, its controls and nothing else {were} run on {prompts['prove']} other prompts, "
+            "from which all claims come."
         )
+        if found.state == "beyond":
+            said.append("No cell stayed within the limits, so none was chosen.")
     if prompts["neutral"]:
         said.append(f"On {prompts['neutral']} neutral texts it is measured what steering damages.")
     return said
+
+
+def _side(one: Declared) -> str:
+    if one.better == UNKNOWN:
+        return "no worse than"
+    return "at least" if one.better == "high" else "at most"
 
 
 def _measuring(found: "Findings", level: float) -> list[str]:
@@ -141,10 +155,11 @@ def _measuring(found: "Findings", level: float) -> list[str]:
         else "",
     ]
     if not found.grid.empty and found.grid["low"].notna().any():
+        ran = "" if whole_grid(found) else " that were run so far"
         said.append(
-            f"The grid's intervals hold at {level:.0%} for all cells of a metric at once "
+            f"The grid's intervals hold at {level:.0%} for all cells of a metric{ran} at once "
             "(max-t; Westfall and Young 1993, Romano and Wolf 2005); the set of cells not "
-            "excluded from being best holds the best one at that level (Hsu 1984)."
+            "excluded from being best holds the best of them at that level (Hsu 1984)."
         )
     if not found.slopes.empty:
         said.append(
@@ -154,12 +169,18 @@ def _measuring(found: "Findings", level: float) -> list[str]:
     return [one for one in said if one]
 
 
+def whole_grid(found: "Findings") -> bool:
+    """Whether every cell has been run on some prompt."""
+    return not found.grid.empty and found.grid["cell"].nunique() == int(found.manifest["cells"])
+
+
 def _comparing(found: "Findings") -> list[str]:
     """What p is, and how the choice among cells is accounted for."""
     if found.p.empty:
         return []
     said = [
-        "p = (1 + null directions that do at least as well) / (1 + null directions) (Davison "
+        "p = (1 + null directions that do at least as well) / (1 + null directions that were run; "
+        "one without a value counts as without effect) (Davison "
         f"and Hinkley 1997, 4.2), one-sided by {found.manifest['choose_by']}, of |effect| by the "
         "others."
     ]
@@ -245,7 +266,7 @@ def _spec(path: Path) -> Mapping[str, Any]:
 
     if not path.is_file():
         return {}
-    with explained(path), suppress(yaml.YAMLError, UnicodeDecodeError):
+    with explained(path), suppress(yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError):
         read = yaml.safe_load(path.read_text(encoding="utf-8"))
         return read if isinstance(read, dict) else {}
     return {}

@@ -10,19 +10,25 @@ A new metric is one function and one decorator:
 A study that names its file under `modules` may then name it among its `metrics`.
 """
 
+import hashlib
 import inspect
+import json
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from interp_steer.console import Report
+from interp_steer.declared import BETTER, KINDS, NEEDS, Declared
 from interp_steer.engine import Engine
 from interp_steer.errors import RequestError, nearest
 from interp_steer.item import Item
 from interp_steer.row import Result, Row, Score
 from interp_steer.words import names
 
+CONTENT = "__interp_steer_content__"  # what a module keeps of its file, if a study names that
 LOOPS = 0.2  # rep3 above which an answer loops ("The Eiffel Tower Llama")
 
 Numbers = list[float | None]
@@ -123,55 +129,13 @@ class Measured:
 
 
 Function = Callable[[Measured], Numbers]
-NEEDS = {
-    "text": "prompts that are answered (without a continuation)",
-    "unsteered": "prompts that are answered (without a continuation)",
-    "pair": "prompts with answers `positive` and `negative`",
-    "choices": "prompts with `choices` and the `correct` one",
-    "continuation": "texts with a `continuation`",
-}
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A function with what a study has to know of it.
+@dataclass(frozen=True, kw_only=True)
+class Metric(Declared):
+    """A function with what a study has to know of it."""
 
-    Attributes:
-        kind: "rate" for 0 or 1, else "mean": decides the interval.
-        better: "high" or "low": which way more effect (or less damage) lies.
-        needs: a key of `NEEDS`: the items it can be asked of.
-        unit: of its values, for axes.
-        bounds: what no value can pass; of a rate 0 and 1.
-    """
-
-    name: str
     function: Function
-    kind: str
-    better: str
-    needs: str
-    unit: str
-    bounds: tuple[float, float] | None
-    about: str
-
-    @property
-    def sign(self) -> float:
-        """1 where more is better, -1 where less is."""
-        return 1.0 if self.better == "high" else -1.0
-
-    def applies(self, item: Item) -> bool:
-        """Whether it can be asked of an item."""
-        return {
-            "text": item.continuation is None,
-            "unsteered": item.continuation is None,
-            "pair": item.positive is not None,
-            "choices": bool(item.choices),
-            "continuation": item.continuation is not None,
-        }[self.needs]
-
-    @property
-    def axis(self) -> str:
-        """What an axis is called."""
-        return f"{self.name} ({self.unit})" if self.unit else self.name
 
     def __call__(self, measured: Measured) -> Numbers:
         """Its numbers; one that is not finite is missing."""
@@ -190,13 +154,21 @@ def metric(
     needs: str = "text",
     unit: str = "",
     bounds: tuple[float, float] | None = None,
+    version: int = 1,
 ) -> Callable[[Function], Function]:
     """Makes a function from `Measured` to a number (or None, missing) a row a study's metric.
+
+    Args:
+        name: default the function's.
+        kind, better, needs, unit, bounds: as in `Declared`.
+        version: one more whenever its numbers change their meaning: rows that were measured by
+            another version are measured anew. A metric that is not built in is also told from
+            its earlier forms by its source.
 
     Raises:
         RequestError: an unknown kind, direction or need.
     """
-    for given, known in ((kind, ("mean", "rate")), (better, ("high", "low")), (needs, NEEDS)):
+    for given, known in ((kind, KINDS), (better, BETTER), (needs, NEEDS)):
         if given not in known:
             raise RequestError(f"a metric cannot be {given!r}{nearest(given, known)}")
 
@@ -204,10 +176,49 @@ def metric(
         called = name or function.__name__
         about = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
         limits = (0.0, 1.0) if kind == "rate" else bounds
-        METRICS[called] = Metric(called, function, kind, better, needs, unit, limits, about)
+        METRICS[called] = Metric(
+            name=called, kind=kind, better=better, needs=needs, unit=unit, bounds=limits,
+            about=about, version=version, source=_source(function), function=function,
+        )  # fmt: skip
         return function
 
     return registered
+
+
+def _source(function: Function) -> str:
+    """A hash of what defines a custom metric: its whole file where a study names that under
+    `modules`, else its own lines; "" of a built-in one.
+    """
+    if function.__module__.startswith("interp_steer."):
+        return ""
+    text = vars(sys.modules.get(function.__module__, object)).get(CONTENT)
+    if text is None:
+        try:
+            text = inspect.getsource(function)
+        except (OSError, TypeError):  # typed at a prompt that keeps no lines
+            code = function.__code__
+            text = repr((code.co_code, code.co_names, [c for c in code.co_consts if _plain(c)]))
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+
+
+def _plain(value: object) -> bool:
+    """Whether its text is the same in every process."""
+    return isinstance(value, (str, bytes, int, float, type(None)))
+
+
+def declared(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What a manifest keeps of metrics, so that a report needs nothing else of them."""
+    return {name: METRICS[name].as_mapping() for name in names}
+
+
+def meaning(names: Iterable[str], item: Item) -> str:
+    """A hash of what the metrics of an item mean, beside their names; "" where all are built in and
+    in their first version.
+    """
+    applied = ((name, METRICS[name]) for name in sorted(names))
+    told = [(name, *one.meaning) for name, one in applied if one.applies(item)]
+    changed = [one for one in told if one[1:] != (1, "")]
+    return hashlib.sha256(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
 
 
 def find(name: object) -> Metric:
@@ -217,7 +228,7 @@ def find(name: object) -> Metric:
     return METRICS[name]
 
 
-@metric(kind="rate")
+@metric(kind="rate", version=2)
 def mention(measured: Measured) -> Numbers:
     """Answers that name a concept word which their prompt does not."""
     found: Numbers = []
@@ -229,7 +240,7 @@ def mention(measured: Measured) -> Numbers:
     return found
 
 
-@metric(kind="rate")
+@metric(kind="rate", version=2)
 def concept(measured: Measured) -> Numbers:
     """Answers that name a concept word which their prompt does not, and do not loop (rep3 0.2)."""
     repeated = (rep3(one.token_ids) or 0.0 for one in measured.results)
@@ -275,7 +286,7 @@ def kl_mean(measured: Measured) -> Numbers:
     return [s.kl.mean().item() if s.kl is not None else None for s in measured.scores]
 
 
-@metric(needs="pair", unit="nats")
+@metric(needs="pair", unit="nats", version=2)
 def logit_difference(measured: Measured) -> Numbers:
     """Logit of the positive answer minus that of the negative at the first token that differs."""
     engine = measured.engine
@@ -299,14 +310,14 @@ def logit_difference(measured: Measured) -> Numbers:
     ]
 
 
-@metric(needs="pair", unit="nats")
+@metric(needs="pair", unit="nats", version=2)
 def propensity(measured: Measured) -> Numbers:
     """ln p(positive answer) - ln p(negative answer) (Tan et al. 2024, arXiv 2407.12404)."""
     sides = _sides(measured)
     return [(a.logprobs.sum() - b.logprobs.sum()).item() for a, b in zip(*sides, strict=True)]
 
 
-@metric(needs="pair", unit="nats a token")
+@metric(needs="pair", unit="nats a token", version=2)
 def propensity_per_token(measured: Measured) -> Numbers:
     """The same with each answer's mean over its tokens, for answers of different lengths."""
     sides = _sides(measured)
@@ -320,7 +331,7 @@ def _sides(measured: Measured) -> tuple[list[Score], list[Score]]:
     )
 
 
-@metric(kind="rate", needs="choices")
+@metric(kind="rate", needs="choices", version=2)
 def accuracy(measured: Measured) -> Numbers:
     """Questions whose correct choice has the largest ln p of all choices, whole texts."""
     most = max(len(item.choices) for item in measured.items)
@@ -333,7 +344,7 @@ def accuracy(measured: Measured) -> Numbers:
     return [float(-b[1] == i.correct) for b, i in zip(best, measured.items, strict=True)]
 
 
-@metric(better="low", needs="continuation", unit="nats a token")
+@metric(better="low", needs="continuation", unit="nats a token", version=2)
 def loss(measured: Measured) -> Numbers:
     """Cross-entropy of the given continuation: on neutral text, what steering damages."""
     scores = measured.logprobs([str(item.continuation) for item in measured.items])
@@ -342,3 +353,6 @@ def loss(measured: Measured) -> Numbers:
 
 def _mean_loss(score: Score) -> float | None:
     return -score.logprobs.mean().item() if len(score.logprobs) else None
+
+
+BUILT_IN = dict(METRICS)  # what a run from before manifests kept metrics may have had

@@ -117,11 +117,12 @@ def curves(
         return _Line(", ".join(parts), points, [s.value for s in mine if s.is_at(chosen)])
 
     titles: dict[str, str] = {}
-    for metric in dict.fromkeys(str(s.record["metric"]) for s in cells):
+    axes = {str(s.record["metric"]): axis_name(str(s.record["metric"]), s.record) for s in cells}
+    for metric in axes:
         before = {number(s.record["unsteered"]) for s in cells if s.record["metric"] == metric}
         titles[metric] = f"{metric}, unsteered {min(before):.3g}" if len(before) == 1 else metric
     panels = {metric: [drawn(key, metric) for key in keys] for metric in titles}
-    labels = {metric: f"effect on {axis_name(metric)}" for metric in titles}
+    labels = {metric: f"effect on {axis}" for metric, axis in axes.items()}
     figure = _lines(panels, label, labels, titles)
     _say(figure, notes)
     return heat.literal(figure)
@@ -180,13 +181,14 @@ def profile(
         points = [_point(r, r["layer"], value) for r in mine]
         return _Line(line, points, [float(r["layer"]) for r in mine if r.get("ringed")])
 
+    axes = {str(r[panel]): axis_name(str(r[panel]), r) for r in rows}
     spans = any(r.get("last", r["layer"]) != r["layer"] for r in rows)
     of = "effect on" if is_grid else "change in"
     figure = _lines(
         {m: [drawn(k, some.get(k, [])) for k in heights if k in largest]
          for m, some in panels.items()},
         "first layer of the span" if spans else "layer",
-        {metric: label or f"{of} {axis_name(metric)}" for metric in panels},
+        {metric: label or f"{of} {axes[metric]}" for metric in panels},
         dict.fromkeys(panels, title),
         zero="unsteered" if is_grid else "none" if label else "no change",
     )  # fmt: skip
@@ -316,10 +318,10 @@ def controls(
         raise RequestError(f"no chosen cell has an effect on {metric}")
     strips: dict[str, list[float]] = {}
     for r in as_records(nulls):
-        if r["metric"] == metric:
+        if r["metric"] == metric and pd.notna(r["effect"]):
             strips.setdefault(r["role"], []).append(float(r["effect"]))
-    chances = () if p is None else as_records(p)
-    chance = {r["control"]: f", p {r['p']:.3f}" for r in chances if r["metric"] == metric}
+    chances = () if p is None else [r for r in as_records(p) if r["metric"] == metric]
+    chance = {r["control"]: r for r in chances}
     rows = [role for role in ROLES if role in single or role in strips]
     heights = [0.45 if role in single else 0.75 for role in rows]
     figure = Figure(figsize=(4.5, sum(heights) + 1.0), layout="constrained")
@@ -349,10 +351,12 @@ def controls(
         )  # fmt: skip
         mean = sum(effects) / len(effects)
         axis.plot([mean, mean], [y - 0.44 * height, y + 0.44 * height], color="black", lw=1.6)
-        said[-1] += f"\nn {len(effects)}{chance.get(role, '')}"
+        beside = chance.get(role, {})
+        said[-1] += f"\nn {beside.get('n', len(effects))}"
+        said[-1] += f", p {beside['p']:.3f}" if beside else ""
     axis.set_yticks(ticks, said)
     axis.set_ylim(top - 0.1, 0.1)
-    axis.set_xlabel(f"effect on {axis_name(metric)}", fontsize=TEXT)
+    axis.set_xlabel(f"effect on {axis_name(metric, chosen)}", fontsize=TEXT)
     _bare(axis)
     axis.grid(visible=False, axis="y")
     notes = [f"solid line: the chosen cell{', with its interval' * banded}", "dashed: unsteered"]

@@ -18,7 +18,6 @@ from interp_steer.cell import ROLES, SETTING
 from interp_steer.errors import RequestError
 from interp_steer.files import explained, whole
 from interp_steer.heat import heat_map
-from interp_steer.metrics import METRICS
 from interp_steer.page import (
     Markup,
     chance,
@@ -133,8 +132,13 @@ class _Report:
                 "they failed or were not run yet. Run the study in the same folder again: it does "
                 "what is missing, and says why a row fails."
             )
-        elif self.found.chosen is None and not (self.found.table["role"] == "grid").any():
+        elif self.found.state == "begun":
             said = "Only unsteered rows were run so far. Run the study in this folder again."
+        elif self.found.state == "waiting":
+            said = (
+                "The grid was run; the chosen cell and its controls were not. Run the study in "
+                "this folder again."
+            )
         else:
             return ""
         return f'<p class="warn">{escaped(said)}</p>'
@@ -146,14 +150,18 @@ class _Report:
         if self.found.chosen is None:
             parts.append("<p>No cell is claimed, so there is no table of claims.</p>")
         else:
-            prompts = self.told["prompts"]["prove"]
+            table = self.found.table
+            mine = table[(table["role"] == "chosen") & (table["split"] == "prove")]
+            ran, planned = mine["item"].nunique(), self.told["prompts"]["prove"]
+            prompts = planned if ran == planned else f"{ran} of {planned}"
             parts.append(
                 f"<p>The chosen cell is <code>{escaped(_cell(self.found.chosen))}</code>. Its "
                 f"effects on {prompts} prompts that had no part in the choice, as differences from "
                 "the unsteered answers to the same prompts:</p>"
             )
             parts.append(_claims(self.found))
-        if self.found.best_layers and self.told["prompts"]["choose"]:
+        chosen_from = self.told["prompts"]["choose"] and methods.whole_grid(self.found)
+        if self.found.best_layers and chosen_from:
             layers = ", ".join(map(str, self.found.best_layers))
             parts.append(
                 f"<p>Layers not excluded from being the best by {escaped(self.decides)}: "
@@ -174,6 +182,7 @@ class _Report:
         for r in as_records(self.found.p):
             if r["metric"] in metrics:
                 reach = f"{signed(r['lowest'])} to {signed(r['highest'])}"
+                reach = "none" if pd.isna(r["mean"]) else reach
                 ends = (str(int(r["n"])), signed(r["mean"]), reach, f"{r['p']:.3f}")
                 rows.append((ROLES[r["control"]], r["metric"], *ends))
         if not rows:
@@ -256,15 +265,17 @@ class _Report:
             if isinstance(r.get("text"), str) and (r["item"], r["seed"]) in before
         ]
         if not rows:
-            if (every["role"] == "chosen").any():
-                return "<p>No text was generated: the metrics read given answers.</p>"
-            return "<p>No cell was chosen, so there are no texts to show.</p>"
+            if self.found.state != "chosen":
+                return "<p>No chosen cell was run, so there are no texts to show.</p>"
+            if every["text"].notna().any():
+                return "<p>No answer of the chosen cell stands beside an unsteered one.</p>"
+            return "<p>No text was generated: the metrics read given answers.</p>"
         draw = random.Random(SEED)
         draw.shuffle(rows)
         tags: dict[int, list[str]] = {}
         for i in range(min(SHOWN, len(rows))):
             tags.setdefault(i, []).append("drawn at random" if len(rows) > SHOWN else "")
-        sign = METRICS[self.decides].sign
+        sign = self.found.measures[self.decides].sign
         moved = {
             i: sign * (r[self.decides] - before[r["item"], r["seed"]][self.decides])
             for i, r in enumerate(rows)

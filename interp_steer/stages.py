@@ -1,12 +1,14 @@
 """What a study runs, in which order: each stage builds on the rows of the ones before."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from interp_steer import metrics as measures
 from interp_steer.cell import Cell, Planned, Setting
+from interp_steer.console import say
 from interp_steer.contrast import Contrast
 from interp_steer.direction import Direction, DirectionSet
 from interp_steer.grammar import Reader
@@ -14,6 +16,7 @@ from interp_steer.intervention import Intervention, Vector, parse, resolve
 from interp_steer.matched import matched_features
 from interp_steer.model import SteeringModel
 from interp_steer.scale import Scale
+from interp_steer.site import Site
 from interp_steer.study import Study
 
 FLIPPED = ("add", "add_norm_kept", "clamp")  # operators for which a negative coefficient is a flip
@@ -35,10 +38,10 @@ def stages(
     Nothing is proved where no cell passes the limits.
     """
     unsteered = Cell("unsteered")
-    yield Stage(
-        "unsteered",
-        [Planned(unsteered, i, s, seed) for s, i in study.items() for seed in study.seeds],
-    )
+    rows = [Planned(unsteered, i, s, seed) for s, i in study.items() for seed in study.seeds]
+    if changed := remeasured(study, model, rows, known):
+        say(f"rows here were measured by another form of {', '.join(changed)}; they are run anew")
+    yield Stage("unsteered", rows)
     grid = study.grid(scale)
     chosen: Cell | None = grid[0]
     null_cells: list[Cell] = []
@@ -52,8 +55,8 @@ def stages(
             ]
         cells = [*grid, *(cell for one in nulls.values() for cell in one)]
         yield Stage("grid", _crossed(study, cells, "choose"))
-        chosen = choose(study, model, grid, known)
-        picked = (choose(study, model, mine, known) for mine in nulls.values())
+        chosen = choose(study, model, grid, known, scale)
+        picked = (choose(study, model, mine, known, scale) for mine in nulls.values())
         null_cells = [replace(cell, role="null") for cell in picked if cell is not None]
     elif len(grid) > 1:
         # nothing was chosen: the whole grid is shown on `prove`, and no cell of it is claimed
@@ -72,45 +75,59 @@ def choose(
     model: SteeringModel,
     cells: Sequence[Cell],
     known: Mapping[str, Mapping[str, Any]],
+    scale: Scale,
 ) -> Cell | None:
     """The cell with the largest mean effect on the `choose` prompts, of those within the limits.
 
     The effect is the difference from the unsteered answer in `choose_by`, in the direction that is
-    better; a missing value counts as none. Of equal ones the gentlest wins (by dose, or coefficient
-    where there is none), then the first of the grid.
+    better; a missing value counts as none. Of equal ones the gentlest wins, then the first of the
+    grid.
     """
     metric = measures.find(study.choose_by)
-    best: tuple[tuple[float, float], Cell] | None = None
     unsteered = Cell("unsteered")
 
-    def values(cell: Cell, name: str) -> list[float | None]:
-        rows = _crossed(study, [cell], "choose")
-        found = (known.get(key_of(study, model, row)) for row in rows)
+    def rows(cell: Cell) -> list[Mapping[str, Any] | None]:
+        return [known.get(key_of(study, model, row)) for row in _crossed(study, [cell], "choose")]
+
+    def values(found: Sequence[Mapping[str, Any] | None], name: str) -> list[float | None]:
         return [row["metrics"].get(name) if row else None for row in found]
 
-    before = values(unsteered, metric.name)
+    before = values(rows(unsteered), metric.name)
+    best: list[Cell] = []
+    most = -math.inf
     for cell in cells:
-        if any(_beyond(values(cell, name), name, limit) for name, limit in study.limits.items()):
+        found = rows(cell)
+        if any(_beyond(values(found, name), name, limit) for name, limit in study.limits.items()):
             continue
-        pairs = zip(values(cell, metric.name), before, strict=True)
+        pairs = zip(values(found, metric.name), before, strict=True)
         moved = [
             metric.sign * (a - b) if a is not None and b is not None else 0.0 for a, b in pairs
         ]
         # rounded, so that equal sums in another order are equal
-        rank = round(sum(moved) / len(moved), 9), -_strength(study, model, cell, known)
-        if best is None or rank > best[0]:
-            best = rank, cell
-    return best[1] if best else None
+        effect = round(sum(moved) / len(moved), 9)
+        if effect >= most:
+            best, most = [*(best if effect == most else []), cell], effect
+    return _gentlest(best, [next(filter(None, rows(cell)), {}) for cell in best], scale)
 
 
-def _strength(
-    study: Study, model: SteeringModel, cell: Cell, known: Mapping[str, Mapping[str, Any]]
-) -> float:
-    """How strongly a cell steers, as its rows say."""
-    for row in _crossed(study, [cell], "choose"):
-        if found := known.get(key_of(study, model, row)):
-            return abs(float(found["dose"] or found["coefficient"] or 0.0))
-    return 0.0
+def _gentlest(
+    cells: Sequence[Cell], rows: Sequence[Mapping[str, Any]], scale: Scale
+) -> Cell | None:
+    """The cell that steers least, by the dose where every one has a dose, else by the length of
+    what each adds, over the stream's median length there; the first where that is not known of all.
+    """
+
+    def moved(row: Mapping[str, Any]) -> float | None:
+        if row.get("delta") is None or row.get("layer") is None or row.get("component") == "z":
+            return None
+        return float(row["delta"]) / scale.at(Site(str(row["component"]), int(row["layer"])))
+
+    for strengths in ([row.get("dose") for row in rows], [moved(row) for row in rows]):
+        if all(one is not None for one in strengths):
+            # rounded, as lengths of one dose differ in their last bits
+            rank = [round(abs(float(one)), 6) for one in strengths if one is not None]
+            return cells[rank.index(min(rank))] if cells else None
+    return cells[0]
 
 
 def _beyond(values: Sequence[float | None], name: str, limit: float) -> bool:
@@ -123,10 +140,31 @@ def _beyond(values: Sequence[float | None], name: str, limit: float) -> bool:
 
 
 def key_of(study: Study, model: SteeringModel, row: Planned) -> str:
-    """The key of a planned row: the content of the row, and what its answer is judged by."""
+    """The key of a planned row: the content of the row, what its answer is judged by, and what the
+    metrics mean that judge it, where that is not what it was at first.
+    """
     judged = f"{row.item.id} {list(study.concept)}"
     tail = hashlib.sha256(judged.encode(errors="surrogatepass")).hexdigest()[:8]
-    return f"{study.sampled(row).key(model)}-{tail}"
+    parts = (study.sampled(row).key(model), tail, measures.meaning(study.metrics, row.item))
+    return "-".join(part for part in parts if part)
+
+
+def remeasured(
+    study: Study, model: SteeringModel, rows: Sequence[Planned], known: Mapping[str, Any]
+) -> list[str]:
+    """Metrics of rows that are known, but by other meanings of these metrics."""
+    before = {key.rpartition("-")[0] if key.count("-") > 1 else key: key for key in known}
+    found: dict[str, None] = {}
+    for row in rows:
+        key = key_of(study, model, row)
+        plain = "-".join(key.split("-")[:2])
+        if key in known or plain not in before:
+            continue
+        had = known[before[plain]]["metrics"]
+        mine = (name for name in study.metrics if measures.METRICS[name].applies(row.item))
+        changed = (n for n in mine if n in had and measures.METRICS[n].meaning != (1, ""))
+        found.update(dict.fromkeys(changed))
+    return list(found)
 
 
 def controlled(study: Study, setting: Setting, scale: Scale, n_layers: int) -> list[Cell]:

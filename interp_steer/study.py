@@ -24,6 +24,7 @@ from interp_steer import metrics as measures
 from interp_steer.cell import Cell, Controls, Planned, Setting
 from interp_steer.chunk import load_modules
 from interp_steer.contrast import Contrast
+from interp_steer.declared import NEEDS
 from interp_steer.direction import Direction, DirectionSet
 from interp_steer.errors import RequestError, nearest
 from interp_steer.grammar import Reader
@@ -183,13 +184,13 @@ class Study:
             if name in ("concept", "mention") and not self.concept:
                 raise RequestError(f"{name} needs the study's `concept`: words to look for")
             if not any(metric.applies(item) for item in (*self.prove, *self.neutral)):
-                raise RequestError(f"{name} needs {measures.NEEDS[metric.needs]}; prove has none")
+                raise RequestError(f"{name} needs {NEEDS[metric.needs]}; prove has none")
         decides = measures.METRICS[self.choose_by]
         for part in ("choose", "prove"):
             items = getattr(self, part)
             if items and not any(decides.applies(item) for item in items):
                 raise RequestError(
-                    f"{self.choose_by} needs {measures.NEEDS[decides.needs]}; {part} has none"
+                    f"{self.choose_by} needs {NEEDS[decides.needs]}; {part} has none"
                 )
         for name, given in self.directions.items():
             if not isinstance(given, (Direction, DirectionSet, Contrast)):

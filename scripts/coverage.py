@@ -70,6 +70,19 @@ MEANS: dict[str, tuple[Callable[[int], np.ndarray], float]] = {
         lambda n: (draw.random(n) < 0.5) * draw.exponential(size=n),
         0.5,
     ),
+    # such as the share of repeated 3-grams, which few answers have
+    "0, but for 0.1 of prompts Beta(1, 9)": (
+        lambda n: (draw.random(n) < 0.1) * draw.beta(1, 9, n),
+        0.01,
+    ),
+    "0, but for 0.2 of prompts Beta(1, 9)": (
+        lambda n: (draw.random(n) < 0.2) * draw.beta(1, 9, n),
+        0.02,
+    ),
+    "0, but for 0.3 of prompts Beta(1, 1)": (
+        lambda n: (draw.random(n) < 0.3) * draw.beta(1, 1, n),
+        0.15,
+    ),
 }
 
 
@@ -282,7 +295,7 @@ def simultaneous(simulations: int) -> Iterator[Measured]:
         width = untold = 0.0
         for number in range(simulations):
             values = sample()
-            found = bands(values, bounds=bounds)
+            found = bands(values, bounds=bounds, kind="rate" if bounds else "mean")
             told = [(one.low, one.high) for one in found if one.low is not None]
             covered += all(low <= truth <= high for low, high in told)
             width += float(np.mean([high - low for low, high in told]))

@@ -8,7 +8,7 @@ import torch
 from interp_steer import intervals
 from interp_steer.cell import Controls
 from interp_steer.direction import Direction
-from interp_steer.findings import Findings
+from interp_steer.findings import STATES, Findings
 from interp_steer.item import Item
 from interp_steer.study import Study
 
@@ -20,8 +20,9 @@ class Told:
 
     folder = "made by hand"
 
-    def __init__(self, table, **manifest):
+    def __init__(self, table, plan=None, **manifest):
         self._table = table
+        self.plan = table.to_dict("records") if plan is None else plan
         self.manifest = {
             "metrics": ["length"], "choose_by": "length", "limits": {}, "cells": 1, "selected": 0,
             "prompts": {"choose": 12, "prove": 12}, **manifest,
@@ -93,6 +94,136 @@ def test_a_chosen_cell_pays_for_the_choice():
     # nulls of which some found no cell within the limits count as having done worse
     some = found(*parts, nulls([9.0, 0.0], "null"), cells=10, selected=50)
     assert some.verdict.p == pytest.approx(2 / 51)
+
+
+def test_nulls_that_all_broke_the_limits_did_worse():
+    parts = rows("unsteered", BEFORE), rows("chosen", BEFORE + MOVED)
+    f = found(*parts, cells=4, selected=20, limits={"length": -5.0})
+    assert f.verdict.p == pytest.approx(1 / 21) and f.verdict.steers is True
+    assert "20 random directions made the same choice among 4 cells" in f.verdict.text
+    assert "of which none found one within the limits" in f.verdict.text
+    assert "no random directions were run" not in str(f)
+    (line,) = f.p.to_dict("records")
+    assert (line["control"], line["n"], line["p"]) == ("null", 20, pytest.approx(1 / 21))
+    assert np.isnan(line["mean"]) and "nan" not in str(f)
+    few = found(*parts, cells=4, selected=9, limits={"length": -5.0})
+    assert few.verdict.p == pytest.approx(1 / 10) and few.verdict.steers is False
+
+
+@pytest.mark.parametrize("role", ["null", "random"])
+def test_a_null_without_a_value_was_run(role):
+    parts = rows("unsteered", BEFORE), rows("chosen", BEFORE + MOVED)
+    lost = [row for k in range(4) for row in rows(role, BEFORE * np.nan, null=9 + k)]
+    told = {"cells": 3, "selected": 13} if role == "null" else {}
+    f = found(*parts, nulls([0.0] * 8 + [99.0], role), lost, **told)
+    assert f.verdict.p == pytest.approx(2 / 14)  # of 13, one did as well
+    assert f.p.iloc[0]["n"] == 13 and f.p.iloc[0]["mean"] == pytest.approx(11)
+    assert f"4 of 13 {role} directions have no value in length" in str(f)
+    # without effect, which is as well where the chosen cell moves the wrong way
+    worse = found(rows("unsteered", BEFORE), rows("chosen", BEFORE - 1 - MOVED / 9),
+                  nulls([-5.0] * 9, role), lost, **told)  # fmt: skip
+    assert worse.verdict.p == pytest.approx(5 / 14)
+
+
+def test_nulls_whose_rows_are_missing_count_as_doing_as_well():
+    parts = [*rows("unsteered", BEFORE), *rows("chosen", BEFORE + MOVED)]
+    table = pd.DataFrame([*parts, *nulls([0.0] * 30, "null")])
+    table["null"] = table["null"].astype("Int64")
+    plan = [*parts, *nulls([0.0] * 39, "null")]  # nine were not run yet
+    f = Findings.of(Told(table, plan, cells=3, selected=39))
+    assert f.verdict.p == pytest.approx(10 / 40) and f.verdict.steers is False
+    assert "9 of them are not measured and count as doing as well" in f.verdict.text
+
+
+def test_no_value_of_the_metric_that_decides_is_said_so():
+    lost = rows("chosen", BEFORE * np.nan)
+    f = found(rows("unsteered", BEFORE), lost, nulls([0.0] * 39))
+    assert f.verdict.steers is None and f.chosen is not None
+    assert "no prompt has a value of length" in f.verdict.text
+    assert "no random directions" not in f.verdict.text + f.verdict.how
+    f = found(rows("unsteered", BEFORE * np.nan), rows("chosen", BEFORE), nulls([0.0] * 39))
+    assert "no prompt has a value of length" in f.verdict.text
+
+
+def test_how_many_did_as_well_in_the_same_cell_is_said():
+    f = found(rows("unsteered", BEFORE), rows("chosen", BEFORE + MOVED),
+              nulls([99.0] + [0.0] * 38), cells=10)  # fmt: skip
+    assert f.verdict.p == pytest.approx(0.5) and f.verdict.steers is None
+    assert "as 1 of 39 random directions in the same cell did" in f.verdict.text
+
+
+@pytest.mark.parametrize(
+    ("steps", "manifest", "state", "says"),
+    [
+        ((), {"cells": 2}, "begun", "no steered row was run yet"),
+        (("half",), {"cells": 2}, "unfinished", "rows of the grid are missing"),
+        (("half",), {"cells": 2, "limits": {"length": 99.0}}, "unfinished", "rows of the grid"),
+        (("grid",), {"cells": 2}, "waiting", "the chosen cell was not run yet"),
+        (("grid",), {"cells": 2, "limits": {"length": 3.0}}, "waiting", "chosen cell was not run"),
+        (("grid",), {"cells": 2, "limits": {"length": 99.0}}, "beyond", "stayed within the limits"),
+        (("grid", "chosen"), {"cells": 2}, "chosen", "no random directions were run"),
+        (("prove",), {"cells": 2, "choose": 0}, "open", "no prompts chose"),
+        ((), {"cells": 2, "choose": 0}, "open", "no prompts chose"),
+        ((), {"cells": 1, "choose": 0}, "begun", "no steered row was run yet"),
+    ],
+)
+def test_why_nothing_is_declared_is_true_of_the_state(steps, manifest, state, says):
+    choose = manifest.pop("choose", 12)
+    manifest = {**manifest, "prompts": {"choose": choose, "prove": 12}}
+    split = "choose" if choose else "prove"
+    plan = [*rows("unsteered", BEFORE, "choose"), *rows("unsteered", BEFORE)]
+    run = list(plan)
+    grid = [row for k in (1, 2) for row in rows("grid", BEFORE + k, split, level=str(float(k)))]
+    for step in steps:
+        mine = rows("chosen", BEFORE + MOVED) if step == "chosen" else grid
+        plan += mine
+        run += mine[:12] if step == "half" else mine
+    table = pd.DataFrame(run)
+    table["null"] = table["null"].astype("Int64")
+    f = Findings.of(Told(table, plan, **manifest))
+    assert f.state == state and says in f.verdict.text and f.verdict.steers is None
+    told = {why for why in STATES.values() if why and why in str(f)}
+    assert told == ({STATES[state]} if STATES[state] else set())
+
+
+def test_a_grid_of_few_prompts_does_not_say_that_they_chose():
+    parts = rows("unsteered", BEFORE[:6]), rows("grid", BEFORE[:6] + 1, level="1.0"), rows(
+        "grid", BEFORE[:6] + 2, level="2.0"
+    )
+    f = found(*parts, cells=2, prompts={"choose": 0, "prove": 6})
+    assert "no prompts chose" in f.verdict.text
+    assert "the grid has 6 prompts" in str(f) and "6 prompts chose" not in str(f)
+
+
+def test_a_bounded_share_that_hardly_differs_has_no_interval_beside_its_p():
+    after = np.zeros(10)
+    after[3] = 0.09
+    parts = [*rows("unsteered", BEFORE[:10]), *rows("chosen", BEFORE[:10])]
+    for row, value in zip(parts, [*np.zeros(10), *after], strict=True):
+        row["rep3"] = value
+    f = found(parts, metrics=["length", "rep3"])
+    (claim,) = f.claims[f.claims["metric"] == "rep3"].to_dict("records")
+    assert claim["effect"] == pytest.approx(0.009) and claim["p"] == 1.0
+    assert np.isnan(claim["low"]) and claim["method"].startswith("fewer than 3 prompts differ")
+    assert "effect +0.009 (no interval)" in str(f)
+
+
+def test_within_the_limits_is_what_the_choice_saw():
+    """The mean over rows that have a value, seeds and prompts together; all missing is beyond."""
+    before = rows("unsteered", BEFORE, "choose", seeds=2)
+    uneven = rows("grid", BEFORE, "choose", seeds=2, level="1.0")
+    for row in uneven:
+        row["length"] = np.nan if row["seed"] and row["item"] != "choose0" else row["length"]
+    told = [row["length"] for row in uneven if not np.isnan(row["length"])]
+    limit = float(np.mean(told)) + 0.1  # prompts averaged first are above it
+    assert np.mean(BEFORE) > limit
+    lost = rows("grid", BEFORE, "choose", seeds=2, level="2.0", rep3=np.nan)
+    f = found(before, uneven, cells=1, limits={"length": limit})
+    assert f.state == "beyond" and not f.grid["passes"].any()
+    told = {"metrics": ["length", "rep3"], "cells": 1, "limits": {"rep3": 0.2}}
+    before = rows("unsteered", BEFORE, "choose", seeds=2, rep3=0.0)
+    f = found(before, lost, **told)
+    assert f.state == "beyond" and not f.grid["passes"].any()
 
 
 def test_few_prompts_give_points_and_no_verdict():

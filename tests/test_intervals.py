@@ -141,15 +141,15 @@ def test_below_ten_prompts_there_is_only_a_point():
     assert mean(np.arange(10.0)).low is not None
 
 
-def test_equal_values_tell_no_interval_and_bounds_tell_how_far_the_unseen_may_lie():
+def test_equal_values_tell_no_interval_and_of_rates_the_unseen_lie_at_the_bounds():
     equal = np.full(20, 0.4)
     found = mean(equal)
     assert (found.estimate, found.low, found.high) == (pytest.approx(0.4), None, None)
     assert not found.excludes(0)
     unseen = wilson(0, 20)[1]
-    found = mean(equal, bounds=(0, 1))
+    found = mean(equal, bounds=(0, 1), kind="rate")
     assert ends(found) == pytest.approx((0.4 - unseen * 0.4, 0.4 + unseen * 0.6))
-    assert ends(mean(np.zeros(20), bounds=(-1, 1))) == pytest.approx((-unseen, unseen))
+    assert ends(mean(np.zeros(20), bounds=(-1, 1), kind="rate")) == pytest.approx((-unseen, unseen))
 
 
 def test_where_few_prompts_differ_rates_have_wilsons_interval():
@@ -157,14 +157,15 @@ def test_where_few_prompts_differ_rates_have_wilsons_interval():
         values = np.zeros(20)
         values[:count] = 1
         assert mean(values).low is None
-        assert ends(mean(values, bounds=(0, 1))) == pytest.approx(wilson(count, 20))
-        assert ends(mean(1 - values, bounds=(0, 1))) == pytest.approx(wilson(20 - count, 20))
+        told, turned = (mean(one, bounds=(0, 1), kind="rate") for one in (values, 1 - values))
+        assert ends(told) == pytest.approx(wilson(count, 20))
+        assert ends(turned) == pytest.approx(wilson(20 - count, 20))
     values[:3] = 1
     assert mean(values).low is not None
     # one up, one down and a long way still to either bound
     values = np.zeros(20)
     values[:2] = 0.5, -0.25
-    low, high = ends(mean(values, bounds=(-1, 1)))
+    low, high = ends(mean(values, bounds=(-1, 1), kind="rate"))
     share_low, share_high = wilson(2, 20)
     fewer, unseen = share_low / 0.1, share_high - 0.1
     assert low == pytest.approx(0.025 * fewer - 0.0125 - unseen)
@@ -175,9 +176,35 @@ def test_differences_that_are_equal_but_for_their_last_bits_are_equal():
     values = np.tile([0.6 - 0.4, 0.4 - 0.2], 10)
     assert len(set(values)) == 2
     assert mean(values).low is None
-    assert ends(mean(values, bounds=(-1, 1))) == pytest.approx(
-        ends(mean(np.full(20, 0.2), bounds=(-1, 1)))
+    assert ends(mean(values, bounds=(-1, 1), kind="rate")) == pytest.approx(
+        ends(mean(np.full(20, 0.2), bounds=(-1, 1), kind="rate"))
     )
+
+
+def test_a_share_that_is_almost_never_above_0_has_no_interval():
+    """rep3 of ten answers, of which one repeats something: +0.009 [-0.303, +0.313] was told."""
+    values = np.zeros(10)
+    values[3] = 0.09
+    found = mean(values, bounds=(-1, 1))
+    assert (found.estimate, found.low, found.high) == (pytest.approx(0.009), None, None)
+    assert found.method == "fewer than 3 prompts differ from the rest"
+    # from three on the interval is about as wide as what was seen, and near the truth
+    values[:3] = 0.05, 0.2, 0.1
+    low, high = ends(mean(values, bounds=(-1, 1)))
+    assert -0.05 < low < 0.044 < high < 0.25
+
+
+def test_shares_of_which_most_are_0_are_covered():
+    """0 but for a share 0.2 of prompts, there Beta(1, 9): the mean is 0.2 / 10."""
+    draw = np.random.default_rng(40)
+    covered = untold = 0
+    for _ in range(400):
+        one = mean((draw.random(20) < 0.2) * draw.beta(1, 9, 20), bounds=(-1, 1))
+        untold += one.low is None
+        covered += one.low is not None and holds(one, 0.02)
+    assert covered / (400 - untold) > 0.95
+    expected = stats.binom.cdf(2, 20, 0.2)  # fewer than three prompts above 0
+    assert untold / 400 == pytest.approx(expected, abs=4 * math.sqrt(expected / 400))
 
 
 def test_limits_do_not_pass_the_bounds():
@@ -343,6 +370,9 @@ def test_a_difference_of_means_is_the_mean_of_the_differences():
     assert difference(a, b) == mean(a - b)
     shares, others = draw.integers(0, 6, 20) / 5, draw.integers(0, 6, 20) / 5
     assert difference(shares, others, "rate") == mean(shares - others, bounds=(-1, 1))
+    shares, others = np.zeros(20), np.eye(20)[0] / 5
+    carried = mean(shares - others, bounds=(-1, 1), kind="rate")
+    assert difference(shares, others, "rate") == carried and carried.low is not None
     with pytest.raises(RequestError, match="20 and 1 prompts are not paired"):
         intervals._check_paired(a, b[:1])
 
@@ -433,9 +463,11 @@ def test_a_cell_in_which_few_prompts_differ_has_no_band_and_does_not_widen_the_o
     assert more[:6] == found and more[6].low is more[7].low is None
     assert more[7].estimate == pytest.approx(0.5 * 4 / 30)
     assert bands(few)[2].low is not None
-    told = bands(np.hstack([values, few[:, :2]]), bounds=(-1, 1))
+    told = bands(np.hstack([values, few[:, :2]]), bounds=(-1, 1), kind="rate")
     unseen = wilson(0, 30, 1 - 0.05 / 8)[1]
     assert ends(told[6]) == pytest.approx((-unseen, unseen)) and told[6].level == 0.95
+    untold = bands(np.hstack([values, few[:, :2]]), bounds=(-1, 1))
+    assert untold[6].low is untold[7].low is None  # no rates: the bounds are far from what they are
     assert told[:6] == found and told[7].method.startswith("simultaneous: Wilson")
     assert all(one.low is None for one in bands(few[:, :2]))
 

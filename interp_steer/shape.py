@@ -1,0 +1,41 @@
+"""Whether what was read from a file has the shape that it must have."""
+
+from typing import Any
+
+NUMBER = (int, float)
+NONE = type(None)
+
+
+def misfit(value: object, shape: Any, at: str = "") -> str | None:
+    """Where a value read from JSON does not have a shape, and what is there; None where it has.
+
+    Args:
+        shape: a type, which must be the value's own; a tuple of shapes, one of which must fit;
+            `[shape]`, a list of such; `{str: shape}`, a mapping to such; or a mapping with names,
+            each of which must be there and fit. `object` is anything.
+        at: what the value is called.
+    """
+    if isinstance(shape, tuple):
+        return None if any(misfit(value, one) is None for one in shape) else _said(value, at)
+    if isinstance(shape, list):
+        if type(value) is not list:
+            return _said(value, at)
+        found = (misfit(one, shape[0], f"{at}[{i}]") for i, one in enumerate(value))
+        return next(filter(None, found), None)
+    if isinstance(shape, dict):
+        if type(value) is not dict:
+            return _said(value, at)
+        begin = f"{at}." if at else ""
+        if str in shape:
+            found = (misfit(one, shape[str], f"{begin}{name}") for name, one in value.items())
+            return next(filter(None, found), None)
+        if lost := [name for name in shape if name not in value]:
+            return f"{begin}{lost[0]} is missing"
+        found = (misfit(value[name], one, f"{begin}{name}") for name, one in shape.items())
+        return next(filter(None, found), None)
+    return None if shape is object or type(value) is shape else _said(value, at)
+
+
+def _said(value: object, at: str) -> str:
+    shown = value if isinstance(value, (str, int, float, bool, NONE)) else type(value).__name__
+    return f"{at[:80] or 'it'} is {str(shown)[:40]!r}"
