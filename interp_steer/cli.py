@@ -5,6 +5,7 @@ Heavy imports wait inside the commands, so that `--help` answers at once.
 
 import io
 import json
+import math
 import os
 import sys
 import warnings
@@ -390,7 +391,7 @@ def verify(
             {
                 "name": c.name,
                 "passed": c.passed,
-                "difference": c.difference,
+                "difference": c.difference if math.isfinite(c.difference) else None,
                 "tolerance": c.tolerance,
             }
             for c in checks

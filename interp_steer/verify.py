@@ -6,7 +6,8 @@ another arrangement that must not matter, and states a difference and a toleranc
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,7 @@ from interp_steer.forward import Stream
 from interp_steer.intervention import Intervention, steer
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import Prompt, chat
+from interp_steer.row import Result as RowResult
 from interp_steer.row import Row, Sampling
 from interp_steer.scale import Scale
 from interp_steer.site import Site
@@ -93,9 +95,19 @@ class _Bench:
         return Site(component, self.layer)
 
     @cached_property
+    def results(self) -> list[RowResult]:
+        """What the rows generate, as one batch."""
+        return self.engine.generate(self.rows)
+
+    @cached_property
     def answers(self) -> list[tuple[int, ...]]:
-        """What the rows generate, as one batch: the continuations that all checks read."""
-        return [result.token_ids for result in self.engine.generate(self.rows)]
+        """The continuations that all checks read: what was generated; the prompt's last tokens for
+        a row that stopped at once.
+        """
+        return [
+            result.token_ids or self.model.encode(result.row.prompt).ids[-NEW_TOKENS:]
+            for result in self.results
+        ]
 
     @cached_property
     def batched(self) -> Tensor:
@@ -245,8 +257,6 @@ def _padded(b: _Bench) -> Result:
 def _cached(b: _Bench) -> Result:
     differences = []
     for row, answer in zip(b.rows[:8], b.answers[:8], strict=True):
-        if not answer:
-            continue
         steered = b.engine.admission.steered(row)
         with torch.no_grad():
             stream, x = Stream.prefill(b.model, [steered], len(answer))
@@ -320,22 +330,38 @@ def _beyond(b: _Bench) -> Result | None:
 
 
 @_check("greedy decoding = transformers.generate (logit gap where tokens differ)")
-def _decoding(b: _Bench) -> Result | None:
-    return _greedy(
-        b,
-        lambda ids: b.model.hf.generate(
+def _decoding(b: _Bench) -> Result:
+    def generate(ids: Tensor) -> Any:
+        return b.model.hf.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
-            repetition_penalty=1.0,
-            pad_token_id=0,
-        ),
+        )
+
+    with _plain_generation(b.model):
+        return _greedy(b, generate)
+
+
+@contextlib.contextmanager
+def _plain_generation(model: SteeringModel) -> Iterator[None]:
+    """The model without its `generation_config`, whose beams, penalties and forced or suppressed
+    tokens `generate` would take up beside what it is given.
+    """
+    from transformers import GenerationConfig
+
+    kept = model.hf.generation_config
+    model.hf.generation_config = GenerationConfig(
+        eos_token_id=list(model.stop_ids) or None, pad_token_id=0
     )
+    try:
+        yield
+    finally:
+        model.hf.generation_config = kept
 
 
 @_check("greedy decoding = HookedTransformer.generate (logit gap where tokens differ)")
-def _decoding_lens(b: _Bench) -> Result | None:
+def _decoding_lens(b: _Bench) -> Result:
     return _greedy(
         b,
         lambda ids: b.model.hooked.generate(
@@ -349,23 +375,31 @@ def _decoding_lens(b: _Bench) -> Result | None:
     )
 
 
-def _greedy(b: _Bench, generate: Callable[[Tensor], Any]) -> Result | None:
-    """Largest gap between the two candidates' logits where greedy texts part; 0 if they agree."""
-    if not b.exact:
-        return None  # bfloat16 flips near-ties; the teacher-forced checks speak for it
-    worst = 0.0
-    for prompt in b.prompts:
-        row = next(i for i, r in enumerate(b.rows) if r.prompt == prompt and not r.steer)
-        mine = list(b.answers[row])
-        ids = torch.tensor([b.model.encode(prompt).ids], device=b.model.device)
+def _greedy(b: _Bench, generate: Callable[[Tensor], Any]) -> Result:
+    """Largest gap between the two candidates' logits where greedy texts part, their ends included;
+    0 if they agree. Numbers that round differently part at near-ties alone.
+    """
+    worst, stops = 0.0, list(b.model.stop_ids)
+    for result in b.results:
+        if result.row.steer:
+            continue
+        ids = torch.tensor([b.model.encode(result.row.prompt).ids], device=b.model.device)
         with torch.no_grad():
             theirs = generate(ids)[0, ids.shape[1] :].tolist()
-        for i, (x, y) in enumerate(zip(mine, theirs, strict=False)):
-            if x != y:
-                logits = b.last([b.rows[row]], [mine[:i]])[0]
-                worst = max(worst, float(logits[x] - logits[y]))
-                break
-    return worst, 2e-3
+        end = next((i for i, token in enumerate(theirs) if token in stops), len(theirs))
+        # None stands for any of the ids that end an answer
+        wanted = [*theirs[:end], *[None] * (end < len(theirs))]
+        mine = [*result.token_ids, *[None] * (result.finish == "stop")]
+        if mine == wanted:
+            continue
+        parted = [i for i, (x, y) in enumerate(zip(mine, wanted, strict=False)) if x != y]
+        if not parted or set(stops) & set(result.token_ids):
+            return math.inf, 0.0  # one goes on where the other ended, with no token to compare
+        at = parted[0]
+        logits = b.last([result.row], [result.token_ids[:at]])[0]
+        x, y = (logits[stops if t is None else t].max() for t in (mine[at], wanted[at]))
+        worst = max(worst, float((x - y).abs()))
+    return worst, 2e-3 if b.exact else 2 * b.close()
 
 
 @_check("clamp reaches its target")
@@ -398,25 +432,59 @@ def _twice(b: _Bench) -> Result:
 
 @_check("nothing is left on the model after an exception")
 def _clean(b: _Bench) -> Result:
+    """Broken off in every component of a block, while reading a prompt and while decoding, and in
+    a hook of TransformerLens.
+    """
+
     class Stop(Exception):
         pass
 
     class Failing:
-        hooks: set[tuple[str, int]] = {("mlp_out", b.layer)}  # noqa: RUF012
+        def __init__(self, component: str) -> None:
+            self.hooks = {(component, b.layer)}
 
         def __call__(self, hook: object, x: object, place: object) -> None:
             raise Stop
 
-    def attached() -> int:
-        modules = [*b.model.hf.modules(), *b.model.hooked.modules()]
-        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+    def fails(x: Tensor, hook: object) -> None:
+        raise Stop
 
-    before = attached()
+    before, logits = _state(b.model), b.last([b.rows[0]], [b.answers[0]])
     row = Row(b.prompts[0], (steer("ablate", b.first, at=[b._site("attn_out")]),))
-    with contextlib.suppress(Stop):
-        Stream.prefill(b.model, [b.engine.admission.steered(row)], 1, Failing())
-    again = b.last([b.rows[0]], [b.answers[0]])
-    return attached() - before + b.apart(again, b.alone[:1]), 0.0
+    steered = b.engine.admission.steered(row)
+    token = torch.tensor([b.answers[0][0]], device=b.model.device)
+    with torch.no_grad():
+        for component in ("resid_pre", "z", "attn_out", "mlp_out", "resid_post"):
+            with contextlib.suppress(Stop):
+                Stream.prefill(b.model, [steered], 1, Failing(component))
+            stream, _ = Stream.prefill(b.model, [steered], 1)
+            with contextlib.suppress(Stop):
+                stream.step(token, Failing(component))
+    made = hooks.fwd_hooks(b.model, row.steer, row.prompt)
+    ids = torch.tensor([b.sequence(row, ())], device=b.model.device)
+    with contextlib.suppress(Stop), b.model.hooked.hooks(fwd_hooks=made):
+        b.model.hooked.run_with_hooks(ids, fwd_hooks=[(b._site("mlp_out").hook_name, fails)])
+    after = _state(b.model)
+    left = sum(before.get(key) != after.get(key) for key in before.keys() | after.keys())
+    return left + b.apart(b.last([b.rows[0]], [b.answers[0]]), logits), 0.0
+
+
+def _state(model: SteeringModel) -> dict[str, object]:
+    """What a pass could leave behind: on modules and weights of both views, and in torch."""
+    found: dict[str, object] = {
+        "attention": model.hf.config._attn_implementation,
+        "threads": torch.get_num_threads(),
+        "fingerprint": model.fingerprint,
+    }
+    views: list[tuple[str, torch.nn.Module]] = [("hf", model.hf), ("hooked", model.hooked)]
+    for view, whole in views:
+        for name, module in whole.named_modules():
+            registered = *module._forward_hooks, *module._forward_pre_hooks
+            found[f"{view} {name}"] = module.training, registered
+        for name, weight in [*whole.named_parameters(), *whole.named_buffers()]:
+            at = weight.data_ptr(), weight.requires_grad, weight.grad is None
+            found[f"{view} {name} weight"] = at
+    return found
 
 
 @_check("engine = TransformerBridge hooks")

@@ -145,10 +145,10 @@ def test_steered_cached_decoding_is_that_of_transformerlens_generate(tiny, engin
                 ids, max_new_tokens=12, do_sample=False, verbose=False, prepend_bos=False,
                 stop_at_eos=False,
             )[0, ids.shape[1] :].tolist()  # fmt: skip
-        mine = list(
-            engine.generate([Row(PROMPTS[1], setting, Sampling(max_new_tokens=12))])[0].token_ids
-        )
-        assert mine == theirs[: len(mine)], text
+        end = next((i for i, token in enumerate(theirs) if token in tiny.stop_ids), 12)
+        mine = engine.generate([Row(PROMPTS[1], setting, Sampling(max_new_tokens=12))])[0]
+        assert list(mine.token_ids) == theirs[:end], text
+        assert mine.finish == ("stop" if end < 12 else "length"), text
 
 
 def test_add_equals_a_plain_hugging_face_hook(tiny, engine, directions):
@@ -303,7 +303,12 @@ def test_run_with_cache_is_steered(tiny, engine, directions):
     assert torch.allclose(
         logits[0, -1], last_logits(engine, [Row(PROMPTS[0], setting)], [()])[0], atol=1e-3
     )
-    assert ("resid_post", 2) in cache or "blocks.2.hook_resid_post" in cache
+    with torch.no_grad():
+        _, plain = tiny.hooked.run_with_cache(torch.tensor([tiny.encode(PROMPTS[0]).ids]))
+    assert torch.equal(cache["blocks.1.hook_resid_post"], plain["blocks.1.hook_resid_post"])
+    moved = (cache["blocks.2.hook_resid_post"] - plain["blocks.2.hook_resid_post"])[0]
+    assert torch.allclose(moved[1:], 4 * directions["one"].unit.expand_as(moved[1:]), atol=1e-5)
+    assert not moved[0].any()
 
 
 def test_score_gives_logprobs_and_kl(tiny, engine, rows, answers):
@@ -503,26 +508,34 @@ def test_prompt_and_answer_must_fit_the_context(engine):
         engine.generate([Row(PROMPTS[0], (), Sampling(max_new_tokens=600))])
 
 
-def test_nothing_is_left_on_the_model_after_an_exception(tiny, engine, directions):
+@pytest.mark.parametrize("component", ["resid_pre", "z", "attn_out", "mlp_out", "resid_post"])
+def test_a_pass_that_breaks_off_leaves_the_model_as_it_was(tiny, engine, directions, component):
+    """Blocks write to some of their tensors in place; weights are never among them."""
+
     class Stop(Exception):
         pass
 
     class Failing:
         def __init__(self):
-            self.hooks = {("z", 2)}
+            self.hooks = {(component, 2)}
 
         def __call__(self, hook, x, place):
+            x.zero_()
             raise Stop
 
     row = Row(PROMPTS[0], parse("add(head, 1) at z 1h1; ablate(one) at mlp_out 3", directions))
-
-    def hooked():  # transformers keeps hooks of its own once hidden states were asked for
-        return [(*m._forward_hooks, *m._forward_pre_hooks) for m in tiny.hf.modules()]
-
-    before = hooked()
-    with pytest.raises(Stop):
-        forward.Stream.prefill(tiny, [engine.admission.steered(row)], 1, Failing())
-    assert hooked() == before
+    steered = engine.admission.steered(row)
+    before = {name: weight.clone() for name, weight in tiny.hf.state_dict().items()}
+    ids = torch.tensor([tiny.encode(PROMPTS[0]).ids])
+    with torch.no_grad():
+        logits = tiny.hf(ids).logits
+        with pytest.raises(Stop):
+            forward.Stream.prefill(tiny, [steered], 1, Failing())
+        stream, _ = forward.Stream.prefill(tiny, [steered], 1)
+        with pytest.raises(Stop):
+            stream.step(torch.tensor([7]), Failing())
+        assert all(torch.equal(before[name], w) for name, w in tiny.hf.state_dict().items())
+        assert torch.equal(tiny.hf(ids).logits, logits)
 
 
 def test_bfloat16_batches_differ_no_more_than_transformers_does(tiny_folder, directions):

@@ -98,3 +98,23 @@ def test_a_bank_takes_a_batch_of_its_size(tiny, way):
     x, positions = torch.zeros(2, 3, 64), torch.arange(3).expand(2, -1)
     with pytest.raises(RequestError, match="steers 1 rows, the batch has 2"):
         bank.apply(x, positions)
+
+
+@pytest.mark.parametrize(
+    ("site", "name"),
+    [
+        ("resid_pre 2", "blocks.2.hook_resid_pre"),
+        ("resid_post 2", "blocks.2.hook_resid_post"),
+        ("attn_out 0", "blocks.0.hook_attn_out"),
+        ("mlp_out 5", "blocks.5.hook_mlp_out"),
+        ("z 1h3", "blocks.1.attn.hook_z"),
+    ],
+)
+def test_hooks_carry_the_names_of_transformerlens(tiny, way, site, name):
+    head = Direction.of(torch.ones(24), "blocks.1.attn.hook_z.0", "head")
+    which = "head" if site.startswith("z") else "way"
+    setting = parse(f"add({which}, 4) at {site}", {"way": way, "head": head})
+    made = hooks.fwd_hooks(tiny, setting, PROMPT)
+    assert [at for at, _ in made] == ["hook_embed", name]
+    assert name in tiny.hooked.hook_dict and "blocks.9.hook_resid_pre" not in tiny.hooked.hook_dict
+    assert hooks.fwd_hooks(tiny, (), PROMPT) == []
