@@ -19,7 +19,7 @@ from interp_steer import tensor_file
 from interp_steer.console import progress
 from interp_steer.direction import Direction, DirectionSet
 from interp_steer.errors import RequestError, nearest, note
-from interp_steer.files import explained, whole
+from interp_steer.files import whole
 from interp_steer.item import asked, digest
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import Encoded, Prompt
