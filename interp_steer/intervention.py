@@ -301,12 +301,10 @@ def _no_maximum(direction: Direction) -> str:
         return f"its SAE rescales activations ({scaling}), so that they have no fixed length"
     if not (place := source.get("neuronpedia", "").rpartition("/")[0]):
         return "no label says what the largest activation of this feature is"
-    starter = source["release"] == STARTER
-    get = f"import {STARTER}" if starter else f"sync {place} --numbers"
-    return (
-        "its largest activation is not known here: get it with `interp-steer labels "
-        f"{get}` and make the feature again"
-    )
+    from interp_steer.labels.registry import getting
+
+    get = getting(place + ("" if source["release"] == STARTER else " --numbers"))
+    return f"its largest activation is not known here: run {get} and make the feature again"
 
 
 def _at(vector: Vector, site: Site) -> Direction:
