@@ -160,7 +160,7 @@ def test_how_features_could_be_matched_is_told(tmp_path, monkeypatch, source, sa
         ({"directions": {"d": "file"}}, "expected a Direction"),
         ({"controls": Controls}, "controls"),
         ({"chunk": 0}, "at least 1"),
-        ({"lines": ["add(e, 1) at 1"], "sites": ()}, "e"),
+        ({"lines": ["add(e, 1) at 1"], "sites": ()}, "unknown direction 'e'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(changes, said):
