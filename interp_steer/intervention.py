@@ -246,11 +246,11 @@ class Intervention:
         if peak := self.peak(site):
             return peak
         direction = self.at(site)[0]
-        why = "it never fired where its largest activation was measured"
+        why = ": it never fired where its largest activation was measured"
         if peak is None:
             why = _no_maximum(direction)
         raise RequestError(
-            f"{direction.label}: {why}; or give the coefficient as a number or a dose"
+            f"{direction.label}{why}; or give the coefficient as a number or a dose"
         )
 
     def peak(self, site: Site) -> float | None:
@@ -300,17 +300,15 @@ def _no_maximum(direction: Direction) -> str:
     """Why a direction has no largest activation, and where that of a feature is found."""
     source = direction.source
     if not direction.is_feature:
-        return "`max` is for features of an SAE, and this is none"
+        return " has no maximum activation, as it is no feature of an SAE"
     if scaling := source.get("normalize_activations"):
-        return f"its SAE rescales activations ({scaling}), so that they have no fixed length"
+        return f": its SAE rescales activations ({scaling}), so that they have no fixed length"
     if not (place := source.get("neuronpedia", "").rpartition("/")[0]):
-        return "no label says what the largest activation of this feature is"
-    starter = source["release"] == STARTER
-    get = f"import {STARTER}" if starter else f"sync {place} --numbers"
-    return (
-        "its largest activation is not known here: get it with `interp-steer labels "
-        f"{get}` and make the feature again"
-    )
+        return ": no label says what the largest activation of this feature is"
+    from interp_steer.labels.registry import getting
+
+    get = getting(place + ("" if source["release"] == STARTER else " --numbers"))
+    return f": its largest activation is not known here: run {get} and make the feature again"
 
 
 def _at(vector: Vector, site: Site) -> Direction:

@@ -9,6 +9,7 @@ from interp_steer.errors import RequestError
 from interp_steer.features import feature
 from interp_steer.labels import import_files
 from interp_steer.labels.label import Label, Source
+from interp_steer.labels.registry import getting
 from interp_steer.labels.store import Store, default_path
 from interp_steer.registry import STARTER
 
@@ -30,9 +31,14 @@ def matched_features(to: Direction, n: int) -> list[Direction]:
     known = {i: point for i, label in labels.items() if (point := _point(label))}
     own = int(to.source["index"])
     if own not in known:
+        place = to.source.get("neuronpedia", "").rpartition("/")[0]
+        get = "its SAE has no labels on Neuronpedia: "
+        if place:
+            numbers = "" if to.source["release"] == STARTER else " --numbers"
+            get = f"run {getting(place + numbers)}, or "
         raise RequestError(
             f"nothing is known of the density and largest activation of {to.label}, so no features "
-            "match it; `interp-steer labels sync` its source, or set controls: {features: 0}"
+            f"match it; {get}set controls: {{features: 0}}"
         )
     center = known.pop(own)
     if len(known) < n:

@@ -540,7 +540,7 @@ def test_a_feature_without_a_label_has_that_of_the_store():
     plain = feature(*SCOPE, 5)
     clamp = steer("add", plain, coefficient="2 max", at=15)
     get = f"`interp-steer labels sync {SOURCE} --numbers`"
-    with pytest.raises(RequestError, match=rf"f15-5@\w+: .* not known here: get it with {get}"):
+    with pytest.raises(RequestError, match=rf"f15-5@\w+: .* not known here: run {get}"):
         clamp.resolve()
     source = Source.parse(SOURCE)
     where = (source.model, source.name)

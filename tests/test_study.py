@@ -1,5 +1,8 @@
 """What a study declares: cells, controls, and the mistakes that are told before anything runs."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -114,6 +117,23 @@ def test_matched_features_are_alike(starter):
 
 
 @pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"neuronpedia": "llama3.1-8b/15-llamascope-res-32k/5"},
+         "run `interp-steer labels sync llama3.1-8b/15-llamascope-res-32k --numbers`, or set"),
+        ({}, "its SAE has no labels on Neuronpedia: set controls"),
+    ],
+)  # fmt: skip
+def test_how_features_could_be_matched_is_told(tmp_path, monkeypatch, source, said):
+    from interp_steer.matched import matched_features
+
+    monkeypatch.setenv("INTERP_STEER_CACHE", str(tmp_path))
+    source = {"release": "llama_scope_lxr_8x", "sae_id": "l15r_8x", "index": "5", **source}
+    with pytest.raises(RequestError, match=re.escape(said)):
+        matched_features(replace(direction(), source=source), 3)
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"operators": ["ad"]}, "unknown operator 'ad'; nearest: add"),
@@ -143,7 +163,7 @@ def test_matched_features_are_alike(starter):
         ({"directions": {"d": "file"}}, "expected a Direction"),
         ({"controls": Controls}, "controls"),
         ({"chunk": 0}, "at least 1"),
-        ({"lines": ["add(e, 1) at 1"], "sites": ()}, "e"),
+        ({"lines": ["add(e, 1) at 1"], "sites": ()}, "unknown direction 'e'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(changes, said):

@@ -138,14 +138,14 @@ def show_command(
 ) -> None:
     """Print everything known of one feature."""
     from interp_steer.errors import RunError
-    from interp_steer.labels import fetch, show
+    from interp_steer.labels import fetch, registry, show
     from interp_steer.labels.client import Client
     from interp_steer.labels.label import State
 
     found = fetch(feature, store=store)[0] if fresh else show(feature, store=store)
     if found.state is State.UNKNOWN:
         raise RunError(
-            f"{found.id} was never fetched; run `interp-steer labels sync {found.source}`, "
+            f"{found.id} was never fetched; run {registry.getting(str(found.source))}, "
             "or add --fetch for this feature alone"
         )
     address = f"{Client(offline=True).url}/{found.id}"

@@ -228,7 +228,8 @@ class Client:
         """The files that a source's export consists of now, in the order of their numbers.
 
         Their number cannot be known otherwise: it is not fixed, and the list comes by text, with
-        batch-10 before batch-2. Empty if the bucket does not know the source.
+        batch-10 before batch-2. Empty if the bucket does not know the source. Of files with one
+        ETag, which are one file, the first.
 
         Raises:
             BadAnswer: the list ends before its end, repeats itself or names a file twice.
@@ -250,7 +251,11 @@ class Client:
                 if found.setdefault(file.key, file) != file:
                     raise BadAnswer(f"{answer.url}: the list has two files of name {file.key}")
             if following is None:
-                return sorted(found.values(), key=lambda file: (_number(file.key), file.key))
+                files = sorted(found.values(), key=lambda file: (_number(file.key), file.key))
+                first: dict[str, Export] = {}
+                for file in files:
+                    first.setdefault(file.etag or file.key, file)
+                return list(first.values())
             if following in tokens:
                 raise BadAnswer(f"{self.exports_url}: the list of {source} does not end")
             tokens.add(following)

@@ -25,9 +25,9 @@ def releases() -> dict[str, dict[str, str]]:
         return registry.with_starter({})
     kept = cache_dir("labels") / f"registry-sae-lens-{version}.json"
     try:
-        return registry.with_starter(json.loads(kept.read_text()))
-    except (OSError, ValueError):  # not there yet, or damaged: make it again
-        pass
+        return registry.with_starter(dict(json.loads(kept.read_text())))
+    except (OSError, ValueError, TypeError, RecursionError):
+        pass  # not there yet, or damaged: make it again
     found = registry.sources()
     with suppress(RunError), whole(kept) as part:  # a cache that cannot be written costs time only
         part.write_text(json.dumps(found))
@@ -73,6 +73,13 @@ def resolve(text: str) -> list[Source]:
         )
     source = Source.parse(text)
     return [next((s for s in _all() if str(s) == text), source)]
+
+
+def getting(what: str) -> str:
+    """The command that brings labels of a release or source; the starter's ship."""
+    starters = {registry.STARTER, *map(str, of_release(registry.STARTER))}
+    brings = f"import {registry.STARTER}" if what in starters else f"sync {what}"
+    return f"`interp-steer labels {brings}`"
 
 
 def like(source: Source) -> str:

@@ -163,7 +163,7 @@ def _scope(here: Store, names: Sequence[str], layers: str | None, note: Note) ->
     present = [source for source in wanted if str(source) in known]
     if not present:
         what = " ".join(names or ["SOURCE"]) + (f" --layers {layers}" if layers else "")
-        raise RunError(f"none of these labels here yet; run `interp-steer labels sync {what}`")
+        raise RunError(f"none of these labels here yet; run {registry.getting(what)}")
     # Of a release that is here in part, the reader must know what was not looked at.
     siblings = {str(source): source for source in wanted}
     if not names and not layers:

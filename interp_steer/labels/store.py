@@ -40,6 +40,13 @@ def default_path() -> Path:
     return cache_dir("labels") / "labels.db"
 
 
+# A file that gave nothing may be one that came empty: earlier versions took it for whole, so that
+# its ETag is not to be trusted.
+_ETAG = """
+CASE WHEN EXISTS (SELECT 1 FROM explanation WHERE object_id = object.id)
+    OR id IN (SELECT object_id FROM feature WHERE source_id = ?1) THEN etag END"""
+
+
 @dataclass(frozen=True, slots=True)
 class Coverage:
     """What the store holds of one source."""
@@ -131,7 +138,7 @@ class Store:
         with self._transaction() as db:
             number = self.add_source(source)
             old = db.execute(
-                "SELECT id, etag FROM object WHERE source_id = ? AND key = ?", (number, key)
+                f"SELECT id, {_ETAG} FROM object WHERE source_id = ?1 AND key = ?2", (number, key)
             ).fetchone()
             if old and etag and old[1] == etag:
                 return False
@@ -239,10 +246,10 @@ class Store:
             return {Source(*row[:4]): (row[4], bool(row[5])) for row in rows}
 
     def etags(self, source: Source) -> dict[str, str | None]:
-        """The files that are here, with their ETags."""
+        """The files that are here, with their ETags; None for one that gave nothing."""
         with told(self.path):
             rows = self._db.execute(
-                "SELECT key, etag FROM object WHERE source_id = ?", (self._number(source),)
+                f"SELECT key, {_ETAG} FROM object WHERE source_id = ?1", (self._number(source),)
             )
             return dict(rows.fetchall())
 

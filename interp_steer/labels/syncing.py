@@ -49,6 +49,11 @@ def sync(
     if not names:
         raise RequestError("name at least one source to sync")
     sources = registry.chosen(names, layers)
+    if ours := [str(source) for source in sources if source.release == STARTER]:
+        raise RequestError(
+            f"{ours[0]} is not on Neuronpedia: its labels ship with this package, run "
+            f"{registry.getting(STARTER)}"
+        )
     client = client or Client()
     clock = Clock(client.patience)
     missing: dict[Source, list[str]] = {source: [] for source in sources}
@@ -63,7 +68,8 @@ def sync(
             missing[file.source].append(f"{file.key}: {problem}")
         for source, files in listed.items():
             # A list of nothing is more likely a fault than a source whose labels were withdrawn.
-            if not files and (kept := to.etags(source)):
+            kept = [key for key in to.etags(source) if key.startswith("explanations/")]
+            if not files and kept:
                 missing[source].append(f"the bucket lists no files, and {len(kept)} are here")
             if files and not missing[source]:
                 kinds = {file.key.partition("/")[0] for file in files}
@@ -136,10 +142,8 @@ def _fetch(
                     if batch:
                         first = came.setdefault((file.source, batch.digest), file)
                         if batch.rows and first is not file:
-                            if file.etag is None or first.etag != file.etag:
-                                yield file, f"the server sends the bytes of {first.key} for it"
-                                continue
-                            batch = replace(batch, rows=[])  # it lists one file under two names
+                            yield file, f"the server sends the bytes of {first.key} for it"
+                            continue
                         to.commit(file.source, file.key, batch.etag or file.etag, batch.rows)
                         clock.good()  # however long the disk took
                         labels += sum(bool(row.label) for row in batch.rows)
@@ -201,11 +205,12 @@ def import_files(paths: Iterable[str | Path], *, store: str | Path | None = None
         RunError: a file cannot be read, is damaged, or has no rows.
     """
     touched: dict[str, Source] = {}
-    listed = [
-        path
-        for given in map(Path, paths)
-        for path in (STARTER_LABELS if str(given) == STARTER and not given.exists() else [given])
-    ]
+    listed: list[Path] = []
+    ships = False
+    for given in map(Path, paths):
+        starters = str(given) == STARTER and not given.exists()
+        listed += STARTER_LABELS if starters else [given]
+        ships = ships or starters
     with Store(store, write=True) as to:
         for path in listed:
             if not path.is_file():
@@ -229,6 +234,8 @@ def import_files(paths: Iterable[str | Path], *, store: str | Path | None = None
                 source = registry.resolve(str(plain))[0]
                 to.commit(source, key, None, part)
                 touched[str(source)] = source
+        if ships:  # all that there are of it
+            to.finish(registry.of_release(STARTER)[0], complete=True)
         return [to.coverage(source) for source in touched.values()]
 
 

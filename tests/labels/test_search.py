@@ -3,7 +3,7 @@
 import pytest
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.labels import Store, registry, search
+from interp_steer.labels import Store, import_files, registry, search, sync
 from interp_steer.labels.label import Source
 from interp_steer.labels.rows import Row
 
@@ -96,3 +96,26 @@ def test_says_which_layers_of_a_release_are_not_synced():
             f"{release}: not known to be whole: layers 20",
             f"{release}: not synced: layers 0-11, 14-19, 21-31",
         ]
+
+
+def test_the_labels_that_ship_are_known_to_be_whole():
+    (found,) = import_files(["starter"])
+    assert found.complete_at and found.labelled + found.unlabelled == 6144
+    for sources in ((), ("starter",)):
+        notes: list[str] = []
+        assert search("paris", sources, note=notes.append)
+        assert notes == []
+    with pytest.raises(RequestError, match=r"run `interp-steer labels import starter`$"):
+        sync("starter")
+    assert search("paris", note=notes.append) and notes == []
+
+
+def test_how_to_get_labels_is_said_of_each_source():
+    with Store(write=True) as store:
+        store.commit(Source("m", "3-res"), "a", "1", [Row("m", "3-res", 1, "e", "a dog")])
+    for name, get in (
+        ("starter", "`interp-steer labels import starter`"),
+        ("llama_scope_lxr_8x", "`interp-steer labels sync llama_scope_lxr_8x`"),
+    ):
+        with pytest.raises(RunError, match=f"none of these labels here yet; run {get}"):
+            search("dog", [name])

@@ -201,7 +201,7 @@ def test_a_shard_that_repeats_is_not_the_one_that_was_asked_for(filled):
 def test_one_file_under_two_names_is_counted_once(filled):
     filled.files[f"{FOLDER}batch-50.jsonl.gz"] = filled.files[f"{FOLDER}batch-1.jsonl.gz"]
     found = sync(NAME)[0]
-    assert (found.labels, found.batches) == (120, 13) and found.complete_at
+    assert (found.labels, found.batches) == (120, 12) and found.complete_at
     filled.log.clear()
     sync(NAME)
     assert filled.asked("/v1/") == []
@@ -243,6 +243,19 @@ def test_an_answer_without_end_is_not_read_to_its_end(server, monkeypatch):
     server.always[f"/{FOLDER}"] = Reply(200, plain(500))
     (why,) = sync(NAME)[0].missing
     assert why.endswith("the answer is longer than 1,000 bytes")
+
+
+def test_a_file_that_an_earlier_sync_took_empty_is_fetched_again(filled):
+    sync(NAME)
+    before, key = rows(), f"{FOLDER}batch-3.jsonl.gz"
+    with Store(write=True) as store:  # as it stored an empty answer
+        store.commit(SOURCE, "explanations/batch-3.jsonl.gz", '"x"', [])
+        store._db.execute("DELETE FROM feature WHERE object_id NOT IN (SELECT id FROM object)")
+        store._db.execute("UPDATE object SET etag = ? WHERE etag = '\"x\"'", (filled.etag(key),))
+    assert coverage()[0].labels == 110
+    filled.log.clear()
+    assert sync(NAME)[0].labels == 120 and rows() == before
+    assert filled.asked("/v1/") == [f"/{key}"]
 
 
 def test_a_list_of_nothing_where_there_was_something_is_told(filled):
