@@ -2,8 +2,10 @@
 
 import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+from interp_steer import metrics as measures
 from interp_steer.chunk import Chunk, measure
 from interp_steer.contrast import Contrast
 from interp_steer.direction import Direction
@@ -23,8 +25,8 @@ TRIED = (2, 16)  # new tokens of the two short runs that the time is extrapolate
 
 
 def check(study: Study, model: SteeringModel) -> None:
-    """Whether every cell fits the model, the longest prompt its context, and every feature has
-    others to be matched with, before anything runs.
+    """Whether every cell fits the model, the longest prompt its context, every answer its prompt,
+    and every feature has others to be matched with, before anything runs.
 
     Raises:
         RequestError: one that does not.
@@ -33,17 +35,32 @@ def check(study: Study, model: SteeringModel) -> None:
     longest = max(
         (item for _, item in study.items()), key=lambda i: len(model.encode(i.prompt).ids)
     )
-    for _, item in study.items():
-        model.encode(item.prompt)
+    items = [item for _, item in study.items()]
+    needs = {measures.find(name).needs for name in study.metrics}
+    for item in items:
+        for text in _read(item, needs):
+            model.encode_after(item.prompt, text)
+    rewritten = [item for item in items if not model.encode(item.prompt).located][:1]
     unit = Scale((1.0,) * 10_000)  # more layers than there are: the model says which is too many
     new = study.sampling.max_new_tokens if study.generates else 0
     for setting in study.settings:
         cell = study.cell(setting, unit)
-        admission.take(0, Row(longest.prompt, cell.steer, study.sampling), (), new)
+        for item in (longest, *rewritten):
+            admission.take(0, Row(item.prompt, cell.steer, study.sampling), (), new)
     if study.choose or len(study.settings) == 1:  # else nothing is proved
         for one in study.vectors.values():
             if isinstance(one, Direction) and one.is_feature:
                 matched_features(one, study.controls.features)
+
+
+def _read(item: Item, needs: Collection[str]) -> list[str]:
+    """What metrics with these needs read after an item's prompt."""
+    texts = {
+        "pair": (item.positive, item.negative),
+        "choices": item.choices,
+        "continuation": (item.continuation,),
+    }
+    return [text for need in needs for text in texts.get(need, ()) if text is not None]
 
 
 def forecast(study: Study) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """A study as a YAML file, and back.
 
     question: Does the direction make the model name the tower?
-    model: starter
+    model: starter                                         # with dtype, revision, date if need be
     directions:
       eiffel: {positive: tower.txt, negative: other.txt}   # contrastive, or
       paris: {feature: starter, index: 2652}               # a feature of an SAE, or

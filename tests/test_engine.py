@@ -589,7 +589,7 @@ def test_a_failed_prefill_leaves_the_running_rows_where_they_were(engine, answer
 def test_what_is_no_token_id_is_refused(engine, ids):
     check = getattr(Engine.ids, "__wrapped__", Engine.ids)  # past the tests' own type checks
     with pytest.raises(RequestError, match="no token id"):
-        check(engine, ids)
+        check(engine, PROMPTS[0], ids)
 
 
 def test_a_batch_below_one_and_broken_text_are_refused(engine):

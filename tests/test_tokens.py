@@ -284,3 +284,20 @@ def test_pieces_of_texts_have_the_tokens_of_prompts():
     model = small(unigram())
     for text in ("I love the tower", "<s>I love the tower"):
         assert windows(model, [text], 100)[0].ids == model.encode(text).ids
+
+
+def test_a_study_says_before_it_runs_that_an_answer_cannot_follow(tmp_path):
+    from interp_steer.study import Study
+
+    model = small(sentencepiece(legacy=False))
+    study = Study(
+        choose=[],
+        prove=[Item("The capital is ", positive="Paris", negative="Rome")],
+        directions={"d": Direction.of(torch.ones(32), "blocks.0.hook_resid_post")},
+        sites=0,
+        coefficients=[1.0],
+        metrics=["propensity"],
+    )
+    with pytest.raises(RequestError, match="end the prompt before ' '"):
+        study.run(model, tmp_path / "run")
+    assert not (tmp_path / "run" / "rows.jsonl").exists()
