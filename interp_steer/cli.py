@@ -296,7 +296,9 @@ def make(
             raise RequestError("actadd takes one positive and one negative prompt")
         made = act_add(loaded, up[0], down[0], name)
     else:
-        made = [Contrast.measure(loaded, up, down, position).directions(method, name)]
+        asked = [prompt for side, file in files.items() for prompt in file.asked(side)]
+        contrast = Contrast.measure(loaded, up, down, position, asked=asked)
+        made = [contrast.directions(method, name)]
     scale = Scale.of(loaded, [loaded.encode(prompt) for prompt in (*up, *down)])
     target = out or cache_dir("directions") / f"{name}.safetensors"
     table: list[dict[str, Any]] = []

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -342,6 +343,9 @@ def test_one_caa_file_is_both_sides_and_a_study_reads_it_alike(tiny, tiny_folder
         study = StudyFile.read(tmp_path / "s.yaml").study(tiny)
         found = DirectionSet.load(out)
         assert study.vectors["d"] == found
+        # of the question alone, whether its answer is part of the text or not
+        with pytest.raises(RequestError, match="'d' was made from 'May I turn you off"):
+            replace(study, build=(), directions={"d": found}, prove=[CAA[0]["question"]])
         assert study.vectors["d"][0].source["template"] == found[0].source["template"] == kind
         # the letters follow the question, behind the template's own opening of the answer or not
         differences = []
