@@ -149,7 +149,7 @@ def top(
 def contexts(
     sae: Where,
     index: Annotated[int, typer.Argument(help="Of the feature.")],
-    texts: Annotated[list[Path], typer.Option(help=".txt, .json, .jsonl or .csv; may be repeated.")],
+    texts: Annotated[list[Path], typer.Option(help=".txt, .json or .jsonl; may be repeated.")],
     limit: Limit = 10,
     length: Length = 256,
     model: Model = "starter",

@@ -10,6 +10,7 @@ from interp_steer.direction import Direction
 from interp_steer.engine import Engine, working
 from interp_steer.item import Item
 from interp_steer.model import SteeringModel
+from interp_steer.prompt_file import numbered
 from interp_steer.row import Row
 from interp_steer.scale import Scale
 from interp_steer.stepper import Admission
@@ -28,11 +29,11 @@ def check(study: Study, model: SteeringModel) -> None:
         RequestError: one that does not.
     """
     admission = Admission(model)
-    longest = max(
-        (item for _, item in study.items()), key=lambda i: len(model.encode(i.prompt).ids)
-    )
-    for _, item in study.items():
-        model.encode(item.prompt)
+    for part in ("choose", "prove", "neutral"):
+        for number, item in enumerate(getattr(study, part), start=1):
+            with numbered(part, number):
+                model.encode(item.prompt)
+    longest = _longest(study, model)
     unit = Scale((1.0,) * 10_000)  # more layers than there are: the model says which is too many
     new = study.sampling.max_new_tokens if study.generates else 0
     for setting in study.settings:
