@@ -155,7 +155,7 @@ def generate(
     if not prompt and not prompts:
         raise RequestError("nothing to answer: give --prompt or --prompts")
     _writable(out)
-    from interp_steer.prompt_file import PromptFile
+    from interp_steer.prompt_file import PromptFile, numbered
 
     file = PromptFile.read(prompts) if prompts else None
     loaded = load(model, dtype, device, date=date)
@@ -170,10 +170,12 @@ def generate(
     known = Directions(named or [])
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
     as_chat = loaded.is_chat and not text
-    items = [Item.of(one, as_chat=as_chat, system=system) for one in prompt or []]
-    items += file.items(as_chat=as_chat, system=system) if file else []
-    asked = [item.prompt for item in items]
+    asked = [Item.of(one, as_chat=as_chat, system=system).prompt for one in prompt or []]
     encoded = [loaded.encode(p) for p in asked]
+    for number, item in enumerate(file.items(as_chat=as_chat, system=system) if file else [], 1):
+        with numbered(prompts or "", number):
+            encoded.append(loaded.encode(item.prompt))
+        asked.append(item.prompt)
     scale = Scale.of(loaded, encoded) if any(len(one.ids) > 1 for one in encoded) else None
     settings = [(), *(parse(line, known) for line in steer or [])]
     rows = [Row(p, resolve(setting, scale), sampling, seed) for p in asked for setting in settings]
@@ -299,7 +301,9 @@ def make(
             raise RequestError("actadd takes one positive and one negative prompt")
         made = act_add(loaded, up[0], down[0], name)
     else:
-        made = [Contrast.measure(loaded, up, down, position).directions(method, name)]
+        asked = [prompt for side, file in files.items() for prompt in file.asked(side)]
+        contrast = Contrast.measure(loaded, up, down, position, asked=asked)
+        made = [contrast.directions(method, name)]
     scale = Scale.of(loaded, [loaded.encode(prompt) for prompt in (*up, *down)])
     target = out or cache_dir("directions") / f"{name}.safetensors"
     table: list[dict[str, Any]] = []

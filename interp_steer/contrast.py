@@ -20,7 +20,7 @@ from interp_steer.console import progress
 from interp_steer.direction import Direction, DirectionSet
 from interp_steer.errors import RequestError, nearest, note
 from interp_steer.files import whole
-from interp_steer.item import asked, digest
+from interp_steer.item import digests
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import Encoded, Prompt
 
@@ -114,6 +114,7 @@ class Contrast:
         negative: Sequence[Prompt],
         position: str = "mean",
         batch: int = 16,
+        asked: Sequence[Prompt] = (),
     ) -> "Contrast":
         """One unsteered pass over all prompts.
 
@@ -125,6 +126,7 @@ class Contrast:
                 tokens where there is no answer; "last" token; or "answer": the token at which
                 the two prompts of a pair first differ, the letter in CAA's A/B questions. The
                 first position is an attention sink and never counted.
+            asked: what the prompts ask, if that is not all that they say: texts with an answer.
 
         Raises:
             RequestError: too few prompts, unequal pairs, or an unknown position.
@@ -157,7 +159,7 @@ class Contrast:
             "position": position,
             "prompts": f"{len(positive)} positive, {len(negative)} negative",
             "template": template([*positive, *negative]),
-            "asked": " ".join(dict.fromkeys(digest(asked(p)) for p in (*positive, *negative))),
+            "asked": digests(asked or [*positive, *negative]),
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         return cls(everything[:, : len(positive)], everything[:, len(positive) :], source)

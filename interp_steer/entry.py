@@ -45,7 +45,8 @@ class Entry:
     Attributes:
         prompt: text, or messages; None where there are only texts of two sides.
         system, answer: what is said before the prompt, and the beginning of its answer.
-        has_roles: whether system or answer were given, so that the prompt is a chat.
+        has_roles: whether system or answer were given, if only as null: the prompt is a chat.
+        has_system: whether system was.
         positive, negative: answers that follow the prompt; without a prompt, texts.
         choices, correct, continuation, corrupted: as of an `Item`.
         unread: names of fields that are not read.
@@ -55,6 +56,7 @@ class Entry:
     system: str | None = None
     answer: str | None = None
     has_roles: bool = False
+    has_system: bool = False
     positive: str | None = None
     negative: str | None = None
     choices: tuple[str, ...] = ()
@@ -105,7 +107,7 @@ class Entry:
             if not self.has_roles and (not as_chat or self.continuation is not None):
                 # a text whose continuation is given is a text, not something said to an assistant
                 return said
-            return chat(said, self.system if self.system is not None else system, self.answer)
+            return chat(said, self.system if self.has_system else system, self.answer)
         before: tuple[Message, ...] = () if self.system is None else (("system", self.system),)
         after: tuple[Message, ...] = () if self.answer is None else (("assistant", self.answer),)
         return (*before, *said, *after)
@@ -137,6 +139,10 @@ class Entry:
         if role == "assistant":  # begun, and this side goes on
             return (*before, (role, content + told))
         return (*prompt, ("assistant", told))
+
+    def asked(self, side: str) -> Prompt:
+        """What a side asks: its prompt without the answer, or its text where there is no prompt."""
+        return self.side(side) if self.prompt is None else self.prompt
 
     def _sides(self) -> list[str]:
         return [side for side in SIDES if getattr(self, side) is not None]
@@ -174,8 +180,8 @@ class _Fields:
             corrupted = _messages("corrupted", corrupted)
         elif corrupted is not None:
             corrupted = _said("corrupted", corrupted)
-        # `"system": null` too says that the prompt is a chat; the answer of choices is read by now
-        has_roles = "system" in self.given or "answer" in self.left
+        has_system = "system" in self.given
+        has_roles = has_system or "answer" in self.left  # the answer of choices is taken by now
         has_roles |= "answer" in self.given and self.given["answer"] is None and not choices
         system, answer = self.text("system"), self.text("answer")
         if isinstance(prompt, tuple):
@@ -186,8 +192,8 @@ class _Fields:
         continuation = self.text("continuation")
         unread = tuple(key for key in self.left if key not in UNSAID)
         return Entry(
-            prompt, system, answer, has_roles, **sides, choices=choices, correct=correct,
-            continuation=continuation, corrupted=corrupted, unread=unread,
+            prompt, system, answer, has_roles, has_system, **sides, choices=choices,
+            correct=correct, continuation=continuation, corrupted=corrupted, unread=unread,
         )  # fmt: skip
 
     def prompt(self) -> str | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,7 @@ class Item:
 
         Args:
             as_chat: makes plain texts the user's message of a chat.
-            system: the system prompt of chats that have none of their own.
+            system: the system prompt of chats that are made from a text and name none.
 
         Raises:
             RequestError: something else, or fields that do not go together.
@@ -121,3 +122,8 @@ def asked(prompt: Prompt) -> str:
 def digest(text: str) -> str:
     """Eight hexadecimal digits of what was asked, to be kept with what is made from it."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+
+
+def digests(prompts: Iterable[Prompt]) -> str:
+    """Digests of what prompts ask, each once, for the source of what is made from them."""
+    return " ".join(dict.fromkeys(digest(asked(prompt)) for prompt in prompts))

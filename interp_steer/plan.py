@@ -13,6 +13,7 @@ from interp_steer.engine import Engine, working
 from interp_steer.item import Item
 from interp_steer.matched import matched_features
 from interp_steer.model import SteeringModel
+from interp_steer.prompt_file import numbered
 from interp_steer.row import Row
 from interp_steer.scale import Scale
 from interp_steer.stepper import Admission
@@ -32,15 +33,15 @@ def check(study: Study, model: SteeringModel) -> None:
         RequestError: one that does not.
     """
     admission = Admission(model)
-    longest = max(
-        (item for _, item in study.items()), key=lambda i: len(model.encode(i.prompt).ids)
-    )
-    items = [item for _, item in study.items()]
     needs = {measures.find(name).needs for name in study.metrics}
-    for item in items:
-        for text in _read(item, needs):
-            model.encode_after(item.prompt, text)
-    rewritten = [item for item in items if not model.encode(item.prompt).located][:1]
+    for part in ("choose", "prove", "neutral"):
+        for number, item in enumerate(getattr(study, part), start=1):
+            with numbered(part, number):
+                model.encode(item.prompt)
+                for text in _read(item, needs):
+                    model.encode_after(item.prompt, text)
+    longest = _longest(study, model)
+    rewritten = [item for _, item in study.items() if not model.encode(item.prompt).located][:1]
     unit = Scale((1.0,) * 10_000)  # more layers than there are: the model says which is too many
     new = study.sampling.max_new_tokens if study.generates else 0
     for setting in study.settings:

@@ -83,6 +83,10 @@ class PromptFile:
                 found.append(entry.side(side, as_chat))
         return found
 
+    def asked(self, side: str) -> list[Prompt]:
+        """What each prompt of a side asks, without its answer."""
+        return [entry.asked(side) for entry in self.entries]
+
 
 def read_items(path: str | Path, *, as_chat: bool = False, system: str | None = None) -> list[Item]:
     """Items of a prompt file; raises as `PromptFile.read` and `Item.of` do."""

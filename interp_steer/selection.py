@@ -15,7 +15,7 @@ from interp_steer.branch import Edit, Trunk, Variant, check_names, check_range, 
 from interp_steer.console import Report
 from interp_steer.direction import Direction
 from interp_steer.errors import RequestError
-from interp_steer.item import Item, asked, digest
+from interp_steer.item import Item, asked, digests
 from interp_steer.model import SteeringModel
 from interp_steer.reading import Reading, first_tokens, summarised, sweep
 from interp_steer.site import Site
@@ -140,10 +140,9 @@ def select_direction(
         "method": "mean-difference, selected", "model": model.name, "revision": model.revision,
         "fingerprint": model.fingerprint, "position": str(positions[n]), "ranked_by": by,
         "prompts": ", ".join(f"{p} {len(a)} + {len(b)}" for p, (a, b) in items.items()),
-        "asked": " ".join(dict.fromkeys(
-            digest(asked(one.prompt))
-            for part in ("build", "choose") for side in items[part] for one in side
-        )),
+        "asked": digests(
+            [one.prompt for part in ("build", "choose") for side in items[part] for one in side]
+        ),
     }  # fmt: skip
     hook_point = Site("resid_post", layer).hook_point
     direction = Direction.of(vectors[layer, n], hook_point, name, source)

@@ -196,11 +196,9 @@ class StudyFile:
         as_chat = told.get("as_chat", None if model.is_chat else False)
         files = {side: self._file(told[side], side) for side in SIDES}
         up, down = (file.side(side, as_chat) for side, file in files.items())
-        entries = (entry for file in files.values() for entry in file.entries)
-        # what was asked: the prompt, without the answer of a side
-        asked = [Item.of(e.prompt or p) for e, p in zip(entries, (*up, *down), strict=True)]
-        made = Contrast.measure(model, up, down, told.get("position", "mean"))
-        return made, list(dict.fromkeys(asked))
+        asked = [prompt for side, file in files.items() for prompt in file.asked(side)]
+        made = Contrast.measure(model, up, down, told.get("position", "mean"), asked=asked)
+        return made, list(dict.fromkeys(map(Item.of, asked)))
 
 
 def declared(study: Study, model: SteeringModel) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 
 from interp_steer.errors import RequestError
 from interp_steer.item import Item
+from interp_steer.prompt import chat
 from interp_steer.study_file import StudyFile
 
 
@@ -20,6 +21,9 @@ def test_every_form_of_a_prompt():
         ("user", "hi"),
     )
     assert Item.of("hi", as_chat=True).prompt == (("user", "hi"),)
+    for own, wanted in (({}, "S"), ({"system": "own"}, "own"), ({"system": None}, None)):
+        given = {"prompt": "hi", "answer": "y", **own}
+        assert Item.of(given, system="S").prompt == chat("hi", wanted, "y")
     assert Item.of({"prompt": "a", "continuation": " b"}, as_chat=True).prompt == "a"
     assert Item.of({"prompt": "q", "choices": [" a", " b"], "correct": 1}).choices == (" a", " b")
 

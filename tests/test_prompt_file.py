@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -276,7 +277,7 @@ def test_the_reader_imports_nothing_heavy():
 # --- the commands -----------------------------------------------------------------------------
 
 
-def command(*words: object) -> tuple[str, str]:
+def command(*words: object, code: int = 0) -> tuple[str, str]:
     out, err = io.StringIO(), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -286,7 +287,7 @@ def command(*words: object) -> tuple[str, str]:
     ):
         patch.setattr(sys, "argv", ["interp-steer", *map(str, words)])
         cli.main()
-    assert ended.value.code == 0, err.getvalue()
+    assert ended.value.code == code, err.getvalue()
     return out.getvalue(), err.getvalue()
 
 
@@ -342,6 +343,9 @@ def test_one_caa_file_is_both_sides_and_a_study_reads_it_alike(tiny, tiny_folder
         study = StudyFile.read(tmp_path / "s.yaml").study(tiny)
         found = DirectionSet.load(out)
         assert study.vectors["d"] == found
+        # of the question alone, whether its answer is part of the text or not
+        with pytest.raises(RequestError, match="'d' was made from 'May I turn you off"):
+            replace(study, build=(), directions={"d": found}, prove=[CAA[0]["question"]])
         assert study.vectors["d"][0].source["template"] == found[0].source["template"] == kind
         # the letters follow the question, behind the template's own opening of the answer or not
         differences = []
@@ -391,3 +395,20 @@ def test_notes_are_one_line_on_stderr(tiny_folder, tmp_path):
     assert [line for line in err.splitlines() if "topic" in line] == [
         f"note: {file}: fields that are not read: topic"
     ]
+
+
+def test_what_the_model_refuses_is_told_by_entry_too(tiny, tiny_folder, tmp_path):
+    from interp_steer.plan import check
+    from interp_steer.study_file import StudyFile
+
+    file = written(tmp_path, "p.json", ["I love", "fox " * 600])
+    _, err = command("generate", "--model", tiny_folder, "--prompts", file, code=2)
+    assert f"error: {file}, entry 2: the prompt is" in err
+    words = ["direction", "make", "--model", tiny_folder, "--positive", file, "--negative", file]
+    assert "error: positive prompt 2: the prompt is" in command(*words, code=2)[1]
+    (tmp_path / "s.yaml").write_text(
+        "directions: {d: {positive: [a fox], negative: [a dog]}}\nprompts: {prove: p.json}\n"
+        "sites: 1\ncoefficients: 1\nmetrics: length\ncontrols: {random: 0, shuffled: 0}\n"
+    )
+    with pytest.raises(RequestError, match="prove, entry 2: the prompt is"):
+        check(StudyFile.read(tmp_path / "s.yaml").study(tiny).bound(tiny), tiny)
