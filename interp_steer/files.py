@@ -44,7 +44,8 @@ def cache_dir(*parts: str) -> Path:
 def _is_ours(path: Path) -> bool:
     """Whether it is this project's own file, not one that happens to lie in site-packages."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))["project"]["name"] == "interp-steer"
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        return bool(found["project"]["name"] == "interp-steer")
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
