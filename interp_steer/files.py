@@ -107,6 +107,18 @@ def read_text(path: Path, limit: int = LARGEST_TEXT, error: type[SteerError] = R
         raise error(f"{path} is not UTF-8 text (byte {wrong.start})") from wrong
 
 
+def read_lines(path: Path, error: type[SteerError] = RequestError) -> Iterator[str]:
+    """The lines of a file of any length, each no longer than `read_text` reads; raises alike."""
+    with explained(path), path.open("rb") as file:
+        while line := file.readline(LARGEST_TEXT):
+            if len(line) == LARGEST_TEXT:
+                raise error(f"{path} holds a line of more than {LARGEST_TEXT:,} bytes")
+            try:
+                yield line.decode("utf-8")
+            except UnicodeDecodeError as wrong:
+                raise error(f"{path} is not UTF-8 text") from wrong
+
+
 def parse_json(text: str, where: object, error: type[SteerError] = RequestError) -> Any:
     """What a JSON text says.
 

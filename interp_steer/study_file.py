@@ -40,7 +40,8 @@ MODEL = ("model", "dtype", "revision")
 _OWN = {f.name for f in fields(Study)} - {*PARTS, "directions"}
 FIELDS = (*MODEL, "directions", "prompts", *sorted(_OWN))
 TYPES = {  # of the fields of one value
-    **dict.fromkeys((*MODEL, "question", "system", "method", "choose_by"), "text"),
+    **dict.fromkeys(("model", "dtype", "revision", "question", "system"), "text"),
+    **dict.fromkeys(("method", "choose_by"), "text"),
     "as_chat": "true or false",
     "chunk": "a whole number",
 }
