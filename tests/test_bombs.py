@@ -16,17 +16,16 @@ STUDY = "directions: {d: x}\nprompts: {prove: [b]}\n"
 
 
 def aliases() -> str:
-    """Each line holds the one before ten times."""
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    for n in range(1, 14):
-        lines.append(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]")
-    return "\n".join(lines) + "\n"
+    """A list of lists, each of which holds the one before nine times."""
+    lists = ["&a0 [x, x, x, x, x, x, x, x, x]"]
+    lists += [f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 13)]
+    return f"[{', '.join(lists)}]"
 
 
 STUDIES = {
-    "aliases": STUDY + aliases(),
-    "aliases in a field": f"{STUDY}{aliases()}sampling: *a13\n".replace("a0:", "question:", 1),
-    "aliases as a prompt": aliases() + "directions: {d: x}\nprompts: {prove: *a13}\n",
+    "aliases": f"{STUDY}sampling: {aliases()}",
+    "aliases as a prompt": f"directions: {{d: x}}\nprompts: {{prove: {aliases()}}}",
+    "aliases as a direction": f"directions: {{d: {aliases()}}}\nprompts: {{prove: [b]}}",
     "an alias of itself": "directions: {d: x}\nprompts: &p {prove: *p}\n",
     "deep lists": STUDY + "sites: " + DEEP,
     "deep lists in lines": STUDY + "sites:\n" + "- " * 100_000 + "1",
