@@ -291,7 +291,7 @@ def started(job, folder, wait):
     try:
         small(job["dose"]).run(model, folder, shard=job.get("shard"))
     except RunError as error:
-        print(json.dumps(str(error)), flush=True)
+        os.write(1, (json.dumps(str(error)) + chr(10)).encode())  # in one piece
         os._exit(1)
     os._exit(0)
 
@@ -336,6 +336,10 @@ def test_processes_at_once(tiny, tiny_folder, tmp_path):
         whole = [dose for dose, rows in alone.items() if rows.items() <= found.items()]
         assert whole and found.items() == {k: v for d in whole for k, v in alone[d].items()}.items()
         assert len(Run(folder).table()) == 12
+        (level,) = {row["level"] for row in Run(folder).plan} - {""}
+        assert float(level.split()[0]) in whole and level in (folder / "study.yaml").read_text()
+        if len(whole) == 1:
+            assert level == f"{whole[0]} dose"
     for folder in tmp_path.glob("s[0-9]"):
         run = Run(folder)
         assert len(run.table()) == 12 and set(run.rows) == set(alone[0.3])
