@@ -44,8 +44,8 @@ def cache_dir(*parts: str) -> Path:
 def _is_ours(path: Path) -> bool:
     """Whether it is this project's own file, not one that happens to lie in site-packages."""
     try:
-        name = tomllib.loads(path.read_text(encoding="utf-8"))["project"]["name"]
-        return bool(name == "interp-steer")
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        return bool(found["project"]["name"] == "interp-steer")
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -105,6 +105,18 @@ def read_text(path: Path, limit: int = LARGEST_TEXT, error: type[SteerError] = R
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as wrong:
         raise error(f"{path} is not UTF-8 text (byte {wrong.start})") from wrong
+
+
+def read_lines(path: Path, error: type[SteerError] = RequestError) -> Iterator[str]:
+    """The lines of a file of any length, each no longer than `read_text` reads; raises alike."""
+    with explained(path), path.open("rb") as file:
+        while line := file.readline(LARGEST_TEXT):
+            if len(line) == LARGEST_TEXT:
+                raise error(f"{path} holds a line of more than {LARGEST_TEXT:,} bytes")
+            try:
+                yield line.decode("utf-8")
+            except UnicodeDecodeError as wrong:
+                raise error(f"{path} is not UTF-8 text") from wrong
 
 
 def parse_json(text: str, where: object, error: type[SteerError] = RequestError) -> Any:

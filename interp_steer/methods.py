@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp_steer.declared import UNKNOWN, Declared
-from interp_steer.files import explained
+from interp_steer.errors import RequestError
+from interp_steer.files import read_text
 from interp_steer.findings import ALPHA
 from interp_steer.page import escaped
 from interp_steer.plots import as_records
@@ -262,13 +263,12 @@ def _cited(method: str) -> str:
 
 def _spec(path: Path) -> Mapping[str, Any]:
     """The study's declaration; nothing where the file was taken away."""
-    import yaml
+    from interp_steer.yaml_text import parse_yaml
 
-    if not path.is_file():
-        return {}
-    with explained(path), suppress(yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError):
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return read if isinstance(read, dict) else {}
+    if path.is_file():
+        with suppress(RequestError):
+            read = parse_yaml(read_text(path), path)
+            return read if isinstance(read, dict) else {}
     return {}
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,6 +15,7 @@ from interp_steer.model import SteeringModel
 from interp_steer.prompt import Prompt
 from interp_steer.scale import Scale
 from interp_steer.site import Site
+from interp_steer.typed import OF_TYPES, expect
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Sampling:
     max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
+        for one in fields(self):
+            expect(one.name, getattr(self, one.name), OF_TYPES[one.type])
         limits = {
             "temperature": (self.temperature, 0 <= self.temperature < math.inf, "at least 0"),
             "top_p": (self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),

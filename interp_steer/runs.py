@@ -6,7 +6,6 @@ arguments, hashes, machine; `plan.jsonl`: which row plays which part; and the ro
 """
 
 import datetime
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.files import explained, whole
+from interp_steer.files import parse_json, read_lines, read_text, whole
 from interp_steer.results import Results, joined
 
 if TYPE_CHECKING:
@@ -39,16 +38,12 @@ class Run:
         self.folder = Path(folder)
         if not (self.folder / "manifest.json").is_file():
             raise RequestError(f"no run in {self.folder}: it has no manifest.json")
-        with explained(self.folder):
-            try:
-                self.manifest: dict[str, Any] = json.loads(
-                    (self.folder / "manifest.json").read_text(encoding="utf-8")
-                )
-                plan = self.folder / "plan.jsonl"
-                lines = plan.read_text(encoding="utf-8").splitlines() if plan.is_file() else []
-                self.plan: list[dict[str, Any]] = [json.loads(text) for text in lines]
-            except ValueError as error:
-                raise RunError(f"{self.folder} holds a damaged file: {error}") from error
+        path, plan = self.folder / "manifest.json", self.folder / "plan.jsonl"
+        self.manifest: dict[str, Any] = parse_json(read_text(path, error=RunError), path, RunError)
+        lines = read_lines(plan, RunError) if plan.is_file() else ()
+        self.plan: list[dict[str, Any]] = [
+            parse_json(text, f"{plan}, line {n}", RunError) for n, text in enumerate(lines, 1)
+        ]
 
     @cached_property
     def rows(self) -> dict[str, Mapping[str, Any]]:

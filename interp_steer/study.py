@@ -43,6 +43,7 @@ from interp_steer.parts import PARTS, check_apart
 from interp_steer.prompt import chat
 from interp_steer.row import Row, Sampling
 from interp_steer.scale import Scale
+from interp_steer.typed import expect
 from interp_steer.words import middle
 
 if TYPE_CHECKING:
@@ -138,6 +139,10 @@ class Study:
         self._check()
 
     def _check(self) -> None:
+        if self.as_chat is not None:
+            expect("as_chat", self.as_chat, "true or false")
+        for name in ("question", "method"):
+            expect(name, getattr(self, name), "text")
         if not self.sites and not self.lines:
             raise RequestError("the study has no sites")
         for name in ("sites", "coefficients", "operators", "scopes", "seeds", "lines", "metrics"):
@@ -172,8 +177,7 @@ class Study:
             if not isinstance(word, str) or not word.strip():
                 raise RequestError(f"concept holds {word!r}, expected words")
         for name, limit in self.limits.items():
-            if isinstance(limit, bool) or not isinstance(limit, (int, float)):
-                raise RequestError(f"the limit of {name} is {limit!r}, expected a number")
+            expect(f"the limit of {name}", limit, "a number")
         for name in (*self.metrics, self.choose_by, *self.limits):
             measures.find(name)
         for name in (self.choose_by, *self.limits):

@@ -28,7 +28,7 @@ from interp_steer.direction import Direction, Directions, DirectionSet, is_name
 from interp_steer.entry import SIDES
 from interp_steer.errors import RequestError, nearest
 from interp_steer.features import feature
-from interp_steer.files import explained, whole
+from interp_steer.files import read_text, whole
 from interp_steer.intervention import Vector
 from interp_steer.item import Item
 from interp_steer.model import SteeringModel
@@ -37,11 +37,24 @@ from interp_steer.prompt_file import PromptFile, is_file
 from interp_steer.row import Sampling
 from interp_steer.study import Study
 from interp_steer.template import read_date
+from interp_steer.typed import expect, expect_fields
 
 PARTS = ("choose", "prove", "neutral", "build")
 MODEL = ("model", "dtype", "revision", "date")
 _OWN = {f.name for f in fields(Study)} - {*PARTS, "directions"}
 FIELDS = (*MODEL, "directions", "prompts", *sorted(_OWN))
+TYPES = {  # of the fields of one value
+    **dict.fromkeys(("model", "dtype", "revision", "question", "system"), "text"),
+    **dict.fromkeys(("method", "choose_by"), "text"),
+    "as_chat": "true or false",
+    "chunk": "a whole number",
+}
+SEVERAL = {  # of those that may hold a list
+    "sites": ("a whole number", "text"),
+    "coefficients": ("a number", "text"),
+    "seeds": ("a whole number",),
+    **dict.fromkeys(("operators", "scopes", "lines", "metrics", "concept", "modules"), ("text",)),
+}
 KINDS = {
     "contrast of prompts": ("positive", "negative", "position", "as_chat"),
     "saved contrast": ("contrast",),
@@ -68,18 +81,12 @@ class StudyFile:
         Raises:
             RequestError: no such file, no YAML, an unknown field, a prompt file that is not there.
         """
-        import yaml
+        from interp_steer.yaml_text import parse_yaml
 
         path = Path(path)
         if not path.is_file():
             raise RequestError(f"no study file {path}")
-        try:
-            with explained(path):
-                spec = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise RequestError(f"{path} is not UTF-8 text (byte {error.start})") from error
-        except yaml.YAMLError as error:
-            raise RequestError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        spec = parse_yaml(read_text(path), path)
         if not isinstance(spec, dict):
             raise RequestError(
                 f"{path} holds no study; expected fields such as directions, prompts"
@@ -94,23 +101,34 @@ class StudyFile:
         ):
             given = spec.get(part, {})
             if not isinstance(given, dict):
-                raise RequestError(f"{path}: {part} is {given!r}, expected fields")
+                raise RequestError(f"{path}: {part} is {str(given)[:60]!r}, expected fields")
             if names is not None:
                 _known(given, names, str(path), what)
+        for name, value in spec.items():
+            if name in TYPES and value is not None:
+                expect(f"{path}: {name}", value, TYPES[name])
+            if name in SEVERAL and value is not None:
+                expect(f"{path}: {name}", value, *SEVERAL[name], several=True)
+        for name, limit in spec.get("limits", {}).items():
+            expect(f"{path}: a metric of the limits", name, "text")
+            expect(f"{path}: the limit of {name}", limit, "a number")
+        for part, made in (("controls", Controls), ("sampling", Sampling)):
+            expect_fields(made, spec.get(part, {}), f"{path}: {part}")
+            made(**spec.get(part, {}))
         for needed in ("directions", "prompts"):
             if not spec.get(needed):
                 raise RequestError(f"{path} has no {needed}")
         for name, given in spec["directions"].items():
             _check_direction(name, given)
         read_date(spec.get("date"))
-        made = cls(spec, path.parent)
-        made.parts()
-        return made
+        file = cls(spec, path.parent)
+        file.parts()
+        return file
 
     @property
     def model(self) -> dict[str, Any]:
         """What the file says of the model: name, dtype, revision, date."""
-        return {name: self.spec[name] for name in MODEL if name in self.spec}
+        return {name: self.spec[name] for name in MODEL if self.spec.get(name) is not None}
 
     def told(self, date: str | None) -> "StudyFile":
         """The same with another date for the chat template; None leaves the file's."""
@@ -123,7 +141,10 @@ class StudyFile:
         if "all" in given:
             if "choose" in found or "prove" in found:
                 raise RequestError("prompts: give `all`, or `choose` and `prove`")
-            share, seed = given.get("share", 0.5), given.get("seed", 16)
+            share = 0.5 if given.get("share") is None else given["share"]
+            seed = 16 if given.get("seed") is None else given["seed"]
+            expect("prompts: share", share, "a number")
+            expect("prompts: seed", seed, "a whole number")
             both = split_items(self._file(given["all"], "all").items(), share, seed)
             found |= dict(zip(("choose", "prove"), both, strict=True))
         return found
@@ -141,10 +162,7 @@ class StudyFile:
         given = {name: spec[name] for name in _OWN if spec.get(name) is not None}
         for name, kind in (("controls", Controls), ("sampling", Sampling)):
             if name in given:
-                try:
-                    given[name] = kind(**given[name])
-                except TypeError as error:
-                    raise RequestError(f"{name}: {error}") from error
+                given[name] = kind(**given[name])
         given["modules"] = [str(self._path(m)) for m in _listed(spec.get("modules"))]
         build = list(parts.pop("build", []))
         directions = {}
@@ -170,7 +188,9 @@ class StudyFile:
         if isinstance(given, str):
             return PromptFile.read(self._path(given))
         if not isinstance(given, list) or not given:
-            raise RequestError(f"{name} is {given!r}, expected a file or a list of prompts")
+            raise RequestError(
+                f"{name} is {str(given)[:60]!r}, expected a file or a list of prompts"
+            )
         return PromptFile.of(name, given)
 
     def _direction(
@@ -255,6 +275,11 @@ def _listed(given: object) -> list[Any]:
 
 def _known(given: Mapping[Any, Any], names: Any, where: str, what: str) -> None:
     for key in given:
+        if not isinstance(key, str):
+            raise RequestError(
+                f"{where}: a {what} is named {key}, expected text; YAML reads an unquoted yes, no, "
+                "on or off as true or false"
+            )
         if key not in names:
             raise RequestError(f"{where}: unknown {what} {key!r}{nearest(key, names)}")
 
@@ -269,8 +294,8 @@ def _check_direction(name: object, given: object) -> None:
         return
     if not isinstance(given, dict):
         raise RequestError(
-            f"direction {name!r} is {given!r}; expected a file, or fields: positive and negative, "
-            "or feature"
+            f"direction {name!r} is {str(given)[:60]!r}; expected a file, or fields: positive and "
+            "negative, or feature"
         )
     known = [key for keys in KINDS.values() for key in keys]
     _known(given, known, f"direction {name!r}", "field")
@@ -281,10 +306,10 @@ def _check_direction(name: object, given: object) -> None:
             f"direction {name!r} has {', '.join(given)}; expected positive and negative, or "
             "feature, or contrast"
         )
-    if given.get("as_chat") not in (None, True, False):
-        raise RequestError(
-            f"direction {name!r}: as_chat is {given['as_chat']!r}, expected true or false"
-        )
+    for field in ("feature", "sae_id", "contrast", "position", "index", "as_chat"):
+        if given.get(field) is not None:
+            kind = {"index": "a whole number", "as_chat": "true or false"}.get(field, "text")
+            expect(f"{field} of direction {name!r}", given[field], kind)
     if given.get("position", "mean") not in POSITIONS:
         raise RequestError(
             f"direction {name!r}: unknown position {given['position']!r}"

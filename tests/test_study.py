@@ -15,6 +15,7 @@ from interp_steer.item import Item
 from interp_steer.parts import split_items
 from interp_steer.plan import Plan
 from interp_steer.prompt import chat
+from interp_steer.row import Sampling
 from interp_steer.scale import Scale
 from interp_steer.stages import controlled
 from interp_steer.study import Study
@@ -163,6 +164,7 @@ def test_how_features_could_be_matched_is_told(tmp_path, monkeypatch, source, sa
         ({"directions": {"d": "file"}}, "expected a Direction"),
         ({"controls": Controls}, "controls"),
         ({"chunk": 0}, "at least 1"),
+        ({"limits": {"length": float("nan")}}, "expected a number"),
         ({"lines": ["add(e, 1) at 1"], "sites": ()}, "unknown direction 'e'"),
     ],
 )
@@ -174,6 +176,12 @@ def test_mistakes_are_told_in_one_line(changes, said):
     with pytest.raises(RequestError, match=said) as caught:
         study(**changes).grid(SCALE)
     assert "\n" not in str(caught.value)
+
+
+def test_true_is_no_number():
+    for field in ("temperature", "top_k"):
+        with pytest.raises(RequestError, match=f"^{field} is True, expected a (whole )?number"):
+            Sampling(**{field: True})
 
 
 def test_split_is_fixed_and_whole():
@@ -325,6 +333,10 @@ def test_a_written_study_reads_back(tiny, tmp_path):
         assert getattr(back, name) == getattr(made, name), name
 
 
+REST = "directions: {d: x}\nprompts: {prove: [b]}\n"
+ALL = "directions: {d: x}\nprompts: {all: [a, b, c],"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -343,6 +355,45 @@ def test_a_written_study_reads_back(tiny, tmp_path):
         ("directions: {d: x}\nprompts: {prove: [b]}\nsampling: {top: 3}", "sampling setting"),
         ("directions: {d: x}\nprompts: {prove: []}", "expected a file or a list"),
         ("directions: {d: x}", "has no prompts"),
+        (f"{REST}sampling: {{max_new_tokens: 4.0}}", "max_new_tokens is 4.0, .*whole number: 4$"),
+        (f"{REST}sampling: {{top_k: 50.0}}", "top_k is 50.0, expected a whole number: 50$"),
+        (
+            f"{REST}sampling: {{temperature: yes}}",
+            "temperature is True, expected a number; in",
+        ),
+        (f"{REST}sampling: {{temperature: 1e-1}}", "'1e-1', expected a number; written as 0.1 it"),
+        (f"{REST}sampling: {{temperature: .nan}}", "temperature is nan, expected a number"),
+        (f"{REST}sampling: {{temperature: null}}", "temperature is None, expected a number"),
+        (f"{REST}sampling: {{max_new_tokens: [4]}}", r"max_new_tokens is \[4\], expected a whole"),
+        (f"{ALL} share: '0.5'}}", "share is '0.5', expected a number; written as 0.5"),
+        (f"{ALL} share: 1/2}}", "share is '1/2', expected a number$"),
+        (f"{ALL} share: 1.5}}", "cannot be split into 1.5"),
+        (f"{ALL} seed: [1]}}", r"seed is \[1\], expected a whole number"),
+        (f"{ALL} seed: 1.0}}", "seed is 1.0, expected a whole number: 1$"),
+        (f"{REST}as_chat: 'no'", "as_chat is 'no', expected true or false, without quotes"),
+        (f"{REST}as_chat: 1", "as_chat is 1, expected true or false"),
+        (f"{REST}question: 7", "question is 7, expected text; put it in quotes"),
+        (f"{REST}revision: 1234567", "revision is 1234567, expected text; put it in quotes"),
+        (f"{REST}revision: 2024-05-01", "revision is 2024-05-01, expected text; put it in quotes"),
+        (f"{REST}model: [a]", r"model is \['a'\], expected text"),
+        (f"{REST}chunk: '8'", "chunk is '8', expected a whole number"),
+        (f"{REST}seeds: [0, '1']", "seeds hold '1', expected a whole number"),
+        (f"{REST}seeds: {{a: 1}}", "seeds is {'a': 1}, expected a whole number, or several"),
+        (f"{REST}concept: [yes, Paris]", "concept hold True, expected text; in YAML an unquoted"),
+        (f"{REST}concept: [null]", "concept hold None, expected text$"),
+        (f"{REST}coefficients: [[1]]", r"coefficients hold \[1\], expected a number or text"),
+        (f"{REST}coefficients: [.inf]", "coefficients hold inf, expected a number or text"),
+        (f"{REST}limits: {{rep3: '0.2'}}", "the limit of rep3 is '0.2', expected a number"),
+        (f"{REST}limits: {{on: 1}}", "a metric of the limits is True, expected text"),
+        (f"{REST}limits: {{rep3: .nan}}", "the limit of rep3 is nan, expected a number"),
+        (f"{REST}controls: {{flip: 'no'}}", "flip is 'no', expected true or false"),
+        (f"{REST}on: 1", "a field is named True, expected text; YAML reads an unquoted"),
+        (f"{REST}sites: 1\nseeds: 0\nsites: 2", "holds 'sites' twice, in lines 3 and 5"),
+        (f"{REST}controls: {{random: 1, flip: no, random: 2}}", "holds 'random' twice"),
+        (f"{REST}seeds: 1:30", "holds 1:30, which YAML reads as 90"),
+        (f"{REST}seeds: 010", "holds 010, which YAML reads as 8"),
+        ("directions: {d: {feature: starter, index: '7'}}\nprompts: {prove: [b]}", "index of dir"),
+        ("directions: {d: {feature: 7}}\nprompts: {prove: [b]}", "feature of direction 'd' is 7"),
     ],
 )
 def test_a_file_with_a_mistake_is_told_before_a_model_loads(tmp_path, text, said):

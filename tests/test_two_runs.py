@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -266,3 +267,82 @@ def test_on_the_command_line(tiny, tmp_path, monkeypatch, capsys):
         errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
         assert errors == [f"error: {tmp_path} is being written by another run"]
     assert state(tmp_path) == before
+
+
+SCRIPT = """
+import json, os, random, sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import torch
+from interp_steer.errors import RunError
+from interp_steer.model import SteeringModel
+from test_two_runs import small
+
+torch.set_num_threads(1)
+model = SteeringModel.load({model!r})
+draw = random.Random(3)
+
+
+def started(job, folder, wait):
+    child = os.fork()  # importing takes longer than the rows
+    if child:
+        return child
+    time.sleep(wait)
+    try:
+        small(job["dose"]).run(model, folder, shard=job.get("shard"))
+    except RunError as error:
+        os.write(1, (json.dumps(str(error)) + chr(10)).encode())  # in one piece
+        os._exit(1)
+    os._exit(0)
+
+
+def together(jobs, folder):
+    children = [started(job, folder, draw.uniform(0, 0.5)) for job in jobs]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+for n in range(8):
+    codes = together([dict(dose=0.3), dict(dose=0.6), dict(dose=0.3)], Path({folder!r}) / f"a{{n}}")
+    assert 0 in codes and set(codes) <= {{0, 1}}, codes
+for n in range(3):
+    jobs = [dict(dose=0.3, shard=(i, 4)) for i in (1, 2, 3, 4)]
+    for _ in range(2):  # the choice, and what builds on it, waits for all shards
+        assert together(jobs, Path({folder!r}) / f"s{{n}}") == [0] * 4
+"""
+
+
+@pytest.mark.slow
+def test_processes_at_once(tiny, tiny_folder, tmp_path):
+    fields = {"tests": str(Path(__file__).parent), "model": str(tiny_folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(**fields, folder=str(tmp_path))],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert told and all(text.endswith("is being written by another run") for text in told)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for dose in (0.3, 0.6):
+            small(dose).run(tiny, tmp_path / f"alone{dose}")
+    finally:
+        torch.set_num_threads(threads)
+    alone = {dose: contents(tmp_path / f"alone{dose}") for dose in (0.3, 0.6)}
+    for folder in tmp_path.glob("a[0-9]*"):
+        if "alone" in folder.name:
+            continue
+        found = contents(folder)  # of one study or of both, each whole, each row once
+        whole = [dose for dose, rows in alone.items() if rows.items() <= found.items()]
+        assert whole and found.items() == {k: v for d in whole for k, v in alone[d].items()}.items()
+        assert len(Run(folder).table()) == 12
+        (level,) = {row["level"] for row in Run(folder).plan} - {""}
+        assert float(level.split()[0]) in whole and level in (folder / "study.yaml").read_text()
+        if len(whole) == 1:
+            assert level == f"{whole[0]} dose"
+    for folder in tmp_path.glob("s[0-9]"):
+        run = Run(folder)
+        assert len(run.table()) == 12 and set(run.rows) == set(alone[0.3])
+        assert (folder / "plan.jsonl").read_bytes() == (
+            tmp_path / "alone0.3" / "plan.jsonl"
+        ).read_bytes()
