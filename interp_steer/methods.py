@@ -17,6 +17,7 @@ from interp_steer.plots import as_records
 if TYPE_CHECKING:
     from interp_steer.findings import Findings
 
+MOST = 10 * 2**20  # bytes of a study file that a report looks into
 PAPERS = {
     "studentised": "the wider of it and Student's t; Efron and Tibshirani 1993, ch. 12",
     "Newcombe": "Newcombe 1998, Statistics in Medicine 17, 2635",
@@ -260,15 +261,23 @@ def _cited(method: str) -> str:
 
 
 def _spec(path: Path) -> Mapping[str, Any]:
-    """The study's declaration; nothing where the file was taken away."""
+    """The study's declaration as far as it is text and numbers; nothing where the file was taken
+    away or damaged.
+    """
     import yaml
 
-    if not path.is_file():
-        return {}
-    with explained(path), suppress(yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError):
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return read if isinstance(read, dict) else {}
+    with explained(path), suppress(yaml.YAMLError, RecursionError, ValueError):
+        if path.is_file() and path.stat().st_size < MOST:
+            read = yaml.safe_load(path.read_text(encoding="utf-8"))
+            told = read.items() if isinstance(read, dict) else ()
+            return {name: value for name, value in told if _is_flat(value)}
     return {}
+
+
+def _is_flat(value: object) -> bool:
+    """Whether a value is text or a number, or a list of such: a bomb of aliases is none."""
+    some = value if isinstance(value, list) else [value]
+    return all(isinstance(one, (str, int, float)) for one in some)
 
 
 def _origins(folder: Path) -> dict[str, str]:
@@ -277,7 +286,10 @@ def _origins(folder: Path) -> dict[str, str]:
 
     told = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with suppress(OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError):
+        with suppress(
+            OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError, AttributeError,
+            RecursionError,
+        ):  # fmt: skip
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
             if "members" in about:
