@@ -64,16 +64,19 @@ class Run:
         self.folder = Path(folder)
         if not (self.folder / "manifest.json").is_file():
             raise RequestError(f"no run in {self.folder}: it has no manifest.json")
-        told = self._read("manifest.json")
+        self.manifest: dict[str, Any] = self._read("manifest.json")
+        there = (self.folder / "plan.jsonl").is_file()
+        self.plan: list[dict[str, Any]] = self._read("plan.jsonl", lines=True) if there else []
+        self._check()
+
+    def _check(self) -> None:
+        """Whether the manifest and the plan have the shape that they must have."""
+        told = self.manifest
         wrong = misfit(told, _MANIFEST)
         if wrong is None and not {told["choose_by"], *told["limits"]} <= set(told["metrics"]):
             wrong = "choose_by or a limit is not among the metrics"
         if wrong:
             raise RunError(f"{self.folder / 'manifest.json'} is damaged: {wrong}")
-        self.manifest: dict[str, Any] = told
-        self.plan: list[dict[str, Any]] = []
-        if (self.folder / "plan.jsonl").is_file():
-            self.plan = self._read("plan.jsonl", lines=True)
         for number, one in enumerate(self.plan, start=1):
             if wrong := misfit(one, _PLANNED):
                 where = f"{self.folder / 'plan.jsonl'}, line {number}"
