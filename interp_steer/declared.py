@@ -109,7 +109,7 @@ def of_manifest(
             notes.append(
                 f"{name} is not built in and this run does not keep how it is declared: which way "
                 "is better is not known, and nothing is declared by it. Running the study in this "
-                "folder once more adds that."
+                "folder once more measures it anew and keeps that."
             )
     earlier = [
         name

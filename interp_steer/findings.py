@@ -5,26 +5,23 @@ its seeds are averaged first. Below ten prompts there are points and no interval
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 from interp_steer import intervals
 from interp_steer.cell import SETTING
 from interp_steer.declared import UNKNOWN, Declared, of_manifest
 from interp_steer.errors import RequestError
-from interp_steer.intervals import Interval
+from interp_steer.evidence import Evidence
 from interp_steer.metrics import BUILT_IN
 
 if TYPE_CHECKING:
     from interp_steer.runs import Run
 
 ALPHA = 0.05
-NULLS = ("random", "features", "shuffled", "null")
 STATES = {
     "chosen": "",
     "open": "no prompts chose, so no cell is claimed",
@@ -108,7 +105,7 @@ class Findings:
         if not (table["role"] == "unsteered").any():
             raise RequestError(f"{run.folder} has no rows yet; run its study first")
         measures, notes = of_manifest(manifest, BUILT_IN)
-        reader = _Reader(table, manifest, run.plan, measures, level)
+        reader = Evidence(table, manifest, run.plan, measures, level)
         grid, best = reader.grid()
         claims, nulls = reader.claims(), reader.nulls()
         p = reader.p(claims, nulls)
@@ -128,7 +125,7 @@ class Findings:
             reader.state,
             chosen,
             tuple(sorted({int(n) for n in best["layer"].dropna()})) if len(best) else (),
-            reader.verdict(claims, p, chosen),
+            _verdict(reader, claims, p, chosen),
             (*notes, *reader.notes),
         )
 
@@ -157,367 +154,71 @@ class Findings:
         return html
 
 
-class _Reader:
-    def __init__(
-        self,
-        table: pd.DataFrame,
-        manifest: Mapping[str, Any],
-        plan: Sequence[Mapping[str, Any]],
-        measures: Mapping[str, Declared],
-        level: float,
-    ) -> None:
-        self.table, self.manifest, self.plan, self.level = table, manifest, plan, level
-        self.measures, self.metrics = measures, list(measures.values())
-        self.decides = measures[manifest["choose_by"]]
-        self.notes: list[str] = []
-        unsteered = table[table["role"] == "unsteered"]
-        self.before = unsteered.groupby("item", sort=False)[list(measures)].mean()
-
-    @cached_property
-    def state(self) -> str:
-        """How far the run has come."""
-        if (self.table["role"] == "chosen").any():
-            return "chosen"
-        if not self.manifest["prompts"]["choose"]:
-            return "begun" if int(self.manifest["cells"]) == 1 else "open"
-        rows = self.table[self.table["role"].isin(["grid", "null_grid"])]
-        if rows.empty:
-            return "begun"
-        if len(rows) < sum(one["role"] in ("grid", "null_grid") for one in self.plan):
-            return "unfinished"
-        cells = [part for _, part in self._cells()]
-        return "waiting" if any(map(self._passes, cells)) else "beyond"
-
-    def _cells(self) -> list[tuple[Any, pd.DataFrame]]:
-        """(setting, rows) of every cell of the grid."""
-        rows = self.table[self.table["role"] == "grid"]
-        return list(rows.groupby(list(SETTING), sort=False))
-
-    def _passes(self, rows: pd.DataFrame) -> bool:
-        """Whether a cell stays within the limits, as the choice sees it."""
-        for name, limit in self.manifest["limits"].items():
-            one, told = self.measures[name], rows[name].dropna()
-            if one.better != UNKNOWN and (
-                told.empty or one.sign * told.mean() < one.sign * limit
-            ):
-                return False
-        return True
-
-    def _by_item(self, rows: pd.DataFrame, metric: str) -> "pd.Series[float]":
-        """The metric of each prompt, its seeds averaged; NaN where all are missing."""
-        return rows.groupby("item", sort=False)[metric].mean()
-
-    def _moved(self, rows: pd.DataFrame, metric: Declared) -> "pd.Series[float]":
-        """Steered - unsteered of each prompt."""
-        after = self._by_item(rows, metric.name)
-        return after - self.before[metric.name].reindex(after.index)
-
-    def grid(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        rows = self.table[self.table["role"] == "grid"]
-        if rows.empty:
-            return pd.DataFrame(), pd.DataFrame()
-        cells = self._cells()
-        lines: list[dict[str, Any]] = []
-        best: list[int] = []
-        for metric in self.metrics:
-            moved = pd.DataFrame(
-                {i: self._moved(part, metric) for i, (_, part) in enumerate(cells)}
-            )
-            if moved.isna().all(axis=None):
-                continue
-            whole = moved.dropna()
-            spans: list[Interval | None] = [None] * len(cells)
-            if len(whole) >= intervals.MINIMUM:
-                bounds = _apart(metric)
-                spans = list(intervals.bands(whole.to_numpy(), self.level, 0, bounds, metric.kind))
-            if metric is self.decides and len(whole):
-                best = intervals.best_set(metric.sign * whole.to_numpy(), level=self.level)
-            for i, (setting, part) in enumerate(cells):
-                told = moved[i].dropna()
-                span = spans[i]
-                values = self._by_item(part, metric.name)
-                lines.append(
-                    {
-                        **dict(zip(SETTING, setting, strict=True)),
-                        "cell": i,
-                        "layer": part["layer"].iloc[0],
-                        "coefficient": part["coefficient"].iloc[0],
-                        "dose": part["dose"].iloc[0],
-                        "metric": metric.name,
-                        "unit": metric.unit,
-                        "mean": values.mean(),
-                        "unsteered": self.before[metric.name].reindex(values.index).mean(),
-                        "effect": told.mean() if len(told) else math.nan,
-                        "low": span.low if span else None,
-                        "high": span.high if span else None,
-                        "n": len(told),
-                        "missing": int(moved[i].isna().sum()),
-                    }
-                )
-        if not lines:  # every value is missing
-            return pd.DataFrame(), pd.DataFrame()
-        grid = pd.DataFrame(lines)
-        grid["best"] = grid["cell"].isin(best)
-        passing = [i for i, (_, part) in enumerate(cells) if self._passes(part)]
-        grid["passes"] = grid["cell"].isin(passing)
-        if rows["item"].nunique() < intervals.MINIMUM:
-            self.notes.append(
-                f"the grid has {rows['item'].nunique()} prompts: it shows points without intervals"
-            )
-        return grid, grid[grid["best"]].drop_duplicates("cell")
-
-    def claims(self) -> pd.DataFrame:
-        lines: list[dict[str, Any]] = []
-        for role in ("chosen", "flip", "wrong_layer"):
-            rows = self.table[self.table["role"] == role]
-            if rows.empty:
-                continue
-            for metric in self.metrics:
-                after = self._by_item(rows, metric.name)
-                before = self.before[metric.name].reindex(after.index)
-                # items that cannot be asked this metric are not missing: unsteered has none either
-                asked = [metric.name in self.before and not np.isnan(v) for v in before]
-                after, before = after[asked], before[asked]
-                if after.empty:
-                    continue
-                there = after.notna()
-                mean = self._mean(rows, after.index, metric)
-                effect = self._effect(after[there], before[there], metric)
-                lines.append(
-                    {
-                        **{name: rows[name].iloc[0] for name in SETTING},
-                        "role": role,
-                        "layer": rows["layer"].iloc[0],
-                        "coefficient": rows["coefficient"].iloc[0],
-                        "dose": rows["dose"].iloc[0],
-                        "metric": metric.name,
-                        "unit": metric.unit,
-                        "mean": mean.estimate,
-                        "mean_low": mean.low,
-                        "mean_high": mean.high,
-                        "unsteered": before.mean(),
-                        "effect": effect.estimate,
-                        "low": effect.low,
-                        "high": effect.high,
-                        "method": effect.method,
-                        "p": self._paired_p(after[there], before[there], metric),
-                        "n": int(there.sum()),
-                        "missing": int((~there).sum()),
-                        "mean_missing_zero": float(after.fillna(0.0).mean()),
-                    }
-                )
-        return pd.DataFrame(lines)
-
-    def _mean(
-        self, rows: pd.DataFrame, items: "pd.Index[Any]", metric: Declared
-    ) -> Interval:
-        told = rows[rows["item"].isin(items)].dropna(subset=[metric.name])
-        numbers, units = told[metric.name].to_numpy(float), list(told["item"])
-        if not len(numbers):
-            return Interval(math.nan, None, None, 0, "no values", self.level)
-        if metric.kind == "rate" and set(np.unique(numbers)) <= {0.0, 1.0}:
-            return intervals.rate_by_unit(numbers.astype(bool), units, level=self.level)
-        values = intervals.by_unit(numbers, units)
-        return intervals.mean(values, self.level, 0, metric.bounds, metric.kind)
-
-    def _effect(
-        self, after: "pd.Series[float]", before: "pd.Series[float]", metric: Declared
-    ) -> Interval:
-        if not len(after):
-            return Interval(math.nan, None, None, 0, "no values", self.level)
-        one, other = after.to_numpy(float), before.to_numpy(float)
-        if metric.kind == "rate":
-            return intervals.difference(one, other, kind="rate", level=self.level)
-        return intervals.mean(one - other, level=self.level, bounds=_apart(metric))
-
-    def _paired_p(
-        self, after: "pd.Series[float]", before: "pd.Series[float]", metric: Declared
-    ) -> float | None:
-        """Two-sided p of no effect on these prompts."""
-        if len(after) < intervals.MINIMUM:
-            return None
-        one, other = after.to_numpy(float), before.to_numpy(float)
-        if metric.kind == "rate" and set(np.unique([one, other])) <= {0.0, 1.0}:
-            return intervals.exact_p(one.astype(bool), other.astype(bool))
-        return intervals.permutation_p(one, other)
-
-    def nulls(self) -> pd.DataFrame:
-        lines = []
-        rows = self.table[self.table["role"].isin(NULLS) & (self.table["split"] == "prove")]
-        for (role, null), part in rows.groupby(["role", "null"], sort=False):
-            for metric in self.metrics:
-                effect = self._moved(part, metric).mean()  # NaN where every value is missing
-                lines.append(
-                    {"role": role, "null": null, "metric": metric.name, "effect": effect}
-                )
-        return pd.DataFrame(lines, columns=["role", "null", "metric", "effect"])
-
-    def p(self, claims: pd.DataFrame, nulls: pd.DataFrame) -> pd.DataFrame:
-        lines = []
-        for metric in self.metrics:
-            seen = self._observed(claims, metric.name)
-            if seen is None:
-                continue
-            for role in NULLS:
-                mine = nulls[(nulls["role"] == role) & (nulls["metric"] == metric.name)]
-                effects = mine["effect"].to_numpy(float)
-                told, missing = effects[~np.isnan(effects)], int(np.isnan(effects).sum())
-                without, unknown = self._unmeasured() if role == "null" else (0, 0)
-                count = len(effects) + without + unknown
-                if not count:
-                    continue
-                if missing and metric is self.decides:
-                    self.notes.append(
-                        f"{missing} of {count} {role} directions have no value in {metric.name}: "
-                        "they count as without effect"
-                    )
-                values = np.nan_to_num(effects)
-                if metric is self.decides and metric.better != UNKNOWN:
-                    observed, values = metric.sign * seen, metric.sign * values
-                else:
-                    observed, values = abs(seen), np.abs(values)
-                step = 1 + abs(observed)
-                values = np.concatenate(
-                    [values, [observed - step] * without, [observed + step] * unknown]
-                )
-                lines.append(
-                    {
-                        "control": role,
-                        "metric": metric.name,
-                        "n": count,
-                        "mean": told.mean() if len(told) else math.nan,
-                        "lowest": told.min() if len(told) else math.nan,
-                        "highest": told.max() if len(told) else math.nan,
-                        "p": intervals.p_null(observed, values),
-                    }
-                )
-        columns = ["control", "metric", "n", "mean", "lowest", "highest", "p"]
-        return pd.DataFrame(lines, columns=columns)
-
-    def _unmeasured(self) -> tuple[int, int]:
-        """Null directions that went through the choice and have no rows on the prompts that prove:
-        those that found no cell within the limits, and those whose rows are missing.
-        """
-        mine = self.table[(self.table["role"] == "null") & (self.table["split"] == "prove")]
-        ran = {int(n) for n in mine["null"].dropna()}
-        chose = {int(one["null"]) for one in self.plan if one["role"] == "null"}
-        return max(0, int(self.manifest["selected"]) - len(ran | chose)), len(chose - ran)
-
-    def _observed(self, claims: pd.DataFrame, metric: str) -> float | None:
-        if claims.empty:
-            return None
-        mine = claims[(claims["role"] == "chosen") & (claims["metric"] == metric)]
-        return None if mine.empty or mine["effect"].isna().all() else float(mine["effect"].iloc[0])
-
-    def verdict(
-        self, claims: pd.DataFrame, p: pd.DataFrame, chosen: Mapping[str, str] | None
-    ) -> Verdict:
-        if chosen is None:
-            return Verdict(None, None, "", f"Nothing is declared: {STATES[self.state]}.")
-        name = self.decides.name
-        where = ", ".join(v for v in chosen.values() if v)
-        mine = claims[claims["metric"] == name] if len(claims) else claims
-        mine = mine[mine["role"] == "chosen"] if len(mine) else mine
-        if mine.empty or math.isnan(mine.iloc[0]["effect"]):
-            how = f"no prompt has a value of {name}, steered and unsteered"
-            return Verdict(None, None, how, f"Nothing is declared, as {how}: {where}.")
-        one = mine.iloc[0]
-        against = {r["control"]: r for r in p[p["metric"] == name].to_dict("records")}
-        value, how = self._accounted(against)
-        said = f"{name} {one['unsteered']:.3f} -> {one['mean']:.3f} on {int(one['n'])} new prompts"
-        if one["low"] is None or math.isnan(one["low"]):
-            few = int(one["n"]) < intervals.MINIMUM
-            why = f"on fewer than {intervals.MINIMUM} prompts" if few else f"({one['method']})"
-            return Verdict(None, value, how, f"Nothing is declared {why}: {where}: {said}.")
-        said += f", effect {one['effect']:+.3f} {_span(one['low'], one['high'])}"
-        if self.decides.better == UNKNOWN:
-            why = f"the run does not keep which way {name} is better"
-            return Verdict(None, value, how, f"Nothing is declared, as {why}: {where}: {said}.")
-        good = one["low"] > 0 if self.decides.better == "high" else one["high"] < 0
-        if value is None:
-            return Verdict(None, None, how, f"Nothing is declared, as {how}: {where}: {said}.")
-        told = f"{where}: {said}; p {value:.3f}, {how}."
-        random = against.get("random")
-        if good and value > ALPHA and random and "null" not in against and random["p"] <= ALPHA:
-            # no fault of the direction: so few null directions cannot tell it from a lucky choice
-            count = round(random["p"] * (1 + random["n"])) - 1
-            text = (
-                f"Moves {name} on new prompts, as {count or 'none'} of {random['n']} random "
-                "directions in the same cell did; whether one that chose its own cell would was "
-                f"not run (controls: selected): {told}"
-            )
-            return Verdict(None, value, how, text)
-        steers = bool(good) and value <= ALPHA
-        return Verdict(
-            steers, value, how, f"{'Steers' if steers else 'Not shown to steer'}: {told}"
+def _verdict(
+    evidence: Evidence, claims: pd.DataFrame, p: pd.DataFrame, chosen: Mapping[str, str] | None
+) -> Verdict:
+    decides = evidence.decides
+    if chosen is None:
+        return Verdict(None, None, "", f"Nothing is declared: {STATES[evidence.state]}.")
+    name = decides.name
+    where = ", ".join(v for v in chosen.values() if v)
+    mine = claims[claims["metric"] == name] if len(claims) else claims
+    mine = mine[mine["role"] == "chosen"] if len(mine) else mine
+    if mine.empty or math.isnan(mine.iloc[0]["effect"]):
+        how = f"no prompt has a value of {name}, steered and unsteered"
+        return Verdict(None, None, how, f"Nothing is declared, as {how}: {where}.")
+    one = mine.iloc[0]
+    against = {r["control"]: r for r in p[p["metric"] == name].to_dict("records")}
+    value, how = _accounted(evidence, against)
+    said = f"{name} {one['unsteered']:.3f} -> {one['mean']:.3f} on {int(one['n'])} new prompts"
+    if one["low"] is None or math.isnan(one["low"]):
+        few = int(one["n"]) < intervals.MINIMUM
+        why = f"on fewer than {intervals.MINIMUM} prompts" if few else f"({one['method']})"
+        return Verdict(None, value, how, f"Nothing is declared {why}: {where}: {said}.")
+    said += f", effect {one['effect']:+.3f} {_span(one['low'], one['high'])}"
+    if decides.better == UNKNOWN:
+        why = f"the run does not keep which way {name} is better"
+        return Verdict(None, value, how, f"Nothing is declared, as {why}: {where}: {said}.")
+    good = one["low"] > 0 if decides.better == "high" else one["high"] < 0
+    if value is None:
+        return Verdict(None, None, how, f"Nothing is declared, as {how}: {where}: {said}.")
+    told = f"{where}: {said}; p {value:.3f}, {how}."
+    random = against.get("random")
+    if good and value > ALPHA and random and "null" not in against and random["p"] <= ALPHA:
+        # no fault of the direction: so few null directions cannot tell it from a lucky choice
+        count = round(random["p"] * (1 + random["n"])) - 1
+        text = (
+            f"Moves {name} on new prompts, as {count or 'none'} of {random['n']} random "
+            "directions in the same cell did; whether one that chose its own cell would was "
+            f"not run (controls: selected): {told}"
         )
-
-    def _accounted(self, against: Mapping[Any, Mapping[Any, Any]]) -> tuple[float | None, str]:
-        """(p, how the choice among cells is accounted for in it)."""
-        cells = int(self.manifest["cells"])
-        if "null" in against:
-            count = int(against["null"]["n"])
-            how = f"{count} random directions made the same choice among {cells} cells"
-            without, unknown = self._unmeasured()
-            if without and self.manifest["limits"]:
-                some = "none found one" if without == count else f"{without} found none"
-                how += f", of which {some} within the limits"
-            if unknown:
-                how += f"; {unknown} of them are not measured and count as doing as well"
-            return float(against["null"]["p"]), how
-        if "random" in against:
-            at_cell = float(against["random"]["p"])
-            how = "the cell was fixed beforehand"
-            if cells > 1:
-                how = f"Bonferroni over the {cells} cells of the grid (p at the cell {at_cell:.3f})"
-            return min(1.0, cells * at_cell), how
-        return None, "no random directions were run"
-
-    def slopes(self) -> pd.DataFrame:
-        """Steerability of every direction x operator x site x scope."""
-        rows = self.table[(self.table["role"] == "grid")]
-        lines = []
-        group = ["direction", "operator", "site", "scope"]
-        for setting, part in rows.groupby(group, sort=False):
-            strength = "dose" if part["dose"].notna().all() else "coefficient"
-            if part[strength].isna().any() or part[strength].nunique() < 2:
-                continue
-            for metric in self.metrics:
-                if metric.needs != "pair":
-                    continue
-                levels = part.groupby([strength, "item"])[metric.name].mean().unstack(strength)
-                if 0.0 not in levels.columns:
-                    levels[0.0] = self.before[metric.name].reindex(levels.index)
-                levels = levels.sort_index(axis=1).dropna()
-                if levels.shape[1] < 3 or levels.empty:
-                    continue
-                mean, negative = intervals.steerability(
-                    levels.columns.to_numpy(float), levels.to_numpy(float), level=self.level
-                )
-                lines.append(
-                    {
-                        **dict(zip(group, setting, strict=True)),
-                        "layer": part["layer"].iloc[0],
-                        "metric": metric.name,
-                        "per": strength,
-                        "slope": mean.estimate,
-                        "low": mean.low,
-                        "high": mean.high,
-                        "negative": negative.estimate,
-                        "negative_low": negative.low,
-                        "negative_high": negative.high,
-                        "n": mean.n,
-                    }
-                )
-        return pd.DataFrame(lines)
+        return Verdict(None, value, how, text)
+    steers = bool(good) and value <= ALPHA
+    return Verdict(steers, value, how, f"{'Steers' if steers else 'Not shown to steer'}: {told}")
 
 
-def _apart(metric: Declared) -> tuple[float, float] | None:
-    """What no difference of two values can pass."""
-    if metric.bounds is None:
-        return None
-    width = metric.bounds[1] - metric.bounds[0]
-    return -width, width
+def _accounted(
+    evidence: Evidence, against: Mapping[Any, Mapping[Any, Any]]
+) -> tuple[float | None, str]:
+    """(p, how the choice among cells is accounted for in it)."""
+    cells = int(evidence.manifest["cells"])
+    if "null" in against:
+        count = int(against["null"]["n"])
+        how = f"{count} random directions made the same choice among {cells} cells"
+        without, unknown = evidence.unmeasured()
+        if without and evidence.manifest["limits"]:
+            some = "none found one" if without == count else f"{without} found none"
+            how += f", of which {some} within the limits"
+        if unknown:
+            how += f"; {unknown} of them are not measured and count as doing as well"
+        return float(against["null"]["p"]), how
+    if "random" in against:
+        at_cell = float(against["random"]["p"])
+        how = "the cell was fixed beforehand"
+        if cells > 1:
+            how = f"Bonferroni over the {cells} cells of the grid (p at the cell {at_cell:.3f})"
+        return min(1.0, cells * at_cell), how
+    return None, "no random directions were run"
 
 
 def _span(low: float | None, high: float | None) -> str:

@@ -63,9 +63,10 @@ class Spot:
         order = tuple(float(n) for n in re.findall(r"\d+", where))
         strength, _, unit = level.partition(" ")
         group = (name, operator, scope, component)
-        if not strength:
+        try:
+            return cls(record, group, where, order, unit, float(strength))
+        except ValueError:  # an operator without a coefficient
             return cls(record, group, where, order, None, 0.0)
-        return cls(record, group, where, order, unit, float(strength))
 
     @property
     def effect(self) -> float:

@@ -262,14 +262,23 @@ def _cited(method: str) -> str:
 
 
 def _spec(path: Path) -> Mapping[str, Any]:
-    """The study's declaration; nothing where the file was taken away."""
+    """The study's declaration as far as it is text and numbers; nothing where the file was taken
+    away or damaged.
+    """
     from interp_steer.yaml_text import parse_yaml
 
     if path.is_file():
         with suppress(RequestError):
             read = parse_yaml(read_text(path), path)
-            return read if isinstance(read, dict) else {}
+            told = read.items() if isinstance(read, dict) else ()
+            return {name: value for name, value in told if _is_flat(value)}
     return {}
+
+
+def _is_flat(value: object) -> bool:
+    """Whether a value is text or a number, or a list of such: a bomb of aliases is none."""
+    some = value if isinstance(value, list) else [value]
+    return all(isinstance(one, (str, int, float)) for one in some)
 
 
 def _origins(folder: Path) -> dict[str, str]:
@@ -278,7 +287,10 @@ def _origins(folder: Path) -> dict[str, str]:
 
     told = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with suppress(OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError):
+        with suppress(
+            OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError, AttributeError,
+            RecursionError,
+        ):  # fmt: skip
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
             if "members" in about:

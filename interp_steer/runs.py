@@ -6,6 +6,7 @@ arguments, hashes, machine; `plan.jsonl`: which row plays which part; and the ro
 """
 
 import datetime
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +17,36 @@ import pandas as pd
 from interp_steer.errors import RequestError, RunError
 from interp_steer.files import parse_json, read_lines, read_text, whole
 from interp_steer.results import Results, joined
+from interp_steer.shape import NONE, NUMBER, misfit
 
 if TYPE_CHECKING:
     from interp_steer.findings import Findings
 
 ROWS = "rows*.jsonl"
+
+_MANIFEST = {
+    "about": {"model": str, "dtype": str}, "question": str, "metrics": [str], "choose_by": str,
+    "limits": {str: NUMBER},
+    "controls": {"random": int, "features": int, "shuffled": int, "flip": bool,
+                 "wrong_layer": bool},
+    "selected": int, "cells": int, "concept": [str],
+    "sampling": {"temperature": NUMBER, "top_p": NUMBER, "top_k": int,
+                 "repetition_penalty": NUMBER, "max_new_tokens": int},
+    "seeds": [int], "chunk": int,
+    "prompts": {"build": int, "choose": int, "prove": int, "neutral": int},
+    "directions": {str: str}, "model": str, "revision": (str, NONE), "dtype": str, "device": str,
+    "n_layers": int, "threads": int, "versions": {str: str}, "machine": {str: object},
+    "arguments": [str], "modules": [str], "written_at": str,
+}  # fmt: skip
+_PLANNED = {
+    "role": str, "null": (int, NONE), "split": str, "item": str, "seed": int, "direction": str,
+    "operator": str, "site": str, "level": str, "scope": str, "key": str,
+}  # fmt: skip
+_ROW = {
+    "prompt": str, "component": (str, NONE), "layer": (int, NONE), "head": (int, NONE),
+    "coefficient": (*NUMBER, NONE), "dose": (*NUMBER, NONE), "text": (str, NONE),
+    "finish": (str, NONE), "metrics": {str: (*NUMBER, NONE)},
+}  # fmt: skip
 
 
 class Run:
@@ -44,11 +70,36 @@ class Run:
         self.plan: list[dict[str, Any]] = [
             parse_json(text, f"{plan}, line {n}", RunError) for n, text in enumerate(lines, 1)
         ]
+        self._check()
+
+    def _check(self) -> None:
+        """Whether the manifest and the plan have the shape that they must have."""
+        told = self.manifest
+        wrong = misfit(told, _MANIFEST)
+        if wrong is None and not {told["choose_by"], *told["limits"]} <= set(told["metrics"]):
+            wrong = "choose_by or a limit is not among the metrics"
+        if wrong:
+            raise RunError(f"{self.folder / 'manifest.json'} is damaged: {wrong}")
+        for number, one in enumerate(self.plan, start=1):
+            if wrong := misfit(one, _PLANNED):
+                where = f"{self.folder / 'plan.jsonl'}, line {number}"
+                raise RunError(f"{where}, is damaged: {wrong}")
 
     @cached_property
     def rows(self) -> dict[str, Mapping[str, Any]]:
-        """Every row that was run, by key."""
-        return known(self.folder, self.manifest["about"])
+        """Every row that was run, by key.
+
+        Raises:
+            RunError: a row is damaged.
+        """
+        try:
+            found = known(self.folder, self.manifest["about"])
+        except RecursionError:
+            raise RunError(f"rows in {self.folder} are damaged: nested too deeply") from None
+        for key, row in found.items():
+            if wrong := misfit(row, _ROW):
+                raise RunError(f"a row in {self.folder} is damaged: {key[:40]}: {wrong}")
+        return found
 
     def table(self) -> pd.DataFrame:
         """One line for each planned row that was run: its part, its setting, its strength in every
@@ -67,8 +118,8 @@ class Run:
         if not lines:
             return pd.DataFrame(columns=[*first, *named])
         table = pd.DataFrame(lines)
-        for name in named:
-            table[name] = pd.to_numeric(table[name])
+        for name in named:  # one that no row has been asked yet is missing
+            table[name] = pd.to_numeric(table[name]) if name in table else math.nan
         for name in ("null", "layer", "head"):
             table[name] = table[name].astype("Int64")
         return table[[*first, *(c for c in table.columns if c not in first)]]

@@ -33,9 +33,12 @@ def misfit(value: object, shape: Any, at: str = "") -> str | None:
             return f"{begin}{lost[0]} is missing"
         found = (misfit(value[name], one, f"{begin}{name}") for name, one in shape.items())
         return next(filter(None, found), None)
+    if shape is int and type(value) is int and not -(2**63) <= value < 2**63:
+        return f"{at[:80]} is a number of {value.bit_length()} bits"
     return None if shape is object or type(value) is shape else _said(value, at)
 
 
 def _said(value: object, at: str) -> str:
-    shown = value if isinstance(value, (str, int, float, bool, NONE)) else type(value).__name__
-    return f"{at[:80] or 'it'} is {str(shown)[:40]!r}"
+    if isinstance(value, (str, float, bool, NONE)):
+        return f"{at[:80] or 'it'} is {str(value)[:40]!r}"
+    return f"{at[:80] or 'it'} is of type {type(value).__name__}"

@@ -113,8 +113,11 @@ def choose(
 def _gentlest(
     cells: Sequence[Cell], rows: Sequence[Mapping[str, Any]], scale: Scale
 ) -> Cell | None:
-    """The cell that steers least, by the dose where every one has a dose, else by the length of
-    what each adds, over the stream's median length there; the first where that is not known of all.
+    """The cell that steers least, by strengths of one kind, as a row of each has them; the first
+    cell where there are none that all have.
+
+    Of one operator the dose; of several (a clamp's dose is where it clamps to, and an ablation has
+    none) the length of what each adds, over the stream's median length there.
     """
 
     def moved(row: Mapping[str, Any]) -> float | None:
@@ -122,12 +125,17 @@ def _gentlest(
             return None
         return float(row["delta"]) / scale.at(Site(str(row["component"]), int(row["layer"])))
 
-    for strengths in ([row.get("dose") for row in rows], [moved(row) for row in rows]):
-        if all(one is not None for one in strengths):
+    kinds = [[moved(row) for row in rows]]
+    if len({cell.operator for cell in cells}) == 1:
+        doses, lengths = ([row.get(name) for row in rows] for name in ("dose", "coefficient"))
+        kinds = [doses, *kinds, lengths]
+    for strengths in kinds:
+        told = [abs(one) for one in strengths if one is not None]
+        if told and len(told) == len(cells):
             # rounded, as lengths of one dose differ in their last bits
-            rank = [round(abs(float(one)), 6) for one in strengths if one is not None]
-            return cells[rank.index(min(rank))] if cells else None
-    return cells[0]
+            rank = [round(one, 6) for one in told]
+            return cells[rank.index(min(rank))]
+    return cells[0] if cells else None
 
 
 def _beyond(values: Sequence[float | None], name: str, limit: float) -> bool:

@@ -199,9 +199,9 @@ def test_rows_of_an_earlier_version_are_measured_anew_and_said(tiny, tmp_path, c
     ("changes", "said"),
     [
         ({"kind": "men"}, "kind is 'men'"),
-        ({"better": 1}, "better is '1'"),
+        ({"better": 1}, "better is of type int"),
         ({"bounds": [0]}, "bounds are not two"),
-        ({"bounds": ["a", "b"]}, "bounds is 'list'"),
+        ({"bounds": ["a", "b"]}, "bounds is of type list"),
         ({"version": "2"}, "version is '2'"),
         ({"needs": "x" * 9_000}, "needs is 'xxx"),
     ],

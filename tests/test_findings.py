@@ -204,7 +204,7 @@ def test_a_bounded_share_that_hardly_differs_has_no_interval_beside_its_p():
     f = found(parts, metrics=["length", "rep3"])
     (claim,) = f.claims[f.claims["metric"] == "rep3"].to_dict("records")
     assert claim["effect"] == pytest.approx(0.009) and claim["p"] == 1.0
-    assert np.isnan(claim["low"]) and claim["method"].startswith("fewer than 3 prompts differ")
+    assert pd.isna(claim["low"]) and claim["method"].startswith("fewer than 3 prompts differ")
     assert "effect +0.009 (no interval)" in str(f)
 
 

@@ -493,6 +493,27 @@ def test_controls_show_every_null_beside_the_chosen_cell():
     assert axis.get_xlabel() == "effect on concept" and overlapping(figure) == []
 
 
+def test_controls_leave_out_what_has_no_effect_and_count_it():
+    table = nulls(random=[0.1, np.nan, 0.3], null=[np.nan, np.nan])
+    p = pd.DataFrame({"control": ["random", "null"], "metric": "concept", "n": [3, 20],
+                      "p": [0.25, 1 / 21]})  # fmt: skip
+    claims = CLAIMS.assign(unit="share of answers")
+    (axis,) = plots.controls(table, claims, "concept", p).axes
+    (line,) = [ln for ln in axis.lines if ln.get_label() == "random"]
+    assert list(line.get_xdata()) == [0.1, 0.3]
+    assert ticks(axis, "y")[3:] == ["random directions\nn 3, p 0.250"]
+    assert axis.get_xlabel() == "effect on concept (share of answers)"
+
+
+def test_units_are_the_tables_own():
+    table = grid(metrics=("shouting",)).assign(unit="shouts")
+    assert "effect on shouting (shouts)" in said(heat.heat_map(table))
+    assert plots.curves(table).axes[0].get_ylabel() == "effect on shouting (shouts)"
+    assert plots.profile(table).axes[0].get_ylabel() == "effect on shouting (shouts)"
+    bare = grid(metrics=("surprise",)).assign(unit="")
+    assert "nats" not in said(heat.heat_map(bare))
+
+
 def test_equal_nulls_lie_beside_each_other_and_within_their_strip():
     table = nulls(random=[0.0] * 50, features=[0.0, 0.1])
     (axis,) = plots.controls(table, CLAIMS, "concept").axes
@@ -532,6 +553,7 @@ def test_hostile_names_are_drawn_as_they_are(tmp_path):
     for figure in (heat.heat_map(table), plots.curves(table)):
         path = plots.save(figure, tmp_path / "a.svg")
         assert "\x00" not in said(figure) and "\u202e" not in said(figure)
+        assert "a$x_1$" in said(figure) and "m$^{$" in said(figure)
         assert b"\x00" not in path.read_bytes()
 
 

@@ -81,7 +81,7 @@ def make_run(
         for number, cell in enumerate(cells):
             if choose or len(cells) > 1:
                 put("grid", "choose" if choose else "prove", cell, None, (number % 3) / 2.5)
-        if choose or len(cells) == 1:
+        if until != "grid" and (choose or len(cells) == 1):
             mine = BEST if BEST in cells else cells[0]
             put("chosen", "prove", mine, None, 0.75)
             for role in singles:
@@ -435,6 +435,64 @@ def test_missing_rows_are_named_by_their_part(tmp_path, role, says):
     (tmp_path / "rows.jsonl").write_text("\n".join(kept) + "\n")
     page = written(Run(tmp_path))[1]
     assert f"rows are missing (12 {role})" in page.text and says in page.text
+
+
+def without(run: Run, begins: str, keep: int = 0) -> Run:
+    """The run without rows whose key begins so, but for the first few."""
+    path = run.folder / "rows.jsonl"
+    lines = path.read_text().splitlines()
+    lost = [line for line in lines if f'"key": "{begins}' in line][keep:]
+    path.write_text("\n".join(line for line in lines if line not in lost) + "\n")
+    return Run(run.folder)
+
+
+DESIGN = "4 cells {} run on 12 prompts"
+PROVED = "nothing else {} run on 12 other prompts"
+BEYOND = "No cell stayed within the limits, so none was chosen"
+UNRUN = "The grid was run; the chosen cell and its controls were not"
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("options", "lost", "says", "not_says"),
+    [
+        ({"until": "unsteered"}, None, [DESIGN.format("are to be"), "Only unsteered rows"],
+         [DESIGN.format("were"), PROVED.format("were"), BEYOND, UNRUN]),
+        ({"until": "grid"}, ("grid", 20),
+         [DESIGN.format("are to be"), PROVED.format("are to be"), "rows of the grid are missing"],
+         ["Layers not excluded", BEYOND, UNRUN]),
+        ({"until": "grid"}, None,
+         [DESIGN.format("were"), PROVED.format("are to be"), UNRUN, "the chosen cell was not run"],
+         [BEYOND, "the one with the best mean effect in concept was chosen"]),
+        ({"until": "grid", "limits": {"surprise": 0.0}}, None,
+         [DESIGN.format("were"), BEYOND, "no cell stayed within the limits"], [UNRUN]),
+        ({"until": "grid", "limits": {"surprise": 9.0}}, None, [UNRUN], [BEYOND]),
+        ({}, ("chosen", 5), ["effects on 5 of 12 prompts", PROVED.format("were")],
+         ["effects on 12 prompts", UNRUN]),
+        ({}, ("chosen", 0), ["the chosen cell was not run yet", "12 chosen", "No chosen cell was"],
+         ["No cell was chosen", "no cell stayed"]),
+        ({}, ("unsteered-||||-None-p", 0), ["stands beside an unsteered one"],
+         ["No text was generated"]),
+        ({"choose": 0, "cells": CELLS[:1]}, None, ["Only concept decides", "nothing is chosen"],
+         ["chose and decides", "was chosen"]),
+        ({"choose": 0}, None, ["no prompts chose", "none is claimed"],
+         ["12 prompts chose", "Layers not excluded"]),
+        ({"choose": 0, "prove": 6}, None, ["no prompts chose", "the grid has 6 prompts"],
+         ["6 prompts chose"]),
+        ({"cells": [("add(a, 1.0) at 12", "", "", "", ""), ("clamp(a, 2.0) at 3", *[""] * 4)],
+          "until": "grid"}, None, [UNRUN], [BEYOND, "Layers not excluded"]),
+        ({"selected": 7, "nulls": (), "limits": {"surprise": 9.0}}, None,
+         ["p 0.125", "7 random directions made the same choice among 4 cells, of which none"],
+         ["no random directions were run", "No random direction went", "nan"]),
+    ],
+)  # fmt: skip
+def test_what_is_said_is_true_of_how_far_the_run_has_come(tmp_path, options, lost, says, not_says):
+    run = make_run(tmp_path, **options)
+    page = written(without(run, *lost) if lost else run)[1]
+    for one in says:
+        assert one in page.text
+    for one in not_says:
+        assert one not in page.text
 
 
 @pytest.mark.parametrize("role", ["grid", "unsteered", "chosen"])
