@@ -301,7 +301,7 @@ def test_an_interrupt_is_said_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("closed", [">&-", "2>&- >&-"])
 def test_a_closed_output_is_one_line(closed):
-    code = f"{sys.executable} -m interp_steer labels coverage {closed}"
+    code = f"{sys.executable} -m interp_steer --help {closed}"
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
     said = "error: cannot write the output: stdout is closed\n" if closed == ">&-" else ""
     assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
