@@ -64,8 +64,9 @@ def _single(one: Intervention, site: Site) -> Step:
     if length is not None:
         return Step(one.operator, one.scope, (units[0] * length,))
     names = " and ".join(direction.label for direction in one.at(site))
+    angle = torch.tensor(math.radians(one.value), dtype=torch.float32)
     plane = operators.orthonormal_plane(units[0], units[1], names)
-    return Step(one.operator, one.scope, (plane, torch.tensor(math.radians(one.value))))
+    return Step(one.operator, one.scope, (plane, angle))
 
 
 def _joint(clamps: list[Intervention], site: Site) -> Step:
@@ -87,7 +88,8 @@ def _joint(clamps: list[Intervention], site: Site) -> Step:
     directions = torch.stack([one.at(site)[0].unit for one in clamps])
     names = " and ".join(one.at(site)[0].label for one in clamps)
     dual = operators.dual_basis(directions, names)
-    return Step("clamp", clamps[0].scope, (directions, dual, torch.tensor(low), torch.tensor(high)))
+    bounds = torch.tensor([low, high], dtype=torch.float32)
+    return Step("clamp", clamps[0].scope, (directions, dual, *bounds))
 
 
 def _one_scope(clamps: list[Intervention], site: Site) -> None:
@@ -120,8 +122,9 @@ def _latents(clamps: list[Intervention], site: Site) -> Step:
                 f"{feature.label} is not the decoder row of {sae.name} any more: the SAE's files "
                 "have changed since; make the feature again"
             )
-    targets = [one.lengths()[one.sites.index(site)] for one in clamps]
-    return Step("latent_clamp", clamps[0].scope, (index, rows, torch.tensor(targets)), sae)
+    lengths = [one.lengths()[one.sites.index(site)] for one in clamps]
+    targets = torch.tensor(lengths, dtype=torch.float32)
+    return Step("latent_clamp", clamps[0].scope, (index, rows, targets), sae)
 
 
 @dataclass
@@ -172,7 +175,7 @@ class Bank:
         if len(stages) == 1 and only.kind == "add" and only.heads is None and steady:
             live = (only.end == math.inf).to(only.operands[0].dtype)
             width = only.operands[0].shape[-1]
-            self._delta = torch.zeros(batch, width, device=only.rows.device)
+            self._delta = only.operands[0].new_zeros(batch, width)
             self._delta[only.rows] = only.operands[0] * live
 
     def apply(
@@ -248,6 +251,7 @@ def _stack(
         step.scope.after_prompt(len(prompt.ids))
         for prompt, (_, _, step) in zip(prompts, members, strict=True)
     ]
+    ends = torch.tensor(after, dtype=torch.float32, device=device)
     operands = [step.operands for _, _, step in members]
     if kind in ("clamp", "latent_clamp"):  # fewer than the longest: add ones that move nothing
         widest = max(len(one[0]) for one in operands)
@@ -261,8 +265,8 @@ def _stack(
         operands=tuple(torch.stack(parts).to(device) for parts in zip(*operands, strict=True)),
         prompt_length=torch.tensor([[len(p.ids)] for p in prompts], device=device),
         in_prompt=in_prompt.to(device),
-        begin=torch.tensor([[float(a)] for a, _ in after], device=device),
-        end=torch.tensor([[float(b)] for _, b in after], device=device),
+        begin=ends[:, :1],
+        end=ends[:, 1:],
         sae=sae.on(device) if sae else None,
     )
 

@@ -6,7 +6,8 @@ float32 products on a CPU go to the faster library, and changes inside the block
 they act, so that no hook is ever registered on a module.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -26,6 +27,21 @@ class Keeps(Protocol):
     ) -> tuple[Tensor, Tensor]: ...  # [batch kv_head pos d_head] each
 
 
+@contextmanager
+def exactly() -> Iterator[None]:
+    """In the model's own number format and without gradients, whatever the caller has switched on:
+    autocast would round a row that is stored as one of that format, and a batch that was begun
+    inside `torch.inference_mode` could not go on outside.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
+
+
 def linear(x: Float[Tensor, "*rows d_in"], module: torch.nn.Linear) -> Float[Tensor, "*rows d_out"]:
     """x W' without a bias.
 
@@ -34,7 +50,7 @@ def linear(x: Float[Tensor, "*rows d_in"], module: torch.nn.Linear) -> Float[Ten
     """
     weight = module.weight
     if (
-        weight.dtype == torch.float32
+        weight.dtype == x.dtype == torch.float32
         and weight.device.type == "cpu"
         and _ONEDNN is not None
         and not torch.is_grad_enabled()

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp_steer.bank import Hook, compile_banks
+from interp_steer.block import exactly
 from interp_steer.errors import RequestError, nearest
 from interp_steer.forward import Steered
 from interp_steer.model import SteeringModel
@@ -87,7 +88,7 @@ class Trunk:
         self.positions = torch.where(self.real, where, -1)
         self.streams: list[Float[Tensor, "item pos d_model"]] = []
         self.kept: dict[Hook, Tensor] = {}
-        with torch.no_grad():
+        with exactly():
             x = model.embed(torch.tensor(padded, device=model.device))
             self._rotary = model.rotary(x, where)
             for layer in range(model.n_layers):
@@ -125,7 +126,7 @@ class Trunk:
             for (component, layer), bank in banks.items()
         )
 
-    @torch.no_grad()
+    @exactly()
     def branch(
         self, variants: Sequence[Variant], resume: bool = True
     ) -> Float[Tensor, "variant item pos d_model"]:

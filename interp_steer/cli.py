@@ -53,31 +53,47 @@ Named = Annotated[
 
 def main() -> None:
     """Runs the command line; every expected error is one line on stderr and an exit code."""
+    if sys.stderr is None:  # closed by the caller; print would write to stdout instead
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        sys.exit(fail("cannot write the output: stdout is closed", 1))
     for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 gets question marks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     shown = warnings.showwarning
     warnings.showwarning = _noting(shown)
     try:
-        code = app(standalone_mode=False)
+        code = _invoke(sys.argv[1:])
         sys.stdout.flush()
     except SteerError as error:
         code = fail(str(error), error.exit_code)
     except TyperException as error:
         code = fail(error.format_message(), 2)
     except Exit as error:
-        code = fail("stopped", 130) if error.exit_code == 130 else error.exit_code
-    except (Abort, KeyboardInterrupt):
+        code = error.exit_code
+    except (Abort, EOFError, KeyboardInterrupt):
         code = fail("stopped", 130)
     except BrokenPipeError:  # the reader (`head`, a pager) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        code = fail(f"cannot write the output: {error.strerror or error}", 1)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        what = error.filename or "cannot write the output"
+        code = fail(f"{what}: {error.strerror or error}", 1)
+        if not error.filename:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         warnings.showwarning = shown
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)
+
+
+def _invoke(words: list[str]) -> int:
+    """Runs one command. Typer's own way to run it turns an interrupt and a closed pipe into exit
+    codes without a word.
+    """
+    command = typer.main.get_command(app)
+    with command.make_context("interp-steer", words) as context:
+        command.invoke(context)
+    return 0
 
 
 def _noting(other: Callable[..., None]) -> Callable[..., None]:

@@ -7,10 +7,12 @@
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from interp_steer.block import exactly
 from interp_steer.console import Report
 from interp_steer.errors import RequestError, RunError
 from interp_steer.forward import run
@@ -158,7 +160,7 @@ class Engine:
             part = [lives[r] for r in chunk]
             for live in part:
                 live.seen.clear()  # of a larger batch that did not fit
-            with torch.no_grad():
+            with exactly():
                 out = run(
                     model,
                     [live.steered for live in part],
@@ -170,8 +172,10 @@ class Engine:
                 kept.update({r: x for r, x in zip(chunk, streams, strict=True) if r in wanted})
                 # in place: small results that stay between large ones that go would leave holes in
                 # the heap, and a gigabyte of them
-                logprobs, kl = (torch.empty(sum(ends)).split(ends) for _ in range(2))
-                finals = torch.empty(len(chunk) if last_logits else 0, model.d_vocab)
+                wanting = len(chunk) if last_logits else 0
+                room = partial(torch.empty, dtype=torch.float32)
+                logprobs, kl = (room(sum(ends)).split(ends) for _ in range(2))
+                finals = room(wanting, model.d_vocab)
                 last: tuple[int, Tensor] | None = None
                 for i, r in enumerate(chunk):
                     logits = model.unembed(streams[i]).float()

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp_steer.bank import Bank, Hook, compile_banks
-from interp_steer.block import Change
+from interp_steer.block import Change, exactly
 from interp_steer.intervention import Intervention
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import Encoded
@@ -195,6 +195,7 @@ class _Together:
         self.place = torch.tensor(standing, device=self.x.device)
 
 
+@exactly()
 def run(
     model: SteeringModel,
     rows: Sequence[Steered],
@@ -258,6 +259,7 @@ class Stream:
         self.padded = bool(self.pad.any())
 
     @classmethod
+    @exactly()
     def prefill(
         cls,
         model: SteeringModel,
@@ -286,6 +288,7 @@ class Stream:
         last = torch.tensor([prompt.ids[-1] for _, prompt in rows], device=model.device)
         return stream, stream.step(last, watch, in_prompt=True)
 
+    @exactly()
     def step(
         self, tokens: Int[Tensor, " batch"], watch: Watch | None = None, in_prompt: bool = False
     ) -> Float[Tensor, "batch d_model"]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from interp_steer.bank import Bank, Hook, compile_banks
+from interp_steer.block import exactly
 from interp_steer.errors import RequestError
 from interp_steer.intervention import Intervention
 from interp_steer.model import SteeringModel
@@ -107,7 +108,7 @@ def run_with_cache(
         options: passed on to `HookedTransformer.run_with_cache`, such as `names_filter`.
     """
     ids = torch.tensor([model.encode(prompt).ids], device=model.device)
-    with torch.no_grad(), model.hooked.hooks(fwd_hooks=fwd_hooks(model, steer, prompt)):
+    with exactly(), model.hooked.hooks(fwd_hooks=fwd_hooks(model, steer, prompt)):
         logits, cache = model.hooked.run_with_cache(ids, **options)
     return logits, cache
 
@@ -118,7 +119,7 @@ def score(model: SteeringModel, row: Row, continuation: Sequence[int]) -> Score:
     ids = model.encode(row.prompt).ids
     tokens = torch.tensor([[*ids, *given]], device=model.device)
     hooks = fwd_hooks(model, row.steer, row.prompt)
-    with torch.no_grad(), model.hooked.hooks(fwd_hooks=hooks):
+    with exactly(), model.hooked.hooks(fwd_hooks=hooks):
         logits = model.hooked(tokens, return_type="logits")[0, len(ids) - 1 :].float()
     after = torch.tensor(given, dtype=torch.long, device=model.device)
     logprobs = logits[:-1].log_softmax(-1).gather(1, after[:, None])[:, 0]

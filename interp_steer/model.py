@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp_steer.block import Change, Keeps, block, linear, normed, signed
+from interp_steer.block import Change, Keeps, block, exactly, linear, normed, signed
 from interp_steer.codec import Codec
 from interp_steer.errors import RequestError
 from interp_steer.fingerprint import Fingerprint
@@ -315,13 +315,14 @@ class SteeringModel:
             ids[row, : len(one.ids)] = torch.tensor(one.ids)
             real[row, : len(one.ids)] = True
         ids, real = ids.to(self.device), real.to(self.device)
-        with torch.no_grad():  # right padding comes after every real token: plain causal is right
+        with exactly():  # right padding comes after every real token: plain causal is right
             x = self.embed(ids)
             rotary = self.rotary(x, torch.arange(longest, device=self.device)[None])
-            yield -1, x, real
-            for layer in range(self.n_layers):
+        yield -1, x, real  # outside: what is switched off is so for the whole thread
+        for layer in range(self.n_layers):
+            with exactly():
                 x = self.block(layer, x, rotary, None, None, _inside(changes, layer))
-                yield layer, x, real
+            yield layer, x, real
 
     def read(
         self, site: Site, encoded: Sequence[Encoded]
@@ -360,7 +361,7 @@ class SteeringModel:
         at = site.layer + (site.component == "resid_post")
         ids = torch.tensor([one.ids], device=self.device)
         changes = {} if between else {(site.component, site.layer): changed}
-        with torch.no_grad():
+        with exactly():
             x = self.embed(ids)
             rotary = self.rotary(x, torch.arange(len(one.ids), device=self.device)[None])
             for layer in range(self.n_layers):

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_steer.bank import Hook
+from interp_steer.block import exactly
 from interp_steer.branch import Trunk, Variant, check_names
 from interp_steer.console import Report
 from interp_steer.errors import RequestError
@@ -145,7 +146,7 @@ class Judge:
         self._clean: Tensor | None = None
         self.clean: Float[Tensor, "item score"] = self.of(trunk.streams[-1][None])[0]
 
-    @torch.no_grad()
+    @exactly()
     def of(
         self, x: Float[Tensor, "variant item pos d_model"]
     ) -> Float[Tensor, "variant item score"]:

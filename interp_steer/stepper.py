@@ -1,12 +1,16 @@
 """Decoding a step at a time, for rows that come and go."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
+from threading import RLock
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from interp_steer.bank import Hook, steps_at
+from interp_steer.block import exactly
 from interp_steer.errors import RequestError
 from interp_steer.forward import Steered, Stream, begins_late
 from interp_steer.intervention import Gate, Intervention
@@ -159,11 +163,26 @@ class Admission:
             )
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _alone(method: Method) -> Method:
+    """One call at a time: a second thread waits."""
+
+    @wraps(method)
+    def locked(self: "Stepper", *given: Any, **named: Any) -> Any:
+        with self._lock:
+            return method(self, *given, **named)
+
+    return cast(Method, locked)
+
+
 class Stepper:
-    """Decodes one token of every row a step; rows come and go at any time."""
+    """Decodes one token of every row a step; rows come and go at any time, from any thread."""
 
     def __init__(self, admission: Admission) -> None:
         self._admission, self._model = admission, admission.model
+        self._lock = RLock()
         self._waiting: list[Live] = []
         self._live: list[Live] = []
         self._ended: dict[int, Live] = {}
@@ -173,16 +192,19 @@ class Stepper:
         self._next: Tensor | None = None
 
     @property
+    @_alone
     def busy(self) -> bool:
         """Whether a step would do anything."""
         return bool(self._waiting) or any(live.finish is None for live in self._live)
 
     @property
+    @_alone
     def share(self) -> float:
         """How much of the rows in work is done, in rows, if none stops early."""
         going = (live for live in self._live if live.finish is None)
         return sum(len(live.tokens) / live.row.sampling.max_new_tokens for live in going)
 
+    @_alone
     def add(self, row: Row, taps: Sequence[Site] = ()) -> int:
         """Takes a row in; its prompt is read in the next step.
 
@@ -197,6 +219,7 @@ class Stepper:
         self._waiting.append(live)
         return live.id
 
+    @_alone
     def cancel(self, id: int) -> None:
         """Ends a row; what it has generated so far is its result. Ended rows stay as they are."""
         for live in [*self._waiting, *self._live]:
@@ -205,6 +228,7 @@ class Stepper:
                 self._ended[id] = live
         self._waiting = [live for live in self._waiting if live.finish is None]
 
+    @_alone
     def pop(self, id: int) -> Result:
         """The result of a row that has ended.
 
@@ -223,7 +247,8 @@ class Stepper:
         text = self._model.decode(live.tokens, live.row.prompt)
         return Result(live.row, tuple(live.tokens), text, live.finish or "", taps)
 
-    @torch.no_grad()
+    @_alone
+    @exactly()
     def step(self) -> list[Event]:
         """Reads waiting prompts, gives every row in work its next token; says what happened."""
         self._drop_ended()

@@ -7,30 +7,20 @@ another arrangement that must not matter, and states a difference and a toleranc
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from interp_steer import hooks
+from interp_steer.bench import NEW_TOKENS, Bench
 from interp_steer.console import Report
-from interp_steer.direction import Direction
-from interp_steer.engine import Engine
 from interp_steer.forward import Stream
-from interp_steer.intervention import Intervention, steer
+from interp_steer.intervention import steer
 from interp_steer.model import SteeringModel
-from interp_steer.prompt import Prompt, chat
-from interp_steer.row import Result as RowResult
 from interp_steer.row import Row, Sampling
-from interp_steer.scale import Scale
-from interp_steer.site import Site
-
-QUESTIONS = ("Name three fruits.", "What is the tallest mountain, and who climbed it first?")
-NEW_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -53,143 +43,8 @@ class Check:
         return self.difference <= self.tolerance
 
 
-class _Bench:
-    """What the checks share: prompts, directions, rows, and reference computations."""
-
-    def __init__(self, model: SteeringModel) -> None:
-        self.model, self.engine = model, Engine(model)
-        self.exact = model.dtype == torch.float32
-        self.layer = model.n_layers // 2
-        draw = torch.Generator().manual_seed(0)
-        hook = Site("resid_post", self.layer).hook_point
-        self.first, self.second = (
-            Direction.of(torch.randn(model.d_model, generator=draw), hook, name)
-            for name in ("first", "second")
-        )
-        self.prompts: list[Prompt] = [chat(q) if model.is_chat else q for q in QUESTIONS]
-        self.scale = Scale.of(model, [model.encode(p) for p in self.prompts])
-        self.length = 0.5 * self.scale.at(Site("resid_post", self.layer))
-
-    def add(self, dose: float = 0.5, layer: int | None = None, on: str = "all") -> Intervention:
-        at = Site("resid_post", self.layer if layer is None else layer)
-        return steer("add", self.first, coefficient=dose * self.scale.at(at), at=[at], on=on)
-
-    @cached_property
-    def rows(self) -> list[Row]:
-        """Rows of different layers, operators and scopes over both prompts."""
-        n = self.model.n_layers
-        kinds: list[tuple[Intervention, ...]] = [
-            (),
-            (self.add(),),
-            (self.add(layer=0),),
-            (self.add(layer=n - 1),),
-            (self.add(on="generated"),),
-            (steer("clamp", self.first, coefficient=self.length, at=[self._site("resid_pre")]),),
-            (steer("ablate", self.first, at=[self._site("attn_out"), self._site("mlp_out")]),),
-            (steer("rotate", self.first, self.second, coefficient="40 deg", at=self.layer),),
-        ]
-        sampling = Sampling(max_new_tokens=NEW_TOKENS)
-        return [Row(p, kind, sampling) for p in self.prompts for kind in kinds]
-
-    def _site(self, component: str) -> Site:
-        return Site(component, self.layer)
-
-    @cached_property
-    def results(self) -> list[RowResult]:
-        """What the rows generate, as one batch."""
-        return self.engine.generate(self.rows)
-
-    @cached_property
-    def answers(self) -> list[tuple[int, ...]]:
-        """The continuations that all checks read: what was generated; the prompt's last tokens for
-        a row that stopped at once.
-        """
-        return [
-            result.token_ids or self.model.encode(result.row.prompt).ids[-NEW_TOKENS:]
-            for result in self.results
-        ]
-
-    @cached_property
-    def batched(self) -> Tensor:
-        """Last logits of all rows, as one batch."""
-        return self.last(self.rows, self.answers)
-
-    @cached_property
-    def alone(self) -> Tensor:
-        """The same, each row in a batch of its own."""
-        return torch.cat(
-            [self.last([r], [a]) for r, a in zip(self.rows, self.answers, strict=True)]
-        )
-
-    def last(self, rows: Sequence[Row], answers: Sequence[Sequence[int]]) -> Tensor:
-        scores = self.engine.score(rows, answers, last_logits=True)
-        return torch.stack([s.last_logits for s in scores if s.last_logits is not None])
-
-    def apart(self, a: Tensor, b: Tensor) -> float:
-        return float((a.float() - b.float()).abs().max())
-
-    def close(self) -> float:
-        """Tolerance for logits of another implementation: 1e-4 of the largest logit in float32.
-
-        In bfloat16 two right implementations differ by several percent; twice what transformers'
-        own two attention implementations differ by on the same tokens is allowed.
-        """
-        return 1e-4 * float(self.batched.abs().max()) if self.exact else 2 * self.spread
-
-    @cached_property
-    def spread(self) -> float:
-        """Largest difference of transformers' eager and sdpa logits, over all positions."""
-        hf, used = self.model.hf, self.model.hf.config._attn_implementation
-        worst = 0.0
-        try:
-            for row in range(0, len(self.rows), len(self.rows) // len(self.prompts)):
-                ids = torch.tensor([self.sequence(self.rows[row], self.answers[row])])
-                found = []
-                for kind in ("eager", "sdpa"):
-                    hf.set_attn_implementation(kind)
-                    with torch.no_grad():
-                        found.append(hf(ids.to(self.model.device)).logits)
-                worst = max(worst, self.apart(*found))
-        finally:
-            hf.set_attn_implementation(used)
-        return worst
-
-    def hf_logits(
-        self, sequences: Sequence[Sequence[int]], dose: float = 0.0
-    ) -> Float[Tensor, "batch d_vocab"]:
-        """Last logits by transformers alone: a padded batch, its own mask, a plain forward hook."""
-        model = self.model
-        longest = max(len(s) for s in sequences)
-        ids = torch.tensor([[0] * (longest - len(s)) + list(s) for s in sequences])
-        mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences])
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        steered = (mask.bool() & (positions > 0)).to(model.device)
-        length = dose * self.scale.at(self._site("resid_post"))
-        shift = (self.first.unit * length).to(model.device, model.dtype)
-
-        def hook(_module: object, _input: object, out: Tensor) -> Tensor:
-            return torch.where(steered[..., None], out + shift, out)
-
-        handle = model.hf.model.layers[self.layer].register_forward_hook(hook) if dose else None
-        try:
-            with torch.no_grad():
-                out: Tensor = model.hf(
-                    input_ids=ids.to(model.device),
-                    attention_mask=mask.to(model.device),
-                    position_ids=positions.to(model.device),
-                    logits_to_keep=1,
-                ).logits[:, -1]
-        finally:
-            if handle:
-                handle.remove()
-        return out.float().cpu()
-
-    def sequence(self, row: Row, answer: Sequence[int]) -> list[int]:
-        return [*self.model.encode(row.prompt).ids, *answer]
-
-
 Result = tuple[float, float]
-Compare = Callable[[_Bench], Result | None]
+Compare = Callable[[Bench], Result | None]
 CHECKS: list[tuple[str, Compare]] = []
 
 
@@ -204,7 +59,7 @@ def _check(name: str) -> Callable[[Compare], Compare]:
 
 
 @_check("zero-strength add, norm-kept add and rotate are bit-equal to unsteered")
-def _zero(b: _Bench) -> Result:
+def _zero(b: Bench) -> Result:
     idle = [
         steer("add", b.first, coefficient=0, at=b.layer),
         steer("add_norm_kept", b.first, coefficient=0, at=b.layer),
@@ -217,13 +72,13 @@ def _zero(b: _Bench) -> Result:
 
 
 @_check("a row in a batch = the row alone (teacher-forced logits)")
-def _batched(b: _Bench) -> Result:
+def _batched(b: Bench) -> Result:
     if b.exact:
         return b.apart(b.batched, b.alone), 1e-3
     return b.apart(b.batched, b.alone), 1.5 * _transformers_noise(b)
 
 
-def _transformers_noise(b: _Bench) -> float:
+def _transformers_noise(b: Bench) -> float:
     """How far transformers itself is from itself, alone and batched, on the same tokens.
 
     The same tokens steered by a hook, so that what is compared is as far from the training data.
@@ -238,7 +93,7 @@ def _transformers_noise(b: _Bench) -> float:
 
 
 @_check("padded = unpadded")
-def _padded(b: _Bench) -> Result:
+def _padded(b: Bench) -> Result:
     lengths = [len(b.model.encode(p).ids) for p in b.prompts]
     short = min(range(len(lengths)), key=lengths.__getitem__)
     row, answer = next(
@@ -254,7 +109,7 @@ def _padded(b: _Bench) -> Result:
 
 
 @_check("cached decoding = one uncached pass")
-def _cached(b: _Bench) -> Result:
+def _cached(b: Bench) -> Result:
     differences = []
     for row, answer in zip(b.rows[:8], b.answers[:8], strict=True):
         steered = b.engine.admission.steered(row)
@@ -267,7 +122,7 @@ def _cached(b: _Bench) -> Result:
 
 
 @_check("shared prefill = a prefill of its own")
-def _shared(b: _Bench) -> Result:
+def _shared(b: Bench) -> Result:
     mine = [r for r in b.rows if r.prompt == b.prompts[0]]
     none = [()] * len(mine)
     return b.apart(b.last(mine, none), torch.cat([b.last([r], [()]) for r in mine])), (
@@ -276,14 +131,14 @@ def _shared(b: _Bench) -> Result:
 
 
 @_check("engine = a plain Hugging Face forward hook")
-def _plain_hook(b: _Bench) -> Result:
+def _plain_hook(b: Bench) -> Result:
     row = next(i for i, r in enumerate(b.rows) if r.steer == (b.add(),))
     reference = b.hf_logits([b.sequence(b.rows[row], b.answers[row])], dose=0.5)
     return b.apart(b.alone[row : row + 1], reference), b.close()
 
 
 @_check("engine = TransformerLens hooks, every operator")
-def _lens_hooks(b: _Bench) -> Result:
+def _lens_hooks(b: Bench) -> Result:
     worst = 0.0
     for i, (row, answer) in enumerate(zip(b.rows, b.answers, strict=True)):
         logits = hooks.score(b.model, row, answer).last_logits
@@ -293,7 +148,7 @@ def _lens_hooks(b: _Bench) -> Result:
 
 
 @_check("Hugging Face logits = HookedTransformer logits")
-def _parity(b: _Bench) -> Result:
+def _parity(b: Bench) -> Result:
     ids = torch.tensor([b.sequence(b.rows[0], b.answers[0])], device=b.model.device)
     with torch.no_grad():
         mine, other = b.model.hf(ids).logits, b.model.hooked(ids, return_type="logits")
@@ -301,7 +156,7 @@ def _parity(b: _Bench) -> Result:
 
 
 @_check("rotary angles agree up to the end of the context")
-def _far(b: _Bench) -> Result:
+def _far(b: Bench) -> Result:
     model = b.model
     attention = model.hooked.blocks[0].attn
     n = min(model.n_ctx, 32768)  # longer tables say nothing new, and take memory
@@ -317,7 +172,7 @@ def _far(b: _Bench) -> Result:
 
 
 @_check("positions beyond the original context agree")
-def _beyond(b: _Bench) -> Result | None:
+def _beyond(b: Bench) -> Result | None:
     original = b.model.hf.config.rope_parameters.get("original_max_position_embeddings")
     if original is None or original > 2048 or original + 16 > b.model.n_ctx:
         return None  # the check of the angles covers it without a pass over so many tokens
@@ -330,7 +185,7 @@ def _beyond(b: _Bench) -> Result | None:
 
 
 @_check("greedy decoding = transformers.generate (logit gap where tokens differ)")
-def _decoding(b: _Bench) -> Result:
+def _decoding(b: Bench) -> Result:
     def generate(ids: Tensor) -> Any:
         return b.model.hf.generate(
             ids,
@@ -361,7 +216,7 @@ def _plain_generation(model: SteeringModel) -> Iterator[None]:
 
 
 @_check("greedy decoding = HookedTransformer.generate (logit gap where tokens differ)")
-def _decoding_lens(b: _Bench) -> Result:
+def _decoding_lens(b: Bench) -> Result:
     return _greedy(
         b,
         lambda ids: b.model.hooked.generate(
@@ -375,7 +230,7 @@ def _decoding_lens(b: _Bench) -> Result:
     )
 
 
-def _greedy(b: _Bench, generate: Callable[[Tensor], Any]) -> Result:
+def _greedy(b: Bench, generate: Callable[[Tensor], Any]) -> Result:
     """Largest gap between the two candidates' logits where greedy texts part, their ends included;
     0 if they agree. Numbers that round differently part at near-ties alone.
     """
@@ -403,17 +258,17 @@ def _greedy(b: _Bench, generate: Callable[[Tensor], Any]) -> Result:
 
 
 @_check("clamp reaches its target")
-def _clamp(b: _Bench) -> Result:
+def _clamp(b: Bench) -> Result:
     return _projection(b, "clamp", b.length)
 
 
 @_check("ablation leaves no projection")
-def _ablation(b: _Bench) -> Result:
+def _ablation(b: Bench) -> Result:
     return _projection(b, "ablate", 0.0)
 
 
-def _projection(b: _Bench, operator: str, target: float) -> Result:
-    site = b._site("resid_post")
+def _projection(b: Bench, operator: str, target: float) -> Result:
+    site = b.site("resid_post")
     row = Row(b.prompts[0], (steer(operator, b.first, coefficient=target, at=[site]),))
     x = b.engine.score([row], [b.answers[0]], taps=[site])[0].taps[site][1:].float()
     relative = ((x @ b.first.unit - target).abs() / x.norm(dim=-1).clamp_min(1)).max()
@@ -421,7 +276,7 @@ def _projection(b: _Bench, operator: str, target: float) -> Result:
 
 
 @_check("the same batch twice is bit-equal, sampled")
-def _twice(b: _Bench) -> Result:
+def _twice(b: Bench) -> Result:
     sampling = Sampling(
         temperature=0.8, top_p=0.9, repetition_penalty=1.1, max_new_tokens=NEW_TOKENS
     )
@@ -431,7 +286,7 @@ def _twice(b: _Bench) -> Result:
 
 
 @_check("nothing is left on the model after an exception")
-def _clean(b: _Bench) -> Result:
+def _clean(b: Bench) -> Result:
     """Broken off in every component of a block, while reading a prompt and while decoding, and in
     a hook of TransformerLens.
     """
@@ -450,7 +305,7 @@ def _clean(b: _Bench) -> Result:
         raise Stop
 
     before, logits = _state(b.model), b.last([b.rows[0]], [b.answers[0]])
-    row = Row(b.prompts[0], (steer("ablate", b.first, at=[b._site("attn_out")]),))
+    row = Row(b.prompts[0], (steer("ablate", b.first, at=[b.site("attn_out")]),))
     steered = b.engine.admission.steered(row)
     token = torch.tensor([b.answers[0][0]], device=b.model.device)
     with torch.no_grad():
@@ -463,7 +318,7 @@ def _clean(b: _Bench) -> Result:
     made = hooks.fwd_hooks(b.model, row.steer, row.prompt)
     ids = torch.tensor([b.sequence(row, ())], device=b.model.device)
     with contextlib.suppress(Stop), b.model.hooked.hooks(fwd_hooks=made):
-        b.model.hooked.run_with_hooks(ids, fwd_hooks=[(b._site("mlp_out").hook_name, fails)])
+        b.model.hooked.run_with_hooks(ids, fwd_hooks=[(b.site("mlp_out").hook_name, fails)])
     after = _state(b.model)
     left = sum(before.get(key) != after.get(key) for key in before.keys() | after.keys())
     return left + b.apart(b.last([b.rows[0]], [b.answers[0]]), logits), 0.0
@@ -488,7 +343,7 @@ def _state(model: SteeringModel) -> dict[str, object]:
 
 
 @_check("engine = TransformerBridge hooks")
-def _bridge(b: _Bench) -> Result | None:
+def _bridge(b: Bench) -> Result | None:
     try:
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError:
@@ -517,7 +372,7 @@ def verify(model: SteeringModel, report: Report | None = None) -> list[Check]:
     Args:
         report: called with the number of checks done.
     """
-    bench = _Bench(model)
+    bench = Bench(model)
     done = []
     for number, (name, function) in enumerate(CHECKS, start=1):
         found = function(bench)

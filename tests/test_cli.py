@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -299,3 +301,75 @@ def test_a_reader_that_leaves_early_is_no_error(made):
     code = f"{sys.executable} -m interp_steer direction show {made[1]} | head -n 1"
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+def test_an_interrupt_is_said_in_one_line(tmp_path):
+    """SIGINT to a process in the midst of its work: waiting for a server that says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        told = {"NEURONPEDIA_URL": address, "NEURONPEDIA_EXPORTS_URL": address}
+        words = ["labels", "show", "--fetch", "gpt2-small/6-res-jb/650"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "interp_steer", *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **told, "INTERP_STEER_CACHE": str(tmp_path)},
+        )  # fmt: skip
+        try:
+            connection, _ = server.accept()  # it has begun
+            with connection:
+                process.send_signal(signal.SIGINT)
+                out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert out == "" and err.splitlines()[-1] == "error: stopped" and "Traceback" not in err
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&- >&-"])
+def test_a_closed_output_is_one_line(closed):
+    code = f"{sys.executable} -m interp_steer --help {closed}"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+    said = "error: cannot write the output: stdout is closed\n" if closed == ">&-" else ""
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+
+
+def test_errors_do_not_go_to_the_output_where_theirs_is_closed():
+    code = f"{sys.executable} -m interp_steer nonsense 2>&-"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_a_reader_that_leaves_in_the_midst_is_no_error(capfd, monkeypatch):
+    """The pipe breaks while a command prints, not only when all is flushed at the end."""
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    @cli.app.command("print-much")
+    def print_much() -> None:
+        for _ in range(10_000):
+            print("a line that nobody reads")
+
+    kept = os.dup(1)
+    try:
+        os.dup2(writer, 1)
+        with os.fdopen(os.dup(1), "w") as stream, pytest.raises(SystemExit) as ended:
+            monkeypatch.setattr(sys, "stdout", stream)
+            monkeypatch.setattr(sys, "argv", ["interp-steer", "print-much"])
+            cli.main()
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        cli.app.registered_commands.pop()
+    assert ended.value.code == 0
+
+
+def test_an_error_of_a_file_is_not_called_one_of_the_output(monkeypatch, tmp_path):
+    @cli.app.command("read-nothing")
+    def read_nothing() -> None:
+        (tmp_path / "none").read_text()
+
+    try:
+        assert one_line(1, "read-nothing") == f"error: {tmp_path}/none: No such file or directory"
+    finally:
+        cli.app.registered_commands.pop()

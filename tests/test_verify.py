@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from interp_steer.bench import Bench
 from interp_steer.engine import Engine
 from interp_steer.forward import Stream
 from interp_steer.model import SteeringModel
-from interp_steer.verify import CHECKS, Check, _Bench
+from interp_steer.verify import CHECKS, Check
 
 CHECK = dict(CHECKS)
 CLEAN = "nothing is left on the model after an exception"
@@ -25,13 +26,13 @@ def model(tiny_folder) -> SteeringModel:
     return SteeringModel.load(tiny_folder)
 
 
-def found(bench: _Bench, name: str) -> Check:
+def found(bench: Bench, name: str) -> Check:
     return Check(name, *CHECK[name](bench))
 
 
 def test_a_model_that_stops_at_once_is_checked(model):
     model.hf.generation_config.eos_token_id = list(range(model.d_vocab))
-    bench = _Bench(model)
+    bench = Bench(model)
     assert {result.token_ids for result in bench.results} == {()}
     for name in READ_ANSWERS:
         assert found(bench, name).passed, name
@@ -46,7 +47,7 @@ def test_an_engine_that_answers_too_little_fails(tiny, monkeypatch, finish, kept
         results = generate(self, rows, **told)
         return [replace(r, token_ids=r.token_ids[:kept], finish=finish) for r in results]
 
-    bench = _Bench(tiny)
+    bench = Bench(tiny)
     monkeypatch.setattr(Engine, "generate", less)
     assert all(len(result.token_ids) <= kept for result in bench.results)
     for name in GREEDY:
@@ -55,7 +56,7 @@ def test_an_engine_that_answers_too_little_fails(tiny, monkeypatch, finish, kept
 
 def test_an_engine_that_goes_on_after_the_end_fails(model):
     """Its greedy answers hold an id that ends the answers of transformers."""
-    bench = _Bench(model)
+    bench = Bench(model)
     stop = bench.answers[0][3]
     model.hf.generation_config.eos_token_id = [stop]
     model.__dict__.pop("stop_ids", None)  # told once
@@ -84,7 +85,7 @@ SETTINGS = {
 
 def test_settings_of_the_generation_config_stay_out_of_the_reference(model):
     """Whatever a model's maker recommends: plain greedy decoding is what is compared."""
-    bench = _Bench(model)
+    bench = Bench(model)
     kept = model.hf.generation_config
     for key, value in SETTINGS.items():
         standard = getattr(kept, key)
@@ -125,7 +126,7 @@ def leave_gradients(model: SteeringModel) -> None:
     ids=["hook", "lens hook", "weight", "gradient", "training", "attention"],
 )
 def test_what_is_left_after_an_exception_is_seen(model, monkeypatch, sabotage):
-    bench = _Bench(model)
+    bench = Bench(model)
     assert found(bench, CLEAN).passed
     step = Stream.step
 
