@@ -17,6 +17,7 @@ from interp_steer.prompt import chat
 from interp_steer.row import Row, Sampling
 from interp_steer.sampler import Sampler
 from interp_steer.site import Site
+from tests.conftest import state
 
 PROMPTS = (
     chat("Name three fruits."),
@@ -302,7 +303,12 @@ def test_run_with_cache_is_steered(tiny, engine, directions):
     assert torch.allclose(
         logits[0, -1], last_logits(engine, [Row(PROMPTS[0], setting)], [()])[0], atol=1e-3
     )
-    assert ("resid_post", 2) in cache or "blocks.2.hook_resid_post" in cache
+    _, plain = hooks.run_with_cache(tiny, PROMPTS[0], ())
+    for layer in (1, 2):  # before the steering, and where it acts
+        point = f"blocks.{layer}.hook_resid_post"
+        shift = torch.zeros_like(plain[point])
+        shift[:, 1:] = 4 * directions["one"].unit * (layer == 2)
+        assert torch.allclose(cache[point], plain[point] + shift, atol=1e-4)
 
 
 def test_score_gives_logprobs_and_kl(tiny, engine, rows, answers):
@@ -447,7 +453,9 @@ def test_prompt_and_answer_must_fit_the_context(engine):
         engine.generate([Row(PROMPTS[0], (), Sampling(max_new_tokens=600))])
 
 
-def test_nothing_is_left_on_the_model_after_an_exception(tiny, engine, directions):
+def test_nothing_is_left_on_the_model_after_an_exception(tiny_folder, directions, monkeypatch):
+    tiny = SteeringModel.load(str(tiny_folder))  # of its own: what others left would be seen late
+    engine = Engine(tiny)
     class Stop(Exception):
         pass
 
@@ -460,13 +468,22 @@ def test_nothing_is_left_on_the_model_after_an_exception(tiny, engine, direction
 
     row = Row(PROMPTS[0], parse("add(head, 1) at z 1h1; ablate(one) at mlp_out 3", directions))
 
-    def hooked():  # transformers keeps hooks of its own once hidden states were asked for
-        return [(*m._forward_hooks, *m._forward_pre_hooks) for m in tiny.hf.modules()]
-
-    before = hooked()
+    _ = tiny.stop_ids  # made when first asked for, and kept
+    before = state(tiny)
+    engine.generate([row])
+    assert state(tiny) == before
     with pytest.raises(Stop):
         forward.Stream.prefill(tiny, [engine.admission.steered(row)], 1, Failing())
-    assert hooked() == before
+    assert state(tiny) == before
+
+    def stop(*_):
+        raise Stop
+
+    monkeypatch.setattr(type(tiny.hooked.ln_final), "forward", stop)
+    with pytest.raises(Stop):  # its hooks are TransformerLens's own
+        hooks.run_with_cache(tiny, row.prompt, row.steer)
+    monkeypatch.undo()
+    assert state(tiny) == before
 
 
 def test_bfloat16_batches_differ_no_more_than_transformers_does(tiny_folder, directions):

@@ -124,7 +124,7 @@ def test_the_ce_score_is_a_share_of_a_harm_that_is_there(losses, score):
 
 def test_one_token_has_no_variance_to_explain(tiny, tmp_path):
     sae = identity(tmp_path / "same")
-    with pytest.raises(RequestError, match="1 tokens were read .* no variance to explain"):
+    with pytest.raises(RequestError, match=r"1 tokens were read .* no variance to explain"):
         check(sae, tiny, [Encoded((0, 5), (True, True))], loss_texts=0)
 
 
