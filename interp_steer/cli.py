@@ -64,7 +64,7 @@ def main() -> None:
         code = fail("stopped", 130) if error.exit_code == 130 else error.exit_code
     except (Abort, KeyboardInterrupt):
         code = fail("stopped", 130)
-    except BrokenPipeError:  # the reader (`head`, a pager) has seen enough
+    except (BrokenPipeError, SystemExit):  # the reader (`head`) has seen enough; typer's way too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
