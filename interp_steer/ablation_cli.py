@@ -290,6 +290,8 @@ def _show(found: _Found, notes: list[str]) -> None:
     dull += [c for c in ("effect", "effect_low", "effect_high") if c in shown]
     if "low" in dull and "interval" in dull:
         notes.append(f"no intervals: {shown['interval'].iloc[0]}")
+    elif "low" in shown and shown["low"].notna().all():  # how each was formed is in --json
+        dull.append("interval")
     shown = shown.drop(columns=dict.fromkeys(dull))
     print(safe(shown.to_string(index=False, float_format="{:.4g}".format)))
     if more > 0:

@@ -73,7 +73,7 @@ def main() -> None:
         code = error.exit_code
     except (Abort, EOFError, KeyboardInterrupt):
         code = fail("stopped", 130)
-    except BrokenPipeError:  # the reader (`head`, a pager) has seen enough
+    except (BrokenPipeError, SystemExit):  # the reader (`head`) has seen enough; typer's way too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:

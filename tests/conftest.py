@@ -92,6 +92,23 @@ def hf_streams(model: SteeringModel, ids: tuple[int, ...]) -> list[torch.Tensor]
     return [*states[:-1], last[0]]  # Hugging Face's last one is after the final norm
 
 
+def state(model: SteeringModel) -> dict[str, object]:
+    """What a study could leave on a model: attributes, weights that were written to or replaced,
+    gradients, modes, and hooks on either view.
+    """
+    views = {"hf": model.hf, "hooked": model.hooked}  # the second is made when first asked for
+    found: dict[str, object] = {"attributes": set(vars(model))}
+    for name, view in views.items():
+        for part, module in view.named_modules():
+            hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+            own = len(getattr(module, "fwd_hooks", ())) + len(getattr(module, "bwd_hooks", ()))
+            found[f"{name} {part}"] = hooks, own, module.training, set(vars(module))
+        for part, weight in view.named_parameters():
+            seen = weight.data_ptr(), weight._version, weight.requires_grad, weight.grad is None
+            found[f"{name} {part} weight"] = seen
+    return found
+
+
 def memory(entry: str) -> int:
     """Bytes that this process has in memory (`VmRSS`), or had at its peak (`VmHWM`)."""
     lines = Path("/proc/self/status").read_text().splitlines()

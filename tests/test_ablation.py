@@ -19,9 +19,10 @@ from interp_steer.direction import Direction, DirectionSet
 from interp_steer.errors import RequestError
 from interp_steer.features import feature
 from interp_steer.item import Item
+from interp_steer.model import SteeringModel
 from interp_steer.reading import SCORES, Reading, summarised
 from interp_steer.site import Site
-from tests.conftest import hf_streams
+from tests.conftest import hf_streams, state
 from tests.test_sae import LAYER, saved
 
 FOX = Item("The quick brown fox jumps", " dog", " fox", corrupted="The lazy brown dog jumps")
@@ -294,9 +295,8 @@ def test_small_batches_full_passes_and_lone_items_say_the_same(tiny):
         )
         assert (other["value"] - whole["value"]).abs().max() < 1e-4
     alone = ablate(tiny, [HILL], given, **NAMED, heads=heads).table
-    assert (
-        alone["value"].to_numpy() - whole[whole["item"] == HILL.id]["value"].to_numpy()
-    ).max() < 1e-4
+    same = whole[whole["item"] == HILL.id]["value"].to_numpy()
+    assert np.abs(alone["value"].to_numpy() - same).max() < 1e-4
 
 
 def test_a_variant_resumes_from_its_first_edit(tiny, monkeypatch):
@@ -322,16 +322,12 @@ def test_a_variant_resumes_from_its_first_edit(tiny, monkeypatch):
     assert rows == [(layer, 2) for layer in range(6)]
 
 
-def test_nothing_is_left_on_the_model(tiny):
-    def hooks():
-        return sum(
-            len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.hf.modules()
-        ) + any(p.requires_grad and p.grad is not None for p in tiny.hf.parameters())
-
+def test_nothing_is_left_on_the_model(tiny_folder):
+    tiny = SteeringModel.load(str(tiny_folder))  # of its own: what others left would be seen late
     streams = hf_streams(tiny, tiny.encode(FOX.prompt).ids)  # leaves transformers' own hooks
-    before = hooks()
+    before = state(tiny)
     found = ablate(tiny, ITEMS, ["z", "attn_out", "mlp_out", "resid_pre"], ["zero", "mean"])
-    assert hooks() == before
+    assert state(tiny) == before
 
     def broken(x):
         raise ZeroDivisionError
@@ -339,7 +335,7 @@ def test_nothing_is_left_on_the_model(tiny):
     for component in ("attn_out", "z", "resid_pre"):
         with pytest.raises(ZeroDivisionError):
             Trunk(tiny, [sequence(tiny, FOX)]).branch([(Edit(component, 2, broken),)])
-        assert hooks() == before
+        assert state(tiny) == before
     after = hf_streams(tiny, tiny.encode(FOX.prompt).ids)
     assert all(torch.equal(a, b) for a, b in zip(streams, after, strict=True))
     assert (
@@ -350,8 +346,6 @@ def test_nothing_is_left_on_the_model(tiny):
 
 
 def test_bfloat16_streams_stay_bfloat16(tiny_folder):
-    from interp_steer import SteeringModel
-
     model = SteeringModel.load(str(tiny_folder), dtype="bfloat16")
     trunk = Trunk(model, [sequence(model, FOX)], {("z", 1)})
     edit = Edit("z", 1, lambda x: put(trunk.changed(), torch.zeros(()), x), 2)
@@ -467,7 +461,8 @@ def test_the_benchmark_runs(tiny_folder, monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["layers"] == 6 and len(found["found"]) == 2
     for one in found["found"]:
-        assert one["share"][1] <= one["share"][0] <= one["share"][2]
+        (_, least, most), (_, fastest, slowest) = one["resumed_s"], one["full_s"]
+        assert 0 < least / slowest <= one["share"][1] <= one["share"][2] <= most / fastest
 
 
 def test_every_component_has_a_name_that_is_tested():

@@ -191,14 +191,14 @@ def test_chat_answers_and_goes_on_after_a_mistake(made):
         (["--steer", "add(tower, nan) at 2"], "nan, not a number"),
         (["--steer", "add(tower, 1) a 2"], "at column 15: expected 'at'"),
         (["--steer", "add(towr, 1) at 2"], "nearest: tower"),
-        (["--steer", "add(tower, 1 dose) at z 1h1"], "dose"),
+        (["--steer", "add(tower, 1 dose) at z 1h1"], "at z give a number"),
         (["--prompt", " "], "the prompt is empty"),
-        (["--prompt", "fox " * 600], "context"),
+        (["--prompt", "fox " * 600], "tokens long and the context"),
         (["--prompts", "/none.txt"], "no prompt file"),
         (["--model", "startr"], "nearest: starter"),
         (["--temperature", "-1"], "temperature is -1"),
-        (["--temperature", "warm"], "--temperature"),
-        (["--nonsense", "1"], "--nonsense"),
+        (["--temperature", "warm"], "Invalid value for '--temperature'"),
+        (["--nonsense", "1"], "No such option: --nonsense"),
         (["--max-new-tokens", "4000"], "exceed the context"),
         (["--direction", "tower"], "expected NAME=FILE"),
         (["--device", "cuda:9"], "not available"),
@@ -208,7 +208,7 @@ def test_chat_answers_and_goes_on_after_a_mistake(made):
         (["--top-k", "99999999999999999999"], "top_k is"),
         (["--steer", f"add({'x' * 300}, 1) at 1"], "unknown direction"),
         (["--steer", "add(~nobody-of-that-name/a, 1) at 1"], "unknown direction"),
-        (["--steer", f"add(tower, 1) at {'9' * 5000}"], "column"),
+        (["--steer", f"add(tower, 1) at {'9' * 5000}"], ": expected the end, found"),
         (["--prompt", "bad \udcff byte"], "no Unicode character"),
     ],
 )
@@ -240,7 +240,7 @@ def test_other_wrong_requests(made, tmp_path):
     assert "no prompts" in one_line(2, *make, "--positive", str(empty), *sides[2:])
     assert "not a direction" in one_line(2, "direction", "show", f"{model}/model.safetensors")
     assert "unknown model" in one_line(2, "verify", "--model", str(tmp_path / "none"))
-    assert "steer" in one_line(2, "steer")
+    assert "No such command 'steer'" in one_line(2, "steer")
 
 
 def test_an_error_is_one_line_in_a_process_of_its_own(made):
@@ -298,9 +298,11 @@ def test_output_that_cannot_be_written_is_one_line(made):
 
 
 def test_a_reader_that_leaves_early_is_no_error(made):
-    code = f"{sys.executable} -m interp_steer direction show {made[1]} | head -n 1"
+    # nobody reads any more when the first line is written
+    show = f"{sys.executable} -m interp_steer direction show {made[1]}"
+    code = f"{show} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert done.returncode == 0 and done.stderr == ""
 
 
 def test_an_interrupt_is_said_in_one_line(tmp_path):

@@ -18,6 +18,7 @@ from interp_steer.row import Row, Sampling
 from interp_steer.sampler import Sampler
 from interp_steer.site import Site
 from interp_steer.stepper import Stepper
+from tests.conftest import state
 
 PROMPTS = (
     chat("Name three fruits."),
@@ -536,6 +537,24 @@ def test_a_pass_that_breaks_off_leaves_the_model_as_it_was(tiny, engine, directi
             stream.step(torch.tensor([7]), Failing())
         assert all(torch.equal(before[name], w) for name, w in tiny.hf.state_dict().items())
         assert torch.equal(tiny.hf(ids).logits, logits)
+
+
+def test_nothing_is_left_on_the_model_after_an_exception(tiny_folder, directions, monkeypatch):
+    tiny = SteeringModel.load(str(tiny_folder))  # of its own: what others left would be seen late
+    row = Row(PROMPTS[0], parse("add(head, 1) at z 1h1; ablate(one) at mlp_out 3", directions))
+    _ = tiny.stop_ids  # made when first asked for, and kept
+    before = state(tiny)
+    Engine(tiny).generate([row])
+    assert state(tiny) == before
+
+    def stop(*_):
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(type(tiny.hooked.ln_final), "forward", stop)
+    with pytest.raises(RuntimeError, match="stopped"):  # its hooks are TransformerLens's own
+        hooks.run_with_cache(tiny, row.prompt, row.steer)
+    monkeypatch.undo()
+    assert state(tiny) == before
 
 
 def test_bfloat16_batches_differ_no_more_than_transformers_does(tiny_folder, directions):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import hf_streams, make_llama
 
 from interp_steer.errors import RequestError, RunError
 from interp_steer.hooked import hooked_view
@@ -76,12 +76,14 @@ def test_block_by_block_equals_the_whole(tiny):
 
 def test_residuals_match_hugging_face(tiny):
     prompts = [tiny.encode("The quick brown fox"), tiny.encode("Name three fruits, please.")]
+    streams = [hf_streams(tiny, one.ids) for one in prompts]
+    layers = []
     for layer, x, real in tiny.residuals(prompts):
+        layers.append(layer)
         for row, one in enumerate(prompts):
-            hidden = hf_hidden(tiny, torch.tensor([one.ids]))
             assert int(real[row].sum()) == len(one.ids)
-            if layer + 1 < tiny.n_layers:  # the last of hidden_states is after the final norm
-                assert torch.allclose(x[row][real[row]], hidden[layer + 1][0], atol=1e-4)
+            assert torch.allclose(x[row][real[row]], streams[row][layer + 1][0], atol=1e-4)
+    assert layers == [-1, *range(tiny.n_layers)]
 
 
 def test_llama_31_8b_reaches_the_hooked_transformer_right():

@@ -13,11 +13,12 @@ from interp_steer.errors import RequestError
 from interp_steer.hooks import fwd_hooks
 from interp_steer.intervention import Gate, steer
 from interp_steer.item import Item
+from interp_steer.model import SteeringModel
 from interp_steer.prompt import chat
 from interp_steer.selection import select_direction
 from interp_steer.site import Site
 from interp_steer.tracing import mediation, patch, propagation
-from tests.conftest import hf_streams
+from tests.conftest import hf_streams, state
 
 TOWER = Item(
     "I love the tower; I hate", " the dog", " the fox", corrupted="I hate the tower; I love"
@@ -461,7 +462,20 @@ def test_selection_by_logit_differences_of_plain_texts(tiny):
     ]
     found = select_direction(tiny, *parts, max_kl=9, layers=[0, 2, 4])
     assert list(found.table["layer"]) == [0, 2, 4] and set(found.table["position"]) == {-1}
-    assert found.table["added"].notna().all() and found.table["added"].max() > 0
+    ends = [
+        [hf_streams(tiny, tiny.encode(item.prompt).ids) for item in side] for side in parts[0]
+    ]
+    for _, row in found.table.iterrows():
+        layer = int(row["layer"])
+        means = [torch.stack([x[layer + 1][0, -1] for x in side]).mean(0) for side in ends]
+        shift = (means[0] - means[1]).detach()
+        assert row["norm"] == pytest.approx(shift.norm().item(), rel=1e-4)
+        (item,) = parts[1][1]
+        hook = (f"blocks.{layer}.hook_resid_post", lambda x, hook, s=shift: moved(x, s))
+        ids = tiny.encode(item.prompt).ids
+        changes = [difference(tiny, item, run(tiny, ids, some)[1]) for some in ([hook], [])]
+        assert row["added"] == pytest.approx(changes[0] - changes[1], abs=1e-3)
+    assert found.table["added"].abs().min() > 0.01
 
 
 def test_selection_errors(tiny):
@@ -485,19 +499,17 @@ def test_selection_errors(tiny):
             select_direction(tiny, **{**options, **changes})
 
 
-def test_nothing_is_left_after_an_exception(tiny, monkeypatch):
-    def hooks():
-        return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.hf.modules()]
-
-    before, unembed = hooks(), tiny.unembed
+def test_nothing_is_left_after_an_exception(tiny_folder, monkeypatch):
+    tiny = SteeringModel.load(str(tiny_folder))  # of its own: what others left would be seen late
     steering, calls = settings()["parts"], []
     for study in (
         lambda: patch(tiny, ITEMS, ["z", "attn_out"]),
         lambda: mediation(tiny, ITEMS, steering),
         lambda: propagation(tiny, ITEMS, steering),
     ):
+        before = state(tiny)
         study()
-        assert hooks() == before
+        assert state(tiny) == before
 
         def failing(x):
             calls.append(1)
@@ -506,8 +518,8 @@ def test_nothing_is_left_after_an_exception(tiny, monkeypatch):
         monkeypatch.setattr(tiny, "unembed", failing)
         with pytest.raises(KeyboardInterrupt):
             study()
-        assert hooks() == before
-        monkeypatch.setattr(tiny, "unembed", unembed)
+        monkeypatch.undo()
+        assert state(tiny) == before
     assert len(calls) == 3
 
 
