@@ -115,10 +115,24 @@ class _Found:
 
     table: "pd.DataFrame"
     summary: "pd.DataFrame"
+    draw: "Callable[[], Figure]"
     title: str = ""
     notes: Sequence[str] = ()
-    draw: "Callable[[], Figure] | None" = None
     largest_first: bool = False
+
+    def save(self, path: Path) -> None:
+        from interp_steer.files import whole
+
+        with whole(path) as part:
+            if path.suffix == ".csv":
+                self.table.to_csv(part, index=False)
+            else:
+                self.table.to_parquet(part, index=False)
+
+    def picture(self, path: Path) -> None:
+        from interp_steer import plots
+
+        plots.save(self.draw(), path)
 
 
 def _model(request: Request, name: str, dtype: str | None, revision: str | None) -> "SteeringModel":
@@ -152,7 +166,7 @@ def _ablated(request: Request) -> _Found:
 
         return plots.profile(summary)
 
-    return _Found(made.table, summary, draw=draw)
+    return _Found(made.table, summary, draw)
 
 
 def _patched(request: Request) -> _Found:
@@ -175,7 +189,7 @@ def _patched(request: Request) -> _Found:
         return patching_plot.patching(summary, made.table)
 
     title = _effect(summary, made.table, "corrupt", "clean", "share of it brought back")
-    return _Found(made.table, summary, title, _doubts(made.warning), draw, largest_first=True)
+    return _Found(made.table, summary, draw, title, _doubts(made.warning), largest_first=True)
 
 
 def _traced(request: Request) -> _Found:
@@ -205,7 +219,7 @@ def _traced(request: Request) -> _Found:
         risen = moved.risen[moved.risen["rank"] <= 3].groupby("layer")["token"].apply(" ".join)
         summary = summary.assign(rises=summary["layer"].map(risen))
         title = f"{cell}\nlast_relative: {patching_plot.MOVED['last_relative']}"
-        return _Found(moved.table, summary, title, (), lambda: patching_plot.propagation(summary))
+        return _Found(moved.table, summary, lambda: patching_plot.propagation(summary), title)
     words = request.many("word", study.concept)
     pairs = all(item.positive is not None and item.negative is not None for item in items)
     default = "logit_difference" if pairs else "words" if words else "kl_last"
@@ -219,8 +233,8 @@ def _traced(request: Request) -> _Found:
     summary = made.summary()
     title = _effect(summary, made.table, "unsteered", "steered", "share of it that goes")
     return _Found(
-        made.table, summary, f"{cell}\n{title}", _doubts(made.warning),
-        lambda: patching_plot.mediation(summary),
+        made.table, summary, lambda: patching_plot.mediation(summary), f"{cell}\n{title}",
+        _doubts(made.warning),
     )  # fmt: skip
 
 
@@ -244,36 +258,30 @@ def _effect(
 
 
 def _write(found: _Found, request: Request) -> None:
-    """Prints, then writes the rows, then draws: what fails later takes nothing away."""
-    from interp_steer.files import whole
-
+    """Writes the rows, draws, and prints; whichever fails takes nothing from the others."""
     out, plot, summary = request.given.get("out"), request.given.get("plot"), found.summary
+    failures: list[Exception] = []
+    wrote: list[Path] = []
+    for path, write in ((out, found.save), (plot, found.picture)):
+        try:
+            if path:
+                write(path)
+                wrote.append(path)
+        except Exception as error:  # whatever it is, the numbers are there
+            failures.append(error)
     notes = list(found.notes)
     if "as_json" in request.given:
         print(json.dumps(json.loads(summary.to_json(orient="records")), indent=1))
     else:
         _show(found, notes)
-    for note in notes:
-        print(safe(note), file=sys.stderr)
-    sys.stdout.flush()
-    wrote = []
-    if out:
-        with whole(out) as part:
-            if out.suffix == ".csv":
-                found.table.to_csv(part, index=False)
-            else:
-                found.table.to_parquet(part, index=False)
-        wrote.append(out)
-    if plot and found.draw:
-        from interp_steer import plots
-
-        try:
-            wrote.append(plots.save(found.draw(), plot))
-        except Exception as error:  # whatever it is, the numbers are there
-            raise RunError(f"the table is complete, {plot} could not be drawn: {error}") from error
-    if "as_json" not in request.given:
         for path in wrote:
             print(f"wrote {path}")
+    for note in notes:
+        print(safe(note), file=sys.stderr)
+    if failures:
+        lost = next(path for path in (out, plot) if path and path not in wrote)
+        why = failures[0]
+        raise RunError(f"the table is complete, but {lost} could not be made: {why}") from why
 
 
 def _show(found: _Found, notes: list[str]) -> None:

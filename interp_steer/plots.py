@@ -190,7 +190,7 @@ def profile(
         "first layer of the span" if spans else "layer",
         {metric: label or f"{of} {axes[metric]}" for metric in panels},
         dict.fromkeys(panels, title),
-        zero="unsteered" if is_grid else "none" if label else "no change",
+        zero="unsteered" if is_grid else "" if label else "no change",
     )  # fmt: skip
     more = len(heights) - len(largest)
     _say(figure, [f"{more} lines with smaller effects left out"] if more else [])

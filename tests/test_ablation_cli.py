@@ -1,13 +1,15 @@
 """`interp-steer ablate`: checked before a model loads, and nothing that was found is lost."""
 
 import json
+import os
+import sys
 
 import pandas as pd
 import pytest
 from test_runs import study
 from test_study_cli import error, said
 
-from interp_steer import patching_plot, plots
+from interp_steer import cli, patching_plot, plots
 from interp_steer.cell import Controls
 from interp_steer.chosen import setting_of
 from interp_steer.errors import RequestError
@@ -170,8 +172,19 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing_else(folder, tmp_path, cap
     files = ("--plot", tmp_path / "a.png", "--out", tmp_path / "a.csv")
     out, err = said(capsys, 1, "ablate", folder / "run", "--mediate", *files)
     assert "mlp_out" in out and "words: unsteered" in out
-    assert "the table is complete" in err and "could not be drawn: ink" in err
+    assert "the table is complete" in err and "a.png could not be made: ink" in err
     assert len(pd.read_csv(tmp_path / "a.csv")) == 4 * 2 * 3 and not (tmp_path / "a.png").exists()
+
+
+def test_a_reader_that_leaves_early_costs_no_file(folder, tmp_path, monkeypatch):
+    out, (reader, writer) = tmp_path / "a.csv", os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed, pytest.raises(SystemExit) as ended:
+        monkeypatch.setattr(sys, "stdout", closed)
+        words = ["interp-steer", "ablate", folder / "run", "--propagate", "--out", out]
+        monkeypatch.setattr(sys, "argv", [*map(str, words)])
+        cli.main()
+    assert ended.value.code == 0 and len(pd.read_csv(out)) == 4 * 4
 
 
 def test_shares_come_with_their_score_and_their_doubts(folder, capsys):
