@@ -18,7 +18,7 @@ from interp_steer.files import explained, parse_json, read_text, whole
 from interp_steer.locking import briefly
 from interp_steer.model import SteeringModel
 from interp_steer.study import Study
-from interp_steer.study_file import declared, write
+from interp_steer.study_file import declared, stored, write
 
 PASSING = ("written_at", "arguments", "earlier")  # of a manifest: they differ at every start
 CHANGING = ("versions", "machine", "device")  # what may differ between a folder's rows
@@ -60,7 +60,8 @@ class Description:
     @property
     def same(self) -> bool:
         """Whether the folder says already what the study is."""
-        there = (self.folder / "study.yaml").is_file()
+        paths = [Path("study.yaml"), *map(stored, self.study.directions)]
+        there = all((self.folder / path).is_file() for path in paths)
         return there and self.before.get("study") == self.manifest["study"]
 
     def begin(self, lines: Iterable[str] = ()) -> None:

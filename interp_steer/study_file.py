@@ -225,7 +225,7 @@ def declared(study: Study, model: SteeringModel) -> dict[str, Any]:
     """The fields of the file that repeats a study from a folder with its directions."""
     directions: dict[str, Any] = {}
     for name, given in study.directions.items():
-        told = str(_stored(name))
+        told = str(stored(name))
         directions[name] = {"contrast": told} if isinstance(given, Contrast) else told
     spec: dict[str, Any] = {
         "question": study.question,
@@ -261,11 +261,12 @@ def write(study: Study, model: SteeringModel, folder: Path) -> Path:
     with ExitStack() as parts:
         parts.enter_context(whole(path)).write_text(text, encoding="utf-8")
         for name, given in study.directions.items():
-            given.save(parts.enter_context(whole(folder / _stored(name))))
+            given.save(parts.enter_context(whole(folder / stored(name))))
     return path
 
 
-def _stored(name: str) -> Path:
+def stored(name: str) -> Path:
+    """Where a direction lies in a run's folder."""
     return Path("directions") / f"{name}.safetensors"
 
 

@@ -374,6 +374,7 @@ def test_a_report_is_written_whole_or_not_at_all(done, found, tmp_path, monkeypa
     monkeypatch.setattr(report._Report, "html", lambda page: "<p>whole</p>")
     path = report.write(done, tmp_path / "deep" / "a.html")
     before = path.read_bytes()
+    monkeypatch.setattr(report._Report, "html", lambda page: "<p>another</p>")
 
     def half(part, *_, **__):
         part.write_bytes(b"half")
