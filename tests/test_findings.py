@@ -303,6 +303,8 @@ def test_where_less_is_better_less_is_an_effect_and_more_is_none():
     more = told(rows("chosen", BEFORE + MOVED))
     f = found(before, more, told(nulls([99.0] * 39)), **given)
     assert f.verdict.p == pytest.approx(1 / 40) and f.verdict.steers is False
+    f = found(before, more, told(nulls([-9.0] * 39)), **given)
+    assert f.p.set_index("metric")["p"]["length"] == 1.0  # as far, if the other way
 
 
 def rated(role, values, seeds=1):
