@@ -134,7 +134,7 @@ def test_a_row_with_an_entry_lost_or_of_another_type(folder, key, wrong):
     told = json.loads(lines[30])
     told[key] = wrong
     path.write_text("\n".join([*lines[:30], json.dumps(told), *lines[31:]]))
-    assert "a row in" in refused(folder) and key in refused(folder)
+    assert "damaged" in refused(folder)
     told.pop(key)
     path.write_text("\n".join([*lines[:30], json.dumps(told), *lines[31:]]))
     lost = "is damaged at byte" if key == "metrics" else f"{key} is missing"

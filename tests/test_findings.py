@@ -279,12 +279,84 @@ def test_the_grid_has_simultaneous_bands_and_a_best_set():
     assert f.verdict.steers is None  # nothing was run on prompts that prove
 
 
+def test_where_less_is_better_the_best_cell_is_the_lowest():
+    parts = [rows("unsteered", BEFORE, "choose", surprise=9.0)]
+    noise = np.random.default_rng(0).normal(size=(12, 3))
+    for k, effect in enumerate((0.0, -5.0, -5.1)):
+        mine = rows("grid", BEFORE, "choose", level=str(k + 1.0), layer=k)
+        parts.append([{**row, "surprise": 9 + effect + noise[i, k]} for i, row in enumerate(mine)])
+    f = found(*parts, cells=3, metrics=["surprise"], choose_by="surprise")
+    assert f.grid["best"].to_list() == [False, True, True]
+
+
+def test_where_less_is_better_less_is_an_effect_and_more_is_none():
+    def told(parts):
+        return [{**row, "surprise": row["length"]} for row in parts]
+
+    before, less = told(rows("unsteered", BEFORE)), told(rows("chosen", BEFORE - MOVED))
+    given = {"metrics": ["surprise", "length"], "choose_by": "surprise"}
+    null = told(nulls([9.0] * 39))  # far the other way, or far by |effect|
+    f = found(before, less, null, **given)
+    assert f.verdict.steers is True and f.verdict.p == pytest.approx(1 / 40)
+    by = f.p.set_index("metric")["p"]
+    assert by["surprise"] == pytest.approx(1 / 40) and by["length"] == 1.0  # two-sided
+    more = told(rows("chosen", BEFORE + MOVED))
+    f = found(before, more, told(nulls([99.0] * 39)), **given)
+    assert f.verdict.p == pytest.approx(1 / 40) and f.verdict.steers is False
+    f = found(before, more, told(nulls([-9.0] * 39)), **given)
+    assert f.p.set_index("metric")["p"]["length"] == 1.0  # as far, if the other way
+
+
+def rated(role, values, seeds=1):
+    """Rows of a rate; `values` are of prompts, or of prompts and their seeds."""
+    mine = rows(role, BEFORE, seeds=seeds)
+    return [{**row, "concept": float(v)} for row, v in zip(mine, np.ravel(values), strict=True)]
+
+
+def test_a_rate_has_newcombes_interval_and_mcnemars_p():
+    before, after = np.arange(12) < 2, np.arange(12) % 6 > 0
+    f = found(rated("unsteered", before), rated("chosen", after),
+              metrics=["concept"], choose_by="concept")  # fmt: skip
+    (claim,) = f.claims.to_dict("records")
+    expected = intervals.difference(after, before, kind="rate")
+    assert (claim["low"], claim["high"]) == (expected.low, expected.high)
+    assert claim["method"] == "paired Newcombe"
+    # nine prompts turn to it and one away from it: 2 (1 + 10) / 2^10
+    assert ((after & ~before).sum(), (before & ~after).sum()) == (9, 1)
+    assert claim["p"] == pytest.approx(22 / 1024)
+
+
+def test_a_rate_with_seeds_is_of_prompts():
+    draw = np.random.default_rng(3)
+    after = draw.random((12, 4)) < np.linspace(0, 1, 12)[:, None]
+    f = found(rated("unsteered", np.zeros((12, 4)), 4), rated("chosen", after, 4),
+              metrics=["concept"], choose_by="concept", seeds=[0, 1, 2, 3])  # fmt: skip
+    (claim,) = f.claims.to_dict("records")
+    units = np.repeat([f"prove{i}" for i in range(12)], 4).tolist()
+    expected = intervals.rate_by_unit(after.ravel(), units)
+    assert (claim["mean_low"], claim["mean_high"]) == (expected.low, expected.high)
+    assert expected.high - expected.low > 1.2 * np.subtract(*reversed(
+        [getattr(intervals.rate(after.ravel()), end) for end in ("low", "high")]
+    ))  # fmt: skip
+
+
+def test_limits_do_not_pass_what_a_metric_can_be():
+    after = np.array([1.0] * 9 + [0.2, 0.9, 0.6])
+    parts = [*rows("unsteered", BEFORE), *rows("chosen", BEFORE)]
+    for row, value in zip(parts, [*np.zeros(12), *after], strict=True):
+        row["distinct2"] = value
+    f = found(parts, metrics=["distinct2"], choose_by="distinct2")
+    (claim,) = f.claims.to_dict("records")
+    assert intervals.mean(after).high > 1
+    assert claim["high"] == claim["mean_high"] == 1
+
+
 def test_slopes_are_those_of_numpy(tiny, tmp_path):
     vector = torch.randn(64, generator=torch.Generator().manual_seed(2))
     items = [Item(f"I love the {w}", positive=" tower", negative=" rain") for w in WORDS]
     study = Study(
         choose=[], prove=items, directions={"d": Direction.of(vector, "blocks.2.hook_resid_post")},
-        sites=[2, 3], coefficients=["-0.2 dose", "-0.1 dose", "0.1 dose", "0.2 dose"],
+        sites=[2, 3], coefficients=["-0.05 dose", "0.1 dose", "0.15 dose", "0.2 dose"],
         metrics="propensity", as_chat=False, controls=Controls(random=0, shuffled=0),
     )  # fmt: skip
     run = study.run(tiny, tmp_path)
