@@ -456,6 +456,7 @@ def test_prompt_and_answer_must_fit_the_context(engine):
 def test_nothing_is_left_on_the_model_after_an_exception(tiny_folder, directions, monkeypatch):
     tiny = SteeringModel.load(str(tiny_folder))  # of its own: what others left would be seen late
     engine = Engine(tiny)
+
     class Stop(Exception):
         pass
 
