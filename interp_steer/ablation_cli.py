@@ -62,9 +62,7 @@ def ablate(
     ] = None,
     positions: Annotated[
         str | None,
-        typer.Option(
-            help="Of --patch: each (default), all, last, or numbers such as 0,3-5,-1."
-        ),
+        typer.Option(help="Of --patch: each (default), all, last, or numbers such as 0,3-5,-1."),
     ] = None,
     patch: Annotated[
         bool, typer.Option("--patch", help="Put clean activations into the corrupted prompts.")

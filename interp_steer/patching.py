@@ -158,9 +158,7 @@ def patch(
     return Patching(table.astype({"head": "Int64", "position": "Int64"}))
 
 
-def check(
-    items: Sequence[Item], components: Sequence[str], positions: str | Sequence[int]
-) -> None:
+def check(items: Sequence[Item], components: Sequence[str], positions: str | Sequence[int]) -> None:
     """Raises RequestError for all that can be told without a model; see `patch`."""
     check_names("component", components, PATCHED)
     if isinstance(positions, str) and positions not in POSITIONS:

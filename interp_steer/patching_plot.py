@@ -59,13 +59,15 @@ def patching(summary: pd.DataFrame, table: pd.DataFrame | None = None, most: int
         if pd.notna(r[across]):
             head = f", head {r['head']}" if across == "position" and pd.notna(r["head"]) else ""
             panels.setdefault(f"{r['component']}{head}", []).append(r)
+    shown = {r["component"] for some in panels.values() for r in some}
     largest = sorted(panels, key=lambda name: -max(abs(r["estimate"]) for r in panels[name]))
     kept = [name for name in panels if name in largest[:most]]
     tokens = _tokens(table) if table is not None and across == "position" else {}
     drawn = [_Panel(name, across, panels[name]) for name in kept]
-    left_out = len(panels) - len(kept)
-    note = f"{left_out} panels with smaller shares left out" if left_out else ""
-    return heat.literal(_maps(drawn, tokens, label, note))
+    left_out, headless = len(panels) - len(kept), {r["component"] for r in rows} - shown
+    notes = [f"{left_out} panels with smaller shares left out"] * bool(left_out)
+    notes += [f"{', '.join(sorted(headless))}: no heads, not drawn"] * bool(headless)
+    return heat.literal(_maps(drawn, tokens, label, "; ".join(notes)))
 
 
 def mediation(summary: pd.DataFrame) -> "Figure":

@@ -206,9 +206,7 @@ def test_the_mean_is_over_the_items_without_reference_prompts(tiny):
 
 @pytest.mark.parametrize("span", ["window", "upward", "downward"])
 def test_spans(tiny, span):
-    found = ablate(
-        tiny, ITEMS, ["attn_out", "block", "resid_post"], span=span, width=3, **NAMED
-    )
+    found = ablate(tiny, ITEMS, ["attn_out", "block", "resid_post"], span=span, width=3, **NAMED)
 
     def hooks(row, item):
         layers = range(row.layer, row.last + 1)
@@ -263,9 +261,7 @@ def test_a_feature_is_set_to_zero_at_its_own_site(tiny, tmp_path):
 
     folder = saved(tmp_path / "sae", "jumprelu")
     sae, index = SAE.load_from_disk(folder), 5
-    found = ablate(
-        tiny, ITEMS, ["feature"], vector=feature(folder, index), **NAMED, span="upward"
-    )
+    found = ablate(tiny, ITEMS, ["feature"], vector=feature(folder, index), **NAMED, span="upward")
 
     def without(x, hook):
         moved = x - sae.encode(x)[..., index, None] * sae.W_dec[index]
@@ -367,6 +363,20 @@ def test_scores_that_items_lack_are_left_out(tiny):
     assert set(found[found["score"] == "logit_difference"]["item"]) == {FOX.id, TOWER.id}
     asked = ablate(tiny, ITEMS, ["mlp_out"], scores=["kl_last"]).table
     assert set(asked["score"]) == {"kl_last"} and (asked["clean"] == 0).all()
+
+
+def test_an_answer_that_words_reads_changes_no_other_score(tiny):
+    """The model's own answer follows the prompt, and only `words` looks at it."""
+    options = {"components": ["mlp_out", "z"], "layers": [1, 4], "heads": [0]}
+    plain = ablate(tiny, ITEMS, **options).table
+    found = ablate(tiny, ITEMS, words=WORDS, **options).table
+    others = found[found["score"] != "words"].reset_index(drop=True)
+    assert list(others["score"]) == list(plain["score"]) and len(found) == len(plain) + 3 * 4
+    for column in ("clean", "value"):
+        assert (others[column] - plain[column]).abs().max() < 1e-4
+    short = ablate(tiny, ITEMS, **NAMED, **options).table
+    words = [one[(one["score"] == "words") & (one["item"] == FOX.id)] for one in (found, short)]
+    assert (words[0]["value"] - words[1]["value"]).abs().min() > 1e-3
 
 
 @pytest.mark.parametrize(

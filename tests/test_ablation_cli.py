@@ -160,6 +160,8 @@ def test_the_map_is_the_table(folder):
     heads = summary.assign(head=summary["position"] + 1, position=None)
     (image,) = patching_plot.patching(heads).axes[0].images
     assert image.get_array().tolist() == [[-1, 0, 1], [29, 30, 31]]
+    both = pd.concat([heads, heads.assign(head=None, component="attn_out")])
+    assert patching_plot.patching(both).get_supxlabel() == "attn_out: no heads, not drawn"
     with pytest.raises(RequestError, match="no place has a share"):
         patching_plot.patching(summary.assign(estimate=float("nan")))
 

@@ -462,9 +462,7 @@ def test_selection_by_logit_differences_of_plain_texts(tiny):
     ]
     found = select_direction(tiny, *parts, max_kl=9, layers=[0, 2, 4])
     assert list(found.table["layer"]) == [0, 2, 4] and set(found.table["position"]) == {-1}
-    ends = [
-        [hf_streams(tiny, tiny.encode(item.prompt).ids) for item in side] for side in parts[0]
-    ]
+    ends = [[hf_streams(tiny, tiny.encode(item.prompt).ids) for item in side] for side in parts[0]]
     for _, row in found.table.iterrows():
         layer = int(row["layer"])
         means = [torch.stack([x[layer + 1][0, -1] for x in side]).mean(0) for side in ends]
@@ -503,7 +501,7 @@ def test_nothing_is_left_after_an_exception(tiny_folder, monkeypatch):
     tiny = SteeringModel.load(str(tiny_folder))  # of its own: what others left would be seen late
     steering, calls = settings()["parts"], []
     for study in (
-        lambda: patch(tiny, ITEMS, ["z", "attn_out"]),
+        lambda: patch(tiny, ITEMS, ["z", "attn_out"], positions="all"),
         lambda: mediation(tiny, ITEMS, steering),
         lambda: propagation(tiny, ITEMS, steering),
     ):
@@ -531,7 +529,8 @@ def test_progress_is_told(tiny):
         return said[-1]
 
     steering = settings()["add"]
-    assert collect(lambda r: patch(tiny, ITEMS, ["z"], batch=2, report=r)) == pytest.approx(1)
+    patched = collect(lambda r: patch(tiny, ITEMS, ["z"], positions="all", batch=2, report=r))
+    assert patched == pytest.approx(1)
     assert collect(lambda r: mediation(tiny, ITEMS, steering, batch=2, report=r)) == 1
     assert collect(lambda r: propagation(tiny, ITEMS, steering, batch=1, report=r)) == 2
 
