@@ -3,11 +3,13 @@
 Heavy imports wait inside the commands, so that `--help` answers at once.
 """
 
+import contextlib
 import io
 import json
 import math
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +75,11 @@ def main() -> None:
         code = error.exit_code
     except (Abort, EOFError, KeyboardInterrupt):
         code = fail("stopped", 130)
-    except (BrokenPipeError, SystemExit):  # the reader (`head`) has seen enough; typer's way too
+        if threading.active_count() > 1:  # Python would wait for those that wait for a server
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                sys.stdout.flush()
+            os._exit(code)
+    except BrokenPipeError:  # the reader (`head`, a pager) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:

@@ -121,7 +121,7 @@ def top_contexts(
     chosen = list(range(sae.d_sae)) if features is None else [sae.index(i) for i in features]
     index = torch.tensor(chosen)
     encoded = _readable(encoded)
-    best = torch.zeros(k, len(chosen))
+    best = torch.zeros(k, len(chosen), dtype=torch.float32)
     places = torch.full((k, len(chosen)), -1)  # text * PLACES + position
     for number, (_, latents) in enumerate(sae.over(model, encoded)):
         if tally:
@@ -187,7 +187,7 @@ def find(
         raise RequestError(f"features are ordered by auroc or difference, not by {by!r}")
     sides = [_readable(positive), _readable(negative)]
     everything = [*sides[0], *sides[1]]
-    means = torch.empty(len(everything), sae.d_sae)
+    means = torch.empty(len(everything), sae.d_sae, dtype=torch.float32)
     for number, (_, latents) in enumerate(sae.over(model, everything)):
         means[number] = latents.mean(0).cpu()
         if report:

@@ -333,7 +333,7 @@ def _means(
     layers = []
     for layer, x, real in model.residuals([one for one, _ in rows]):
         if weights is None:
-            weights = torch.zeros(real.shape, device=x.device)
+            weights = torch.zeros(real.shape, dtype=torch.float32, device=x.device)
             for row, (_, (begin, end)) in enumerate(rows):
                 weights[row, begin:end] = 1 / (end - begin)
         if layer >= 0:

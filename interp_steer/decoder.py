@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_steer.errors import RequestError, RunError
+from interp_steer.files import read_text
 from interp_steer.hub import Bytes, Folder, LocalFile, Repo, commit
 from interp_steer.registry import Entry
 from interp_steer.site import COMPONENTS, Site
@@ -153,12 +154,12 @@ def temporal(files: Repo | Folder, prefix: str, entry: Entry, index: int) -> Dec
     SAELens multiplies activations by `scaling_factor` as it encodes and divides by it as it
     decodes, and leaves W_dec as it is. In residual units a row is therefore D / scaling_factor.
     """
-    import yaml
+    from interp_steer.yaml_text import parse_yaml
 
     path = files.path(f"{prefix}conf.yaml")
     try:
-        factor = float(yaml.safe_load(path.read_text(encoding="utf-8"))["sae"]["scaling_factor"])
-    except (ValueError, KeyError, TypeError, OSError, yaml.YAMLError) as error:
+        factor = float(parse_yaml(read_text(path), path)["sae"]["scaling_factor"])
+    except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged: it names no sae.scaling_factor") from error
     if not (math.isfinite(factor) and factor > 0):
         raise RunError(f"{path} is damaged: sae.scaling_factor is {factor}")

@@ -71,12 +71,12 @@ def run(
     about = {"model": model.fingerprint, "dtype": str(model.dtype).removeprefix("torch.")}
     part = "" if shard is None else f"-{shard[0]}-of-{shard[1]}"
     check(study, model)
-    same_date(folder, model.date)
     description: Description | None = None
 
     def begin(alone: bool) -> None:
         """Settles what the folder says where others may be at work in it."""
         nonlocal description
+        same_date(folder, model.date)
         description = Description(folder, study, model, _manifest(study, model, about, arguments))
         if not description.same and not alone:
             raise RunError(f"{folder} is being written by a shard of another study")

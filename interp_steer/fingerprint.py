@@ -9,6 +9,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
+# transformers puts its own version among a model's settings. The one that wrote the first runs
+# stands for all of them: a newer library does not make another model of the same weights.
+WRITTEN_WITH = "5.24.0"
+
 
 class Fingerprint:
     """A short hash of a model's configuration and of a sample of every weight matrix.
@@ -40,7 +44,8 @@ class Fingerprint:
 
     @torch.no_grad()
     def _measure(self) -> None:
-        digest = hashlib.sha256(repr(sorted(self._hf.config.to_diff_dict().items())).encode())
+        config = {**self._hf.config.to_diff_dict(), "transformers_version": WRITTEN_WITH}
+        digest = hashlib.sha256(repr(sorted(config.items())).encode())
         weights = dict(self._hf.named_parameters())
         # views: they follow what is written to the weights, also through `.data`
         self._samples = [

@@ -106,10 +106,10 @@ class Tally:
     def __init__(self, d_model: int, d_sae: int) -> None:
         self.tokens = self.texts = 0
         self.fired = torch.zeros(d_sae, dtype=torch.float64)
-        self.peak = torch.zeros(d_sae)
+        self.peak = torch.zeros(d_sae, dtype=torch.float32)
         self._cosine = 0.0
         self._ratios: list[Tensor] = []
-        self._norms = torch.zeros(0)
+        self._norms = torch.zeros(0, dtype=torch.float32)
         self._all, self._ordinary = _Variance(d_model), _Variance(d_model)
 
     def add(

@@ -170,6 +170,8 @@ def _filled(
     tokenizer = copy.deepcopy(model.tokenizer)
     # TransformerLens loads the tokenizer again, by name, unless this says that it adds BOS
     tokenizer.init_kwargs["add_bos_token"] = True
+    tokenizer.init_kwargs.setdefault("name_or_path", "")  # one that was made in memory has none
     hooked.set_tokenizer(tokenizer, default_padding_side="left")
-    hooked.cfg.default_prepend_bos = bool(model.tokenizer("")["input_ids"])
+    begins = model.tokenizer("a")["input_ids"][:1]  # others put an EOS behind a text
+    hooked.cfg.default_prepend_bos = begins == [model.tokenizer.bos_token_id]
     return hooked.eval()

@@ -12,7 +12,6 @@
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,13 +21,14 @@ from typing import Any
 
 from interp_steer.entry import KNOWN, PROMPTS, SIDES, Entry
 from interp_steer.errors import RequestError, nearest, note
-from interp_steer.files import explained
+from interp_steer.files import parse_json, read_text
 from interp_steer.item import Item
 from interp_steer.prompt import Prompt
 
 TEXTS = ("", ".txt", ".md")
 LINES = (".jsonl", ".ndjson")
 TABLES = {".csv": ",", ".tsv": "\t"}
+LARGEST = 128 * 2**20  # bytes of a prompt file
 SUFFIXES = (*TEXTS[1:], ".json", *LINES, *TABLES)
 
 
@@ -133,34 +133,21 @@ def _listed(given: str) -> list[Any]:
         raise RequestError(f"no prompt file {path}")
     if suffix not in (*TEXTS, *SUFFIXES):
         raise RequestError(f"{path}: prompts are read from {', '.join(SUFFIXES)}, not {suffix}")
-    with explained(path):
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise RequestError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    text = read_text(path, LARGEST).replace("\r\n", "\n").replace("\r", "\n")
     if suffix in TABLES:
         return _table(path, text, TABLES[suffix], picked)
     if suffix in TEXTS:
         found: Any = [line for line in text.split("\n") if line.strip()]
     elif suffix in LINES:
         lines = enumerate(text.split("\n"), start=1)
-        found = [_json(path, line, f", line {n}") for n, line in lines if line.strip()]
+        found = [parse_json(line, f"{path}, line {n}") for n, line in lines if line.strip()]
     else:
-        found = _json(path, text, "")
+        found = parse_json(text, path)
         if isinstance(found, dict) and any(isinstance(part, list) for part in found.values()):
             found, picked = _part(path, found, picked)
     if not isinstance(found, list) or not found:
         raise RequestError(f"{path} holds no prompts; expected a list of texts or objects")
     return _field(path, found, picked[0]) if picked else found
-
-
-def _json(path: Path, text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise RequestError(f"{path}{where} is not valid JSON: {error}") from error
-    except RecursionError:
-        raise RequestError(f"{path}{where} is nested too deeply to hold prompts") from None
 
 
 def _part(path: Path, given: dict[str, Any], picked: list[str]) -> tuple[Any, list[str]]:

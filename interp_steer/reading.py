@@ -224,7 +224,8 @@ def sweep(
         trunk = Trunk(model, [one.ids for one in rows], keep)
         judge = Judge(trunk, rows, scores, words)
         made = variants(trunk, chunk)
-        out = torch.full((len(made), *judge.clean.shape), torch.nan)
+        shape = len(made), *judge.clean.shape
+        out = torch.full(shape, torch.nan, dtype=torch.float32)
         size = max(1, (batch or TOKENS_AT_ONCE // trunk.real.shape[1]) // len(chunk))
         # neighbours enter at neighbouring blocks, so that a part of them begins late
         order = sorted(range(len(made)), key=lambda n: sorted(edit.block for edit in made[n]))

@@ -279,5 +279,6 @@ def _erase(
     unit: Float[Tensor, " d_model"],
     x: Float[Tensor, "item pos d_model"],
 ) -> Float[Tensor, "item pos d_model"]:
-    one, zero = unit.expand(len(x), 1, -1), torch.zeros(len(x), 1, device=x.device)
+    one = unit.expand(len(x), 1, -1)
+    zero = torch.zeros(len(x), 1, dtype=unit.dtype, device=x.device)
     return put(mask, operators.clamp(x, one, one, zero, zero), x)

@@ -26,8 +26,7 @@ BEFORE = Path(__file__).parent / "data" / "before"
 def model() -> SteeringModel:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(BEFORE)
-        # the fingerprint holds the version of transformers
-        patch.setattr(configuration_utils, "__version__", "5.24.0")
+        patch.setattr(configuration_utils, "__version__", "5.99.0")  # an upgrade
         loaded = SteeringModel.load("model", device="cpu", dtype="float32")
         assert loaded.fingerprint == "52ab4465ca0ac4f1"
     return loaded

@@ -305,13 +305,19 @@ def test_a_reader_that_leaves_early_is_no_error(made):
     assert done.returncode == 0 and done.stderr == ""
 
 
-def test_an_interrupt_is_said_in_one_line(tmp_path):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["labels", "show", "--fetch", "gpt2-small/6-res-jb/650"],
+        ["labels", "sync", "gpt2-small/6-res-jb"],  # other threads wait for the server
+    ],
+)
+def test_an_interrupt_is_said_in_one_line(tmp_path, words):
     """SIGINT to a process in the midst of its work: waiting for a server that says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(60)
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         told = {"NEURONPEDIA_URL": address, "NEURONPEDIA_EXPORTS_URL": address}
-        words = ["labels", "show", "--fetch", "gpt2-small/6-res-jb/650"]
         process = subprocess.Popen(
             [sys.executable, "-m", "interp_steer", *words],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -321,7 +327,7 @@ def test_an_interrupt_is_said_in_one_line(tmp_path):
             connection, _ = server.accept()  # it has begun
             with connection:
                 process.send_signal(signal.SIGINT)
-                out, err = process.communicate(timeout=30)
+                out, err = process.communicate(timeout=5)
         finally:
             process.kill()
     assert process.returncode == 130

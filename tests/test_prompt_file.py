@@ -236,7 +236,7 @@ def test_fields_that_are_not_read_are_named_once(tmp_path):
         ("p.jsonl", '"a"\n{"prompt"}', "line 2 is not valid JSON"),
         ("p.jsonl", "", "holds no prompts"),
         ("p.jsonl", '["a"]', "entry 1: messages hold 'a'"),
-        ("p.json", "[" * 100_000, "nested too deeply"),
+        ("p.json", "[" * 100_000, "nested more than 64 levels deep"),
         ("p.csv", "prompt\n", "holds no prompts below its header 'prompt'"),
         ("p.csv", "", "expected a header and rows"),
         ("p.csv", "prompt\na,b\n", "entry 1 has 2 cells, expected 'prompt'"),
@@ -260,10 +260,10 @@ def test_missing_and_unreadable_files_are_one_clear_line(tmp_path, monkeypatch):
             read_prompts(path)
     path = written(tmp_path, "p.txt", "a")
 
-    def refused(self, **_):
+    def refused(self, *_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(type(path), "read_text", refused)
+    monkeypatch.setattr(type(path), "open", refused)
     with pytest.raises(RunError, match=r"p\.txt: permission denied"):
         read_prompts(path)
 

@@ -96,7 +96,8 @@ def _list(
         return files + (client.exports(source, "features", clock=clock) if numbers else [])
 
     listed: dict[Source, list[Export]] = {}
-    with ThreadPoolExecutor(client.workers) as pool:
+    pool = ThreadPoolExecutor(client.workers)
+    try:
         for source, answer in [(source, pool.submit(ask, source)) for source in sources]:
             try:
                 files = answer.result()
@@ -106,7 +107,9 @@ def _list(
             if not files and not source.release:
                 raise RequestError(f"Neuronpedia has no labels of {source}{registry.like(source)}")
             listed[source] = files  # of a known SAE: nobody has explained it yet
-    return listed
+        return listed
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # who interrupts does not wait for a server
 
 
 def _fetch(
