@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,8 @@ def state(model: SteeringModel) -> dict[str, object]:
     gradients, modes, and hooks on either view.
     """
     views = {"hf": model.hf, "hooked": model.hooked}  # the second is made when first asked for
-    found: dict[str, object] = {"attributes": set(vars(model))}
+    kept = {name for name, of in vars(SteeringModel).items() if isinstance(of, cached_property)}
+    found: dict[str, object] = {"attributes": set(vars(model)) - kept}
     for name, view in views.items():
         for part, module in view.named_modules():
             hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)

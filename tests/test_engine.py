@@ -542,7 +542,6 @@ def test_a_pass_that_breaks_off_leaves_the_model_as_it_was(tiny, engine, directi
 def test_nothing_is_left_on_the_model_after_an_exception(tiny_folder, directions, monkeypatch):
     tiny = SteeringModel.load(str(tiny_folder))  # of its own: what others left would be seen late
     row = Row(PROMPTS[0], parse("add(head, 1) at z 1h1; ablate(one) at mlp_out 3", directions))
-    _ = tiny.stop_ids  # made when first asked for, and kept
     before = state(tiny)
     Engine(tiny).generate([row])
     assert state(tiny) == before
