@@ -5,6 +5,8 @@ import os
 # before torch: spinning OpenMP threads make short steps slow on a busy machine
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # several share the cores; for their processes as well
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 from functools import cached_property
@@ -14,6 +16,9 @@ import pytest
 import torch
 
 from interp_steer.model import SteeringModel
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
