@@ -16,6 +16,7 @@ from interp_steer.contrast import Contrast
 from interp_steer.errors import RunError
 from interp_steer.files import explained, parse_json, read_text, whole
 from interp_steer.locking import briefly
+from interp_steer.metrics import METRICS
 from interp_steer.model import SteeringModel
 from interp_steer.study import Study
 from interp_steer.study_file import declared, stored, write
@@ -135,9 +136,12 @@ def _lasting(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _identity(study: Study, model: SteeringModel) -> str:
-    """A hash of what decides a study's rows and their parts, its directions' numbers included."""
+    """A hash of what decides a study's rows and their parts: the numbers of its directions and what
+    its metrics mean are part of it.
+    """
     told = declared(study, model)
     content: dict[str, Any] = {name: told[name] for name in told if name not in WHERE}
+    content["meanings"] = {name: METRICS[name].meaning for name in study.metrics}
     content["shas"] = {name: vector.sha for name, vector in study.vectors.items()}
     for name, given in study.directions.items():
         if isinstance(given, Contrast):
