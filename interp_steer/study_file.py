@@ -16,6 +16,7 @@
 The other fields are those of `Study`. Files are looked for beside the YAML file first.
 """
 
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
@@ -181,7 +182,7 @@ class StudyFile:
     def _path(self, name: object) -> Path:
         """A file beside this one, else as it is."""
         beside = self.folder / str(name)
-        return beside if beside.exists() or is_file(beside) else Path(str(name))
+        return beside if os.path.exists(beside) or is_file(beside) else Path(str(name))
 
     def _file(self, given: object, name: str) -> PromptFile:
         """The entries of a prompt file, or of a list in this one."""
