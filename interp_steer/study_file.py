@@ -32,6 +32,7 @@ from interp_steer.features import feature
 from interp_steer.files import read_text, whole
 from interp_steer.intervention import Vector
 from interp_steer.item import Item
+from interp_steer.metrics import BUILT_IN
 from interp_steer.model import SteeringModel
 from interp_steer.parts import split_items
 from interp_steer.prompt_file import PromptFile, is_file
@@ -134,6 +135,14 @@ class StudyFile:
     def told(self, date: str | None) -> "StudyFile":
         """The same with another date for the chat template; None leaves the file's."""
         return self if date is None else replace(self, spec={**self.spec, "date": read_date(date)})
+
+    def without_metrics(self) -> "StudyFile":
+        """The same without metrics of its own and what they decide, so that no file of theirs is
+        run: for its prompts, directions and cells.
+        """
+        left = {n: v for n, v in self.spec.items() if n not in ("modules", "choose_by", "limits")}
+        left["metrics"] = [n for n in _listed(left.get("metrics")) if n in BUILT_IN]
+        return replace(self, spec=left)
 
     def parts(self) -> dict[str, list[Item]]:
         """The prompts, by the part that they play."""
