@@ -17,7 +17,7 @@ import pandas as pd
 from interp_steer.errors import RequestError, RunError
 from interp_steer.files import parse_json, read_lines, read_text, whole
 from interp_steer.results import Results, joined
-from interp_steer.shape import NONE, NUMBER, misfit
+from interp_steer.shape import COUNT, NONE, NUMBER, misfit
 
 if TYPE_CHECKING:
     from interp_steer.findings import Findings
@@ -27,13 +27,13 @@ ROWS = "rows*.jsonl"
 _MANIFEST = {
     "about": {"model": str, "dtype": str}, "question": str, "metrics": [str], "choose_by": str,
     "limits": {str: NUMBER},
-    "controls": {"random": int, "features": int, "shuffled": int, "flip": bool,
+    "controls": {"random": COUNT, "features": COUNT, "shuffled": COUNT, "flip": bool,
                  "wrong_layer": bool},
-    "selected": int, "cells": int, "concept": [str],
+    "selected": COUNT, "cells": COUNT[1:], "concept": [str],
     "sampling": {"temperature": NUMBER, "top_p": NUMBER, "top_k": int,
                  "repetition_penalty": NUMBER, "max_new_tokens": int},
     "seeds": [int], "chunk": int,
-    "prompts": {"build": int, "choose": int, "prove": int, "neutral": int},
+    "prompts": {"build": COUNT, "choose": COUNT, "prove": COUNT, "neutral": COUNT},
     "directions": {str: str}, "model": str, "revision": (str, NONE), "dtype": str, "device": str,
     "n_layers": int, "threads": int, "versions": {str: str}, "machine": {str: object},
     "arguments": [str], "modules": [str], "written_at": str,
@@ -92,10 +92,7 @@ class Run:
         Raises:
             RunError: a row is damaged.
         """
-        try:
-            found = known(self.folder, self.manifest["about"])
-        except RecursionError:
-            raise RunError(f"rows in {self.folder} are damaged: nested too deeply") from None
+        found = known(self.folder, self.manifest["about"])
         for key, row in found.items():
             if wrong := misfit(row, _ROW):
                 raise RunError(f"a row in {self.folder} is damaged: {key[:40]}: {wrong}")

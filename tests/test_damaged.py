@@ -92,6 +92,11 @@ def test_a_manifest_with_an_entry_lost_or_of_another_type(folder, key):
         (lambda told: told["prompts"].update(choose="12"), "prompts.choose is '12'"),
         (lambda told: told["prompts"].pop("prove"), "prompts.prove is missing"),
         (lambda told: told["sampling"].update(top_k=None), "sampling.top_k is 'None'"),
+        (lambda told: told.update(question="\ud800"), "half a character"),
+        (lambda told: told.update(selected=-1), "selected is -1"),
+        (lambda told: told.update(selected=2**62), "selected is 46"),
+        (lambda told: told.update(cells=0), "cells is 0"),
+        (lambda told: told["prompts"].update(prove=-1), "prompts.prove is -1"),
         (lambda told: told.update(metrics=[]), "not among the metrics"),
         (lambda told: told.update(metrics=["concept", 7]), r"metrics[1] is of type int"),
         (lambda told: told.update(measures=[1]), "measures is of type list"),
@@ -125,7 +130,7 @@ def test_a_plan_with_an_entry_lost_or_of_another_type(folder, key):
         ("metrics", None), ("metrics", "text"), ("metrics", ["concept"]),
         ("metrics", {"concept": "1.0"}), ("metrics", {"concept": [1.0]}),
         ("metrics", {"surprise": True}), ("layer", "12"), ("layer", 10**30), ("dose", "0.4"),
-        ("coefficient", {}), ("prompt", 7), ("text", ["a"]), ("finish", 1), ("head", 0.5),
+        ("coefficient", {}), ("prompt", 7), ("prompt", "\ud800"), ("text", ["a"]), ("finish", 1), ("head", 0.5),
     ],
 )  # fmt: skip
 def test_a_row_with_an_entry_lost_or_of_another_type(folder, key, wrong):

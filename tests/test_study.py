@@ -397,6 +397,7 @@ ALL = "directions: {d: x}\nprompts: {all: [a, b, c],"
         (f"{REST}limits: {{rep3: {2**63}}}", "the limit of rep3 is 92.*, expected a number; of at"),
         (f"directions: {{d: x}}\nprompts: {{prove: {'a' * 300}}}", "no prompt file aaa"),
         ('directions: {d: x}\nprompts: {prove: "a\\0b"}', "no prompt file a"),
+        (f'{REST}question: "\\ud800"', "half a character"),
         (f"{REST}on: 1", "a field is named True, expected text; YAML reads an unquoted"),
         (f"{REST}sites: 1\nseeds: 0\nsites: 2", "holds 'sites' twice, in lines 3 and 5"),
         (f"{REST}controls: {{random: 1, flip: no, random: 2}}", "holds 'random' twice"),
