@@ -35,7 +35,7 @@ _MANIFEST = {
     "seeds": [int], "chunk": int,
     "prompts": {"build": COUNT, "choose": COUNT, "prove": COUNT, "neutral": COUNT},
     "directions": {str: str}, "model": str, "revision": (str, NONE), "dtype": str, "device": str,
-    "n_layers": int, "threads": int, "versions": {str: str}, "machine": {str: object},
+    "n_layers": int, "threads": COUNT[1:4097], "versions": {str: str}, "machine": {str: object},
     "arguments": [str], "modules": [str], "written_at": str,
 }  # fmt: skip
 _PLANNED = {
@@ -62,28 +62,17 @@ class Run:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not (self.folder / "manifest.json").is_file():
+        found, plan = read_manifest(self.folder), self.folder / "plan.jsonl"
+        if found is None:
             raise RequestError(f"no run in {self.folder}: it has no manifest.json")
-        path, plan = self.folder / "manifest.json", self.folder / "plan.jsonl"
-        self.manifest: dict[str, Any] = parse_json(read_text(path, error=RunError), path, RunError)
+        self.manifest = found
         lines = read_lines(plan, RunError) if plan.is_file() else ()
         self.plan: list[dict[str, Any]] = [
             parse_json(text, f"{plan}, line {n}", RunError) for n, text in enumerate(lines, 1)
         ]
-        self._check()
-
-    def _check(self) -> None:
-        """Whether the manifest and the plan have the shape that they must have."""
-        told = self.manifest
-        wrong = misfit(told, _MANIFEST)
-        if wrong is None and not {told["choose_by"], *told["limits"]} <= set(told["metrics"]):
-            wrong = "choose_by or a limit is not among the metrics"
-        if wrong:
-            raise RunError(f"{self.folder / 'manifest.json'} is damaged: {wrong}")
         for number, one in enumerate(self.plan, start=1):
             if wrong := misfit(one, _PLANNED):
-                where = f"{self.folder / 'plan.jsonl'}, line {number}"
-                raise RunError(f"{where}, is damaged: {wrong}")
+                raise RunError(f"{plan}, line {number}, is damaged: {wrong}")
 
     @cached_property
     def rows(self) -> dict[str, Mapping[str, Any]]:
@@ -149,6 +138,24 @@ class Run:
         return f"<p>{self.folder}: {len(self.rows)} rows</p>{head}"
 
 
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What a run's folder says of its rows; None where there is no run.
+
+    Raises:
+        RunError: it does not have the shape that it must have.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return None
+    told: dict[str, Any] = parse_json(read_text(path, error=RunError), path, RunError)
+    wrong = misfit(told, _MANIFEST) or misfit(told.get("earlier", []), [{str: object}], "earlier")
+    if wrong is None and not {told["choose_by"], *told["limits"]} <= set(told["metrics"]):
+        wrong = "choose_by or a limit is not among the metrics"
+    if wrong:
+        raise RunError(f"{path} is damaged: {wrong}")
+    return told
+
+
 def same_date(folder: Path, date: datetime.date | None) -> None:
     """Whether the prompts of a run say that date, if their chat template asks for one.
 
@@ -157,9 +164,9 @@ def same_date(folder: Path, date: datetime.date | None) -> None:
     Raises:
         RequestError: they say another, so that none of its rows would be found again.
     """
-    if date is None or not (folder / "manifest.json").is_file():
+    manifest = read_manifest(folder)
+    if date is None or manifest is None:
         return
-    manifest = Run(folder).manifest
     theirs = manifest["date"] if "date" in manifest else str(manifest.get("written_at"))[:10]
     if theirs not in (None, str(date)):
         raise RequestError(

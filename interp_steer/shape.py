@@ -11,9 +11,9 @@ def misfit(value: object, shape: Any, at: str = "") -> str | None:
     """Where a value read from JSON does not have a shape, and what is there; None where it has.
 
     Args:
-        shape: a type, which must be the value's own; a range of whole numbers; a tuple of shapes, one of which must fit;
-            `[shape]`, a list of such; `{str: shape}`, a mapping to such; or a mapping with names,
-            each of which must be there and fit. `object` is anything.
+        shape: a type, which must be the value's own; a range of whole numbers; a tuple of shapes,
+            one of which must fit; `[shape]`, a list of such; `{str: shape}`, a mapping to such; or
+            a mapping with names, each of which must be there and fit. `object` is anything.
         at: what the value is called.
     """
     if isinstance(shape, tuple):

@@ -96,6 +96,9 @@ def test_a_manifest_with_an_entry_lost_or_of_another_type(folder, key):
         (lambda told: told.update(selected=-1), "selected is -1"),
         (lambda told: told.update(selected=2**62), "selected is 46"),
         (lambda told: told.update(cells=0), "cells is 0"),
+        (lambda told: told.update(threads=100_000), "threads is 100000"),
+        (lambda told: told.update(earlier=5), "earlier is of type int"),
+        (lambda told: told.update(earlier=[1]), "earlier[0] is of type int"),
         (lambda told: told["prompts"].update(prove=-1), "prompts.prove is -1"),
         (lambda told: told.update(metrics=[]), "not among the metrics"),
         (lambda told: told.update(metrics=["concept", 7]), r"metrics[1] is of type int"),
@@ -130,7 +133,8 @@ def test_a_plan_with_an_entry_lost_or_of_another_type(folder, key):
         ("metrics", None), ("metrics", "text"), ("metrics", ["concept"]),
         ("metrics", {"concept": "1.0"}), ("metrics", {"concept": [1.0]}),
         ("metrics", {"surprise": True}), ("layer", "12"), ("layer", 10**30), ("dose", "0.4"),
-        ("coefficient", {}), ("prompt", 7), ("prompt", "\ud800"), ("text", ["a"]), ("finish", 1), ("head", 0.5),
+        ("coefficient", {}), ("prompt", 7), ("prompt", "\ud800"), ("text", ["a"]), ("finish", 1),
+        ("head", 0.5),
     ],
 )  # fmt: skip
 def test_a_row_with_an_entry_lost_or_of_another_type(folder, key, wrong):
