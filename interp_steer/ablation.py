@@ -271,7 +271,7 @@ def _cuts(
     """Everything that is asked for, checked against the model."""
     check(components, methods, span, vector)
     ends = check_range("layer", layers, model.n_layers, model.name)
-    if not 1 <= width <= model.n_layers:
+    if span == "window" and not 1 <= width <= model.n_layers:
         raise RequestError(f"a window of {width} layers; {model.name} has {model.n_layers}")
     spans = {
         "layer": [(n, n) for n in ends],

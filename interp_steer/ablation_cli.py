@@ -199,7 +199,7 @@ def _traced(request: Request) -> _Found:
     folder = Path(request.given["run"])
     run = Run(folder)
     setting = setting_of(run)
-    read = StudyFile.read(folder / "study.yaml")
+    read = StudyFile.read(folder / "study.yaml").without_metrics()
     of = {**run.manifest, **read.model}
     model = _model(request, str(of["model"]), of.get("dtype"), of.get("revision"))
     if not {"model", "dtype"} & set(request.given):

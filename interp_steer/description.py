@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from interp_steer.contrast import Contrast
-from interp_steer.errors import RunError
-from interp_steer.files import explained, parse_json, read_text, whole
+from interp_steer.files import explained, whole
 from interp_steer.locking import briefly
+from interp_steer.metrics import METRICS
 from interp_steer.model import SteeringModel
+from interp_steer.runs import read_manifest
 from interp_steer.study import Study
 from interp_steer.study_file import declared, stored, write
 
@@ -45,15 +46,8 @@ class Description:
         manifest: Mapping[str, Any],
     ) -> None:
         self.folder, self.study, self.model = folder, study, model
-        self.before: Mapping[str, Any] = {}
-        path = folder / "manifest.json"
-        if path.is_file():
-            found = parse_json(read_text(path, error=RunError), path, RunError)
-            if not isinstance(found, dict):
-                raise RunError(f"{path} is damaged: it holds no fields")
-            self.before = found
-        threads = self.before.get("threads")
-        pinned = {"threads": threads} if type(threads) is int and threads > 0 else {}
+        self.before: Mapping[str, Any] = read_manifest(folder) or {}
+        pinned = {"threads": self.before["threads"]} if self.before else {}
         self.manifest = {**manifest, **pinned, "study": _identity(study, model)}
         self._begun = False
 
@@ -135,9 +129,12 @@ def _lasting(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _identity(study: Study, model: SteeringModel) -> str:
-    """A hash of what decides a study's rows and their parts, its directions' numbers included."""
+    """A hash of what decides a study's rows and their parts: the numbers of its directions and what
+    its metrics mean are part of it.
+    """
     told = declared(study, model)
     content: dict[str, Any] = {name: told[name] for name in told if name not in WHERE}
+    content["meanings"] = {name: METRICS[name].meaning for name in study.metrics}
     content["shas"] = {name: vector.sha for name, vector in study.vectors.items()}
     for name, given in study.directions.items():
         if isinstance(given, Contrast):

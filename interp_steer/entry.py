@@ -168,6 +168,9 @@ class _Fields:
         for name, side in RENAMED.items():
             if name in self.left and sides[side] is None:
                 sides[side] = self.text(name)
+        for side, told in sides.items():
+            if told is not None and not (told if prompt else told.strip()):
+                raise RequestError(f"{side} is empty")
         if prompt is None and not any(sides.values()):
             names = (*PROMPTS, "messages")
             raise RequestError(

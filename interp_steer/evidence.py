@@ -40,7 +40,9 @@ class Evidence:
         if (self.table["role"] == "chosen").any():
             return "chosen"
         if not self.manifest["prompts"]["choose"]:
-            return "begun" if int(self.manifest["cells"]) == 1 else "open"
+            if int(self.manifest["cells"]) > 1:
+                return "open"
+            return "waiting" if (self.table["role"] != "unsteered").any() else "begun"
         rows = self.table[self.table["role"].isin(["grid", "null_grid"])]
         if rows.empty:
             return "begun"

@@ -128,15 +128,23 @@ def parse_json(text: str, where: object, error: type[SteerError] = RequestError)
 
     Raises:
         error: it is no JSON; it is nested more than 64 levels deep; it holds more than 500,000
-            lists and objects, a whole number of more than 300 digits, or one key twice.
+            lists and objects, a whole number of more than 300 digits, half a character, or one key
+            twice.
     """
     too_much = _too_much(text)
     if too_much:
         raise error(f"{where} {too_much}")
     try:
-        return json.loads(text, parse_int=whole_number, object_pairs_hook=_unique)
+        found = json.loads(text, parse_int=whole_number, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as wrong:
         raise error(f"{where} is not valid JSON: {wrong}") from wrong
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        try:  # no file and no terminal can hold a lone surrogate
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as wrong:
+            half = wrong.object[wrong.start]
+            raise error(f"{where} holds half a character, {half!a}") from wrong
+    return found
 
 
 def whole_number(text: str) -> int:

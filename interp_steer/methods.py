@@ -2,14 +2,13 @@
 what a reader should be careful about.
 """
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp_steer.declared import UNKNOWN, Declared
-from interp_steer.errors import RequestError
+from interp_steer.errors import RequestError, RunError
 from interp_steer.files import read_text
 from interp_steer.findings import ALPHA
 from interp_steer.page import escaped
@@ -283,20 +282,14 @@ def _is_flat(value: object) -> bool:
 
 def _origins(folder: Path) -> dict[str, str]:
     """Where each saved direction came from, in a line, from its file's metadata."""
-    from safetensors import SafetensorError, safe_open
+    from interp_steer.tensor_file import opened, parsed
 
     told = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with suppress(
-            OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError, AttributeError,
-            RecursionError,
-        ):  # fmt: skip
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-            if "members" in about:
-                source = json.loads(about["members"])[0]["source"]
-            else:
-                source = json.loads(about["source"])
+        with suppress(RunError, IndexError), opened(path) as file:  # what is damaged says nothing
+            about = file.metadata() or {}
+            of_set = "members" in about
+            source = parsed(about, "members")[0]["source"] if of_set else parsed(about, "source")
             keep = ("release", "sae_id", "index", "label", "method", "prompts", "position", "model")
             told[path.stem] = ", ".join(f"{k} {source[k]}" for k in keep if source.get(k))
     return told

@@ -12,6 +12,7 @@
 
 import csv
 import io
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -105,7 +106,7 @@ def read_prompts(path: str | Path, side: str = "prompt") -> list[Prompt]:
 
 def is_file(path: str | Path) -> bool:
     """Whether a path, perhaps with a column or field after a colon, is a file."""
-    return Path(_parted(str(path))[0]).is_file()
+    return os.path.isfile(_parted(str(path))[0])  # a name that no file can have is none
 
 
 @contextmanager
@@ -120,7 +121,7 @@ def numbered(path: str | Path, number: int) -> Iterator[None]:
 def _parted(path: str) -> tuple[str, list[str]]:
     """A path, and the names that follow it behind colons."""
     found = re.fullmatch(r"(.+?\.(?:csv|tsv|json|jsonl|ndjson))((?::[^:/\\]+)+)", path, re.I)
-    if found is None or Path(path).is_file():
+    if found is None or os.path.isfile(path):
         return path, []
     return found[1], found[2][1:].split(":")
 
@@ -129,7 +130,7 @@ def _listed(given: str) -> list[Any]:
     """What a file lists, each entry still as the file has it."""
     name, picked = _parted(given)
     path, suffix = Path(name), Path(name).suffix.lower()
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise RequestError(f"no prompt file {path}")
     if suffix not in (*TEXTS, *SUFFIXES):
         raise RequestError(f"{path}: prompts are read from {', '.join(SUFFIXES)}, not {suffix}")

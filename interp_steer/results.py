@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.files import LARGEST_TEXT, explained, whole
+from interp_steer.files import LARGEST_TEXT, explained, parse_json, whole
 from interp_steer.locking import locked
 
 FORMAT = "interp-steer/rows/1"
@@ -63,11 +63,11 @@ class Results:
             self._end = 0
             return False
         try:
-            told = json.loads(head)
+            told = parse_json(head.decode(), self.path)
             mine = {key: told[key] for key in self.about}
             if told["format"] != FORMAT:
                 raise KeyError("format")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise RequestError(f"{self.path} is not a results file ({FORMAT})") from error
         for key, value in self.about.items():
             if mine[key] != value:
@@ -85,13 +85,13 @@ class Results:
         chunk = None
         while (line := file.readline(LARGEST_TEXT)).endswith(b"\n"):
             try:
-                record = json.loads(line)
+                record = parse_json(line.decode(), self.path)
                 key, size = str(record["key"]), record["of"]
                 if type(size) is not int or not isinstance(record["metrics"], dict):
                     raise TypeError("not as it was written")
                 if record["chunk"] != chunk or key in waiting:
                     chunk, waiting = record["chunk"], {}  # behind a chunk that was torn
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 if not file.readline(LARGEST_TEXT).endswith(b"\n"):
                     return  # torn inside the last line, and the newline came through
                 raise self._damaged(at) from error

@@ -17,7 +17,7 @@ import pandas as pd
 from interp_steer.errors import RequestError, RunError
 from interp_steer.files import parse_json, read_lines, read_text, whole
 from interp_steer.results import Results, joined
-from interp_steer.shape import NONE, NUMBER, misfit
+from interp_steer.shape import COUNT, NONE, NUMBER, misfit
 
 if TYPE_CHECKING:
     from interp_steer.findings import Findings
@@ -27,15 +27,15 @@ ROWS = "rows*.jsonl"
 _MANIFEST = {
     "about": {"model": str, "dtype": str}, "question": str, "metrics": [str], "choose_by": str,
     "limits": {str: NUMBER},
-    "controls": {"random": int, "features": int, "shuffled": int, "flip": bool,
+    "controls": {"random": COUNT, "features": COUNT, "shuffled": COUNT, "flip": bool,
                  "wrong_layer": bool},
-    "selected": int, "cells": int, "concept": [str],
+    "selected": COUNT, "cells": COUNT[1:], "concept": [str],
     "sampling": {"temperature": NUMBER, "top_p": NUMBER, "top_k": int,
                  "repetition_penalty": NUMBER, "max_new_tokens": int},
     "seeds": [int], "chunk": int,
-    "prompts": {"build": int, "choose": int, "prove": int, "neutral": int},
+    "prompts": {"build": COUNT, "choose": COUNT, "prove": COUNT, "neutral": COUNT},
     "directions": {str: str}, "model": str, "revision": (str, NONE), "dtype": str, "device": str,
-    "n_layers": int, "threads": int, "versions": {str: str}, "machine": {str: object},
+    "n_layers": int, "threads": COUNT[1:4097], "versions": {str: str}, "machine": {str: object},
     "arguments": [str], "modules": [str], "written_at": str,
 }  # fmt: skip
 _PLANNED = {
@@ -62,28 +62,17 @@ class Run:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not (self.folder / "manifest.json").is_file():
+        found, plan = read_manifest(self.folder), self.folder / "plan.jsonl"
+        if found is None:
             raise RequestError(f"no run in {self.folder}: it has no manifest.json")
-        path, plan = self.folder / "manifest.json", self.folder / "plan.jsonl"
-        self.manifest: dict[str, Any] = parse_json(read_text(path, error=RunError), path, RunError)
+        self.manifest = found
         lines = read_lines(plan, RunError) if plan.is_file() else ()
         self.plan: list[dict[str, Any]] = [
             parse_json(text, f"{plan}, line {n}", RunError) for n, text in enumerate(lines, 1)
         ]
-        self._check()
-
-    def _check(self) -> None:
-        """Whether the manifest and the plan have the shape that they must have."""
-        told = self.manifest
-        wrong = misfit(told, _MANIFEST)
-        if wrong is None and not {told["choose_by"], *told["limits"]} <= set(told["metrics"]):
-            wrong = "choose_by or a limit is not among the metrics"
-        if wrong:
-            raise RunError(f"{self.folder / 'manifest.json'} is damaged: {wrong}")
         for number, one in enumerate(self.plan, start=1):
             if wrong := misfit(one, _PLANNED):
-                where = f"{self.folder / 'plan.jsonl'}, line {number}"
-                raise RunError(f"{where}, is damaged: {wrong}")
+                raise RunError(f"{plan}, line {number}, is damaged: {wrong}")
 
     @cached_property
     def rows(self) -> dict[str, Mapping[str, Any]]:
@@ -92,10 +81,7 @@ class Run:
         Raises:
             RunError: a row is damaged.
         """
-        try:
-            found = known(self.folder, self.manifest["about"])
-        except RecursionError:
-            raise RunError(f"rows in {self.folder} are damaged: nested too deeply") from None
+        found = known(self.folder, self.manifest["about"])
         for key, row in found.items():
             if wrong := misfit(row, _ROW):
                 raise RunError(f"a row in {self.folder} is damaged: {key[:40]}: {wrong}")
@@ -152,6 +138,24 @@ class Run:
         return f"<p>{self.folder}: {len(self.rows)} rows</p>{head}"
 
 
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What a run's folder says of its rows; None where there is no run.
+
+    Raises:
+        RunError: it does not have the shape that it must have.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return None
+    told: dict[str, Any] = parse_json(read_text(path, error=RunError), path, RunError)
+    wrong = misfit(told, _MANIFEST) or misfit(told.get("earlier", []), [{str: object}], "earlier")
+    if wrong is None and not {told["choose_by"], *told["limits"]} <= set(told["metrics"]):
+        wrong = "choose_by or a limit is not among the metrics"
+    if wrong:
+        raise RunError(f"{path} is damaged: {wrong}")
+    return told
+
+
 def same_date(folder: Path, date: datetime.date | None) -> None:
     """Whether the prompts of a run say that date, if their chat template asks for one.
 
@@ -160,9 +164,9 @@ def same_date(folder: Path, date: datetime.date | None) -> None:
     Raises:
         RequestError: they say another, so that none of its rows would be found again.
     """
-    if date is None or not (folder / "manifest.json").is_file():
+    manifest = read_manifest(folder)
+    if date is None or manifest is None:
         return
-    manifest = Run(folder).manifest
     theirs = manifest["date"] if "date" in manifest else str(manifest.get("written_at"))[:10]
     if theirs not in (None, str(date)):
         raise RequestError(

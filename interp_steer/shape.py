@@ -3,6 +3,7 @@
 from typing import Any
 
 NUMBER = (int, float)
+COUNT = range(1_000_001)
 NONE = type(None)
 
 
@@ -10,9 +11,9 @@ def misfit(value: object, shape: Any, at: str = "") -> str | None:
     """Where a value read from JSON does not have a shape, and what is there; None where it has.
 
     Args:
-        shape: a type, which must be the value's own; a tuple of shapes, one of which must fit;
-            `[shape]`, a list of such; `{str: shape}`, a mapping to such; or a mapping with names,
-            each of which must be there and fit. `object` is anything.
+        shape: a type, which must be the value's own; a range of whole numbers; a tuple of shapes,
+            one of which must fit; `[shape]`, a list of such; `{str: shape}`, a mapping to such; or
+            a mapping with names, each of which must be there and fit. `object` is anything.
         at: what the value is called.
     """
     if isinstance(shape, tuple):
@@ -33,6 +34,10 @@ def misfit(value: object, shape: Any, at: str = "") -> str | None:
             return f"{begin}{lost[0]} is missing"
         found = (misfit(value[name], one, f"{begin}{name}") for name, one in shape.items())
         return next(filter(None, found), None)
+    if isinstance(shape, range):
+        if type(value) is not int:
+            return _said(value, at)
+        return None if value in shape else f"{at[:80]} is {str(value)[:40]}"
     if shape is int and type(value) is int and not -(2**63) <= value < 2**63:
         return f"{at[:80]} is a number of {value.bit_length()} bits"
     return None if shape is object or type(value) is shape else _said(value, at)

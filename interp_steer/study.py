@@ -155,6 +155,8 @@ class Study:
             raise RequestError("the study has no prompts to prove with")
         if not self.directions:
             raise RequestError("the study has no directions")
+        if any(not str(one).strip() for one in self.lines):
+            raise RequestError("a line of interventions is empty")
         for operator in self.operators:
             if operator not in OPERATORS:
                 raise RequestError(f"unknown operator {operator!r}{nearest(operator, OPERATORS)}")
@@ -169,8 +171,9 @@ class Study:
             Reader(str(scope)).only(Reader.scope)
         if self.sites and not self.operators:
             raise RequestError("the study has no operators")
-        if not self.seeds or any(type(seed) is not int for seed in self.seeds):
-            raise RequestError(f"seeds are {list(self.seeds)}, expected whole numbers")
+        if not self.seeds:
+            raise RequestError("the study has no seeds")
+        expect("seeds", list(self.seeds), "a whole number", several=True)
         if type(self.chunk) is not int or self.chunk < 1:
             raise RequestError(f"chunk is {self.chunk!r}, expected at least 1")
         for word in self.concept:

@@ -16,6 +16,7 @@
 The other fields are those of `Study`. Files are looked for beside the YAML file first.
 """
 
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
@@ -31,6 +32,7 @@ from interp_steer.features import feature
 from interp_steer.files import read_text, whole
 from interp_steer.intervention import Vector
 from interp_steer.item import Item
+from interp_steer.metrics import BUILT_IN
 from interp_steer.model import SteeringModel
 from interp_steer.parts import split_items
 from interp_steer.prompt_file import PromptFile, is_file
@@ -134,6 +136,14 @@ class StudyFile:
         """The same with another date for the chat template; None leaves the file's."""
         return self if date is None else replace(self, spec={**self.spec, "date": read_date(date)})
 
+    def without_metrics(self) -> "StudyFile":
+        """The same without metrics of its own and what they decide, so that no file of theirs is
+        run: for its prompts, directions and cells.
+        """
+        left = {n: v for n, v in self.spec.items() if n not in ("modules", "choose_by", "limits")}
+        left["metrics"] = [n for n in _listed(left.get("metrics")) if n in BUILT_IN]
+        return replace(self, spec=left)
+
     def parts(self) -> dict[str, list[Item]]:
         """The prompts, by the part that they play."""
         given = self.spec["prompts"]
@@ -181,7 +191,7 @@ class StudyFile:
     def _path(self, name: object) -> Path:
         """A file beside this one, else as it is."""
         beside = self.folder / str(name)
-        return beside if beside.exists() or is_file(beside) else Path(str(name))
+        return beside if os.path.exists(beside) or is_file(beside) else Path(str(name))
 
     def _file(self, given: object, name: str) -> PromptFile:
         """The entries of a prompt file, or of a list in this one."""

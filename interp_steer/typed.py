@@ -1,6 +1,5 @@
 """Whether a value is of the kind that its field holds: asked before it is used."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -10,12 +9,11 @@ from interp_steer.errors import RequestError
 KINDS: dict[str, Callable[[object], bool]] = {
     "text": lambda value: isinstance(value, str),
     "true or false": lambda value: isinstance(value, bool),
-    "a whole number": lambda value: type(value) is int,
+    "a whole number": lambda value: type(value) is int and _fits(value),
     "a number": lambda value: (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
-        and abs(value) < 1e300
-        and math.isfinite(value)
+        and (_fits(value) if isinstance(value, int) else abs(value) < 1e300)
     ),
 }
 
@@ -51,12 +49,19 @@ def expect_fields(made: type, given: Mapping[str, object], where: str) -> None:
             expect(f"{where}: {one.name}", given[one.name], kind)
 
 
+def _fits(value: int) -> bool:
+    """Whether other programs read it: into 64 bits."""
+    return -(2**63) <= value < 2**63
+
+
 def _hint(value: object, kinds: Sequence[str]) -> str:
     if isinstance(value, bool):
         return "; in YAML an unquoted yes, no, on or off is true or false"
     if isinstance(value, str) and "true or false" in kinds and value.lower() in ("yes", "no"):
         return ", without quotes"
-    if isinstance(value, float) and "a whole number" in kinds and value == int(value):
+    if isinstance(value, int) and {"a number", "a whole number"} & set(kinds):
+        return "; of at most 64 bits"
+    if isinstance(value, float) and "a whole number" in kinds and value.is_integer():
         return f": {int(value)}"
     if "text" in kinds and value is not None and not isinstance(value, (str, list, dict)):
         return "; put it in quotes"

@@ -1,8 +1,9 @@
 """Words in text of any script: whether a text names them, and where.
 
 Case, compatibility forms (full-width letters, ligatures), canonical forms (NFC and NFD), invisible
-characters and the width of white space make no difference. A match begins and ends between
-characters as people see them, never inside one: a letter keeps its accents and vowel signs.
+characters, the width of white space and the shape of apostrophes and hyphens make no difference. A
+match begins and ends between characters as people see them, never inside one: a letter keeps its
+accents and vowel signs.
 
 Where words are set apart, a match is no part of a longer word: "Paris" is not in "Parisian". Beside
 what is no letter or digit nothing is asked ("C++", "#MeToo"), nor in scripts that are written
@@ -21,6 +22,7 @@ _UNSPACED = (
     "NUSHU", "THAI", "LAO", "KHMER", "MYANMAR", "TAI", "NEW", "JAVANESE", "BALINESE",
 )  # fmt: skip
 _SPACE_OF_NO_WIDTH = "\u200b"  # sets words apart, though it is invisible
+_PLAIN = str.maketrans("\u2018\u2019\u02bc\u2010\u2011", "'''--")  # apostrophes and hyphens
 _LEADING_VOWELS = "\u0e40\u0e41\u0e42\u0e43\u0e44\u0ec0\u0ec1\u0ec2\u0ec3\u0ec4"  # Thai and Lao
 
 
@@ -134,6 +136,7 @@ def _folded(c: str) -> str:
     if c.isascii():
         return " " if c.isspace() else c.lower()
     seen = "".join(" " if one.isspace() else one for one in c if not _is_invisible(one))
+    seen = seen.translate(_PLAIN)
     folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", seen).casefold())
     return folded.replace("i\u0307", "i").replace("\u0131", "i")
 

@@ -35,6 +35,11 @@ class _Loader(yaml.SafeLoader):
             node = super().compose_node(parent, index)
         finally:
             self._depth -= 1
+        if isinstance(node, yaml.ScalarNode):
+            try:
+                node.value.encode()
+            except UnicodeEncodeError as wrong:
+                raise _Refused(f"holds half a character, {wrong.object[wrong.start]!a}") from wrong
         if node is None or isinstance(node, yaml.ScalarNode):
             return node
         if alias:

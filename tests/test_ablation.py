@@ -22,7 +22,7 @@ from interp_steer.item import Item
 from interp_steer.model import SteeringModel
 from interp_steer.reading import SCORES, Reading, summarised
 from interp_steer.site import Site
-from tests.conftest import hf_streams, state
+from tests.conftest import hf_streams, make_llama, state
 from tests.test_sae import LAYER, saved
 
 FOX = Item("The quick brown fox jumps", " dog", " fox", corrupted="The lazy brown dog jumps")
@@ -269,6 +269,13 @@ def test_a_feature_is_set_to_zero_at_its_own_site(tiny, tmp_path):
 
     assert check(tiny, found, lambda row, item: [(f"blocks.{LAYER}.hook_resid_post", without)])
     assert set(found.table["span"]) == {str(LAYER)} and found.table["change"].abs().max() > 0.01
+
+
+def test_a_model_with_fewer_layers_than_a_window(tmp_path):
+    model = SteeringModel.load(str(make_llama(tmp_path, num_hidden_layers=2)))
+    assert len(ablate(model, ITEMS[:1], ["mlp_out"], scores=["kl_last"]).table) == 2
+    with pytest.raises(RequestError, match="a window of 3 layers"):
+        ablate(model, ITEMS[:1], ["mlp_out"], span="window")
 
 
 def test_the_first_position_is_ablated_only_if_asked(tiny):

@@ -28,6 +28,13 @@ PAIRS = [
 ]
 
 
+LOUD = """
+from interp_steer import metric
+
+@metric(kind="mean")
+def loud(measured):
+    return [1.0 for _ in measured.results]
+"""
 NONE = Controls(random=0, features=0, shuffled=0, flip=False, wrong_layer=False)
 
 
@@ -258,15 +265,29 @@ def test_a_study_without_pairs_and_concept_is_traced_by_kl(tiny, tmp_path, capsy
     assert "none" not in error(capsys, 2, "ablate", tmp_path, "--mediate", "--score", "words")
 
 
+def test_a_run_is_traced_without_its_own_metrics(tiny, tmp_path, capsys):
+    """As a run that somebody sent: its files are not run, and need not be there."""
+    module = tmp_path / "loud.py"
+    module.write_text(LOUD)
+    given = {"metrics": ["loud", "length"], "choose_by": "loud", "limits": {"loud": 0.5}}
+    given |= {"sites": "2", "coefficients": ["0.5 dose"], "controls": NONE}
+    study(**given, modules=[module]).run(tiny, tmp_path / "run")
+    module.write_text("raise SystemExit('run')")
+    said(capsys, 0, "ablate", tmp_path / "run", "--propagate")
+    module.unlink()
+    found = json.loads(said(capsys, 0, "ablate", tmp_path / "run", "--mediate", "--json")[0])
+    assert len(found) == 2 * 3
+
+
 @pytest.mark.parametrize(
     ("changes", "lines", "expected"),
     [
-        ({}, 0, "its study has not come to its grid; `interp-steer study run`"),
-        ({}, 7, "its study has not come to its grid"),
-        ({}, 9, "2 of the 2 rows of its grid are not run; `interp-steer study run`"),
-        ({"choose": []}, None, "its study has no prompts that choose, so that no cell"),
-        ({"limits": {"length": 99.0}}, None, "none of its 1 cells stayed within the limits (len"),
-        ({}, 10, "it was stopped before the choice; `interp-steer study run`"),
+        ({}, 0, "no steered row was run yet; `interp-steer study run`"),
+        ({}, 7, "no steered row was run yet; `interp-steer study run`"),
+        ({}, 9, "no steered row was run yet; `interp-steer study run`"),
+        ({"choose": []}, None, "no prompts chose, so no cell is claimed"),
+        ({"limits": {"length": 99.0}}, None, "no cell stayed within the limits (length 99)"),
+        ({}, 10, "the chosen cell was not run yet; `interp-steer study run`"),
         ({}, None, None),
     ],
 )

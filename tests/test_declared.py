@@ -76,6 +76,20 @@ def test_an_edited_metric_is_measured_anew(tiny, tmp_path, capsys):
     assert contents(folder) == after and len(after) == 2 * len(before)
 
 
+def test_an_edited_metric_that_fails_leaves_the_run_as_it_was(tiny, tmp_path):
+    path = tmp_path / "loud.py"
+    path.write_text(MODULE.format(value="1.0"))
+    folder = tmp_path / "run"
+    said = shouted(path).run(tiny, folder).findings().verdict.text
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    path.write_text(MODULE.format(value="1 / 0"))
+    with pytest.raises(RunError, match="division by zero"):
+        shouted(path).run(tiny, folder)
+    changed = {name for name in before if (folder / name).read_bytes() != before[name]}
+    assert changed == {"failures.json"}
+    assert Run(folder).findings().verdict.text == said
+
+
 def test_metrics_of_one_name_in_two_files_are_each_their_own_studys(tiny, tmp_path):
     for name, value in (("a", "1.0"), ("b", "2.0")):
         (tmp_path / name).mkdir()

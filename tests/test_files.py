@@ -14,7 +14,7 @@ def test_json_is_what_the_standard_library_reads():
         "a": [1, -2.5, None, True, '[[[{"\\\n'],
         "deep": [[[[{}]]]],
         "large": 10**299,
-        "é": "\u2028",
+        "é": "\u2028 \U0001f600 \\\\ud800",
     }
     assert parse_json(json.dumps(given), "x") == given
     assert parse_json(json.dumps(["[" * 1000, '"' * 1000] * 99), "x")[0] == "[" * 1000
@@ -30,6 +30,8 @@ def test_json_is_what_the_standard_library_reads():
         ("[" + "[]," * 500_000 + "0]", "more than 500,000 lists"),
         ("[" + "9" * 6000 + "]", "a whole number of 6000 digits"),
         ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' is there twice"),
+        ('{"a": ["\\ud83d\\ude00", "x \\udE00"]}', "half a character"),
+        ('{"\\ud800": 1}', "half a character"),
         ('{"a": 1', "is not valid JSON"),
         ("", "is not valid JSON"),
     ],

@@ -165,6 +165,8 @@ def test_how_many_did_as_well_in_the_same_cell_is_said():
         (("prove",), {"cells": 2, "choose": 0}, "open", "no prompts chose"),
         ((), {"cells": 2, "choose": 0}, "open", "no prompts chose"),
         ((), {"cells": 1, "choose": 0}, "begun", "no steered row was run yet"),
+        # the cell was fixed beforehand, and its own rows failed
+        (("controls",), {"cells": 1, "choose": 0}, "waiting", "the chosen cell was not run yet"),
     ],
 )
 def test_why_nothing_is_declared_is_true_of_the_state(steps, manifest, state, says):
@@ -176,6 +178,7 @@ def test_why_nothing_is_declared_is_true_of_the_state(steps, manifest, state, sa
     grid = [row for k in (1, 2) for row in rows("grid", BEFORE + k, split, level=str(float(k)))]
     for step in steps:
         mine = rows("chosen", BEFORE + MOVED) if step == "chosen" else grid
+        mine = nulls([0.0] * 3) if step == "controls" else mine
         plan += mine
         run += mine[:12] if step == "half" else mine
     table = pd.DataFrame(run)

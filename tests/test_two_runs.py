@@ -182,6 +182,20 @@ def test_the_folder_means_the_old_study_until_the_new_ones_rows_start(tiny, tmp_
     assert {row["level"] for row in Run(tmp_path).plan} == {"", "0.3 dose"}
 
 
+@pytest.mark.parametrize(
+    "change", [{"earlier": 5}, {"threads": 10**12}, {"threads": 0}, {"versions": 3}, {"cells": -1}]
+)
+def test_a_damaged_manifest_is_refused_before_anything_runs(tiny, tmp_path, change):
+    small().run(tiny, tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    before = state(tmp_path)
+    for made in (small(), small(coefficients=["0.6 dose"])):
+        with pytest.raises(RunError, match=rf"manifest\.json is damaged: {next(iter(change))} is"):
+            made.run(tiny, tmp_path)
+    assert state(tmp_path) == before
+
+
 def test_what_ran_under_other_versions_stays_known(tiny, tmp_path):
     small().run(tiny, tmp_path)
     path = tmp_path / "manifest.json"

@@ -64,6 +64,10 @@ FOUND = [
     ("Paris", "\u2067Paris\u2069"),  # marks of direction
     ("باريس", "أحب باريس كثيرا"),
     ("Eiffel", "L\u2019Eiffel"),
+    # as typesetters and phones write them
+    ("don't", "they don\u2019t"),
+    ("d\u2019Artagnan", "d'Artagnan and d\u02bcArtagnan"),
+    ("Saint-Denis", "in Saint\u2011Denis"),
 ]
 ABSENT = [
     ("Paris", "Parisian comparison, miniparis, Paris2"),
