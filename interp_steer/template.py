@@ -122,15 +122,17 @@ class Template:
         around it come out around it and change nothing else.
 
         Raises:
-            RequestError: there is no template, it refuses the messages, or it leaves one out that
-                no assistant said.
+            RequestError: there is no template, it refuses the messages, it leaves one out that no
+                assistant said, or the answer that is left open is empty or rewritten.
         """
+        if messages[-1] == ("assistant", ""):
+            raise RequestError("the assistant's answer is empty; leave it out, and the model begins")
         text = self.apply(messages)
         found = _Search(self, messages, text).found()
         role, content = messages[-1]
         begins = None
         if role == "assistant":
-            if not text.endswith((content, content.strip())):
+            if not text.endswith((content, content.strip() or content)):
                 raise RequestError(
                     "the chat template rewrites the assistant's answer, so that it cannot be "
                     "continued; give plain text instead"
