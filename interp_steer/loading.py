@@ -44,11 +44,16 @@ def find_folder(name: str, revision: str | None) -> tuple[Path, str]:
     """The folder with the files of a model, fetched if need be, and its commit."""
     if not name.strip():
         raise RequestError("the model's name is empty; expected 'starter', a folder or a hub id")
+    path = Path(name).expanduser()
+    if revision is not None and (name == "starter" or path.exists()):
+        raise RequestError(
+            f"revision {revision!r} is of a model on the hub, and {name} is a folder here, which "
+            "has one state: leave the revision out, or name the model by its hub id"
+        )
     if name == "starter":
         from interp_steer import starter
 
         return starter.folder(), ""
-    path = Path(name).expanduser()
     if (path / "config.json").is_file():
         return path, ""
     if path.exists():
