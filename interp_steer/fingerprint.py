@@ -17,10 +17,10 @@ WRITTEN_WITH = "5.24.0"
 class Fingerprint:
     """A short hash of a model's configuration and of a sample of every weight matrix.
 
-    All weights are read when it is made. Asking costs about a millisecond: the samples are compared,
-    and torch's count of changes of every weight. Where these differ, what was changed since it was
-    made is hashed too, by the sums of its rows, so that a change between the samples counts. A
-    change between the samples that torch does not count (through `.data`) is seen by `anew` alone.
+    All weights are read when it is made. Asking takes a millisecond or two: samples are compared, and
+    torch's count of changes of every weight. Where these differ, what was changed since it was made
+    is hashed too, by the sums of its rows, so that a change between the samples counts. A change
+    between the samples that torch does not count (through `.data`) is seen by `anew` alone.
     """
 
     def __init__(self, hf: "LlamaForCausalLM") -> None:

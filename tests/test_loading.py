@@ -231,5 +231,5 @@ def test_a_model_without_weights_computes_nothing(tiny, tiny_folder):
 
 def test_a_revision_of_files_on_disk_is_refused(tiny_folder):
     for name in (str(tiny_folder), "starter"):
-        with pytest.raises(RequestError, match="revision 'v1.2' .* is a folder"):
+        with pytest.raises(RequestError, match=r"revision 'v1\.2' .* is a folder"):
             SteeringModel.load(name, revision="v1.2")
