@@ -34,6 +34,11 @@ def note(message: str) -> None:
     warnings.warn(message, SteerWarning, stacklevel=3)
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says first; its kind if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(given: object, choices: Iterable[object]) -> str:
     """The choices most like what was given, as the end of an error message: `; nearest: a, b`."""
     names = [str(choice) for choice in choices]

@@ -68,7 +68,7 @@ def run(
     """
     folder = Path(folder)
     study = study.bound(model)
-    about = {"model": model.fingerprint, "dtype": str(model.dtype).removeprefix("torch.")}
+    about = {"model": model.measured(), "dtype": str(model.dtype).removeprefix("torch.")}
     part = "" if shard is None else f"-{shard[0]}-of-{shard[1]}"
     check(study, model)
     description: Description | None = None

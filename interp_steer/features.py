@@ -6,7 +6,6 @@ folder that SAELens saved; `locate` finds the whole SAE by the same names.
 
 import operator
 import re
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from interp_steer.decoder import (
     written_to,
 )
 from interp_steer.direction import Direction
-from interp_steer.errors import RequestError, RunError, SteerError, nearest
+from interp_steer.errors import RequestError, RunError, SteerError, nearest, note
 from interp_steer.files import cache_dir
 from interp_steer.hub import Folder, Repo, why
 from interp_steer.labels.label import NUMBER, Label, Source
@@ -357,10 +356,9 @@ def with_present_maximum(stored: Direction) -> Direction:
     now = read.max_activation or 0.0
     if abs(now - known) <= 1e-5 * abs(known):
         return replace(read, max_activation=known)
-    warnings.warn(
+    note(
         f"{stored.label}: the largest activation was stored as {known:.4g}, the label's number "
-        f"times the row's norm; that norm is in the number already, so it is read as {now:.4g}",
-        stacklevel=2,
+        f"times the row's norm; that norm is in the number already, so it is read as {now:.4g}"
     )
     return replace(read, source={**read.source, "max_activation_was": repr(known)})
 
@@ -389,8 +387,9 @@ def _with_numbers(label: Label | None, found: Located, index: int) -> Label | No
                 known = store.feature(Source.parse(found.neuronpedia), index)
             best = label or next(iter(known.labels), None)
             blank = Label(known.source.model, known.source.name, index, "")
-            largest = known.max_activation
-            return replace(best or blank, density=known.density, max_activation=largest)
+            best = best or blank
+            density = known.density if best.density is None else best.density
+            return replace(best, density=density, max_activation=known.max_activation)
     return label
 
 

@@ -17,9 +17,10 @@ WRITTEN_WITH = "5.24.0"
 class Fingerprint:
     """A short hash of a model's configuration and of a sample of every weight matrix.
 
-    Asking again costs about a millisecond: the samples are compared, and torch's count of changes
-    of every weight. Where these differ, what was changed since the first time is hashed too, by
-    the sums of its rows, so that a change between the samples counts.
+    All weights are read when it is made. Asking takes a millisecond or two: samples are compared,
+    and torch's count of changes of every weight. Where these differ, what was changed since it was
+    made is hashed too, by the sums of its rows, so that a change between the samples counts. A
+    change between the samples that torch does not count (through `.data`) is seen by `anew` alone.
     """
 
     def __init__(self, hf: "LlamaForCausalLM") -> None:
@@ -29,10 +30,15 @@ class Fingerprint:
         self._seen: list[tuple[torch.nn.Module, str, Tensor, tuple[int, int]]] = []
         self._samples: list[Tensor] = []
         self._read = torch.empty(0)
+        if not any(weight.is_meta for weight in hf.parameters()):
+            self._measure()
 
     def __str__(self) -> str:
-        if not self._found or self._changed():
-            self._measure()
+        return self.anew() if not self._found or self._changed() else self._found
+
+    def anew(self) -> str:
+        """The same after reading all weights again."""
+        self._measure()
         return self._found
 
     def _changed(self) -> bool:
@@ -74,5 +80,7 @@ def _state(weight: Tensor) -> tuple[int, int]:
 
 
 def _sums(weight: Tensor) -> str:
-    sums = weight.detach().sum(-1, dtype=torch.float32).reshape(-1)
+    rows = weight.detach().reshape(-1, weight.shape[-1])
+    # some at once: to sum in another format, torch makes a copy in it
+    sums = torch.cat([some.sum(-1, dtype=torch.float32) for some in rows.split(256)])
     return hashlib.sha256(sums.cpu().numpy().tobytes()).hexdigest()[:16]

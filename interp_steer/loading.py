@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from interp_steer.console import progress
-from interp_steer.errors import RequestError, RunError, nearest
+from interp_steer.errors import RequestError, RunError, first_line, nearest
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -44,11 +44,16 @@ def find_folder(name: str, revision: str | None) -> tuple[Path, str]:
     """The folder with the files of a model, fetched if need be, and its commit."""
     if not name.strip():
         raise RequestError("the model's name is empty; expected 'starter', a folder or a hub id")
+    path = Path(name).expanduser()
+    if revision is not None and (name == "starter" or path.exists()):
+        raise RequestError(
+            f"revision {revision!r} is of a model on the hub, and {name} is a folder here, which "
+            "has one state: leave the revision out, or name the model by its hub id"
+        )
     if name == "starter":
         from interp_steer import starter
 
         return starter.folder(), ""
-    path = Path(name).expanduser()
     if (path / "config.json").is_file():
         return path, ""
     if path.exists():
@@ -87,7 +92,7 @@ def find_folder(name: str, revision: str | None) -> tuple[Path, str]:
             "HF_HUB_OFFLINE is set"
         ) from error
     except Exception as error:  # the hub's library raises its HTTP client's errors as they are
-        raise RunError(f"cannot fetch {name}: {_first_line(error)}") from error
+        raise RunError(f"cannot fetch {name}: {first_line(error)}") from error
     return Path(folder), Path(folder).name
 
 
@@ -106,7 +111,7 @@ def read(
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise RunError(f"{name}: config.json cannot be read: {_first_line(error)}") from error
+        raise RunError(f"{name}: config.json cannot be read: {first_line(error)}") from error
     refuse_unsupported(config, name)
     if not any(folder.glob("*.safetensors")):
         raise RequestError(f"{name} has no .safetensors weights in {folder}")
@@ -124,7 +129,7 @@ def read(
                 ignore_mismatched_sizes=True,  # to name them below
             )
     except Exception as error:
-        reason = next(_damaged(folder), _first_line(error))
+        reason = next(_damaged(folder), first_line(error))
         raise RunError(f"{name} cannot be loaded: {reason}") from error
     model, found = loaded
     refuse_other_tensors(found, name)
@@ -175,7 +180,7 @@ def refuse_other_tensors(found: Mapping[str, Any], name: str) -> None:
         ),
     }
     said = [f"{how} {tensors}" for how, tensors in wrong.items() if tensors]
-    said += [_first_line(Exception(message)) for message in list(found["error_msgs"])[:1]]
+    said += [first_line(Exception(message)) for message in list(found["error_msgs"])[:1]]
     if said:
         headless = set(found["missing_keys"]) == {"lm_head.weight"}
         correct = "'tie_word_embeddings': true in" if headless else "the names in the file or"
@@ -194,7 +199,7 @@ def _damaged(folder: Path) -> Iterator[str]:
             with safe_open(file, framework="pt"):
                 pass
         except Exception as error:
-            yield f"{file.name} is damaged or cut short: {_first_line(error)}"
+            yield f"{file.name} is damaged or cut short: {first_line(error)}"
 
 
 def refuse_wrong_weights(hf: "LlamaForCausalLM", name: str) -> None:
@@ -268,10 +273,6 @@ def _some(names: Iterable[str], shown: int = 3) -> str:
     every = sorted(names)
     more = f" and {len(every) - shown} more" if len(every) > shown else ""
     return ", ".join(every[:shown]) + more
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def refuse_unsupported(config: Any, name: str) -> None:

@@ -146,8 +146,15 @@ class SteeringModel:
     def fingerprint(self) -> str:
         """A short hash of the configuration and of a sample of every weight matrix; another one
         once weights have been changed in place.
+
+        A few numbers that were changed through `.data`, which torch does not count, are seen once
+        `measured()` is called, as every study does when it begins.
         """
         return str(self._fingerprint)
+
+    def measured(self) -> str:
+        """The fingerprint after reading all weights again."""
+        return self._fingerprint.anew()
 
     def check(self, site: Site, width: int) -> None:
         """Whether a vector of that width fits at a site of this model.

@@ -125,8 +125,10 @@ def record(result: Result, scale: Scale | None = None) -> dict[str, object]:
     steer = result.row.steer
     strengths = [s for one in steer for s in one.strengths(scale)]
     said = result.row.prompt
+    if not isinstance(said, str):  # what was asked last, not an answer that was begun
+        said = next((text for role, text in reversed(said) if role != "assistant"), said[-1][1])
     return {
-        "prompt": said if isinstance(said, str) else said[-1][1],
+        "prompt": said,
         "steer": line(steer) if steer else None,
         "text": result.text,
         "tokens": len(result.token_ids),

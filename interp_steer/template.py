@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from interp_steer.errors import RequestError
+from interp_steer.errors import RequestError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,8 +112,9 @@ class Template:
                 )
             )
         except Exception as error:  # jinja's own errors, for instance for a wrong role
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise RequestError(f"the chat template refuses these messages: {why}") from error
+            raise RequestError(
+                f"the chat template refuses these messages: {first_line(error)}"
+            ) from error
 
     def render(self, messages: Sequence["Message"]) -> Rendered:
         """The text of messages, and where in it their contents stand.
@@ -122,15 +123,17 @@ class Template:
         around it come out around it and change nothing else.
 
         Raises:
-            RequestError: there is no template, it refuses the messages, or it leaves one out that
-                no assistant said.
+            RequestError: there is no template, it refuses the messages, it leaves one out that no
+                assistant said, or the answer that is left open is empty or rewritten.
         """
+        if messages[-1] == ("assistant", ""):
+            raise RequestError("the assistant's answer is empty; leave it out")
         text = self.apply(messages)
         found = _Search(self, messages, text).found()
         role, content = messages[-1]
         begins = None
         if role == "assistant":
-            if not text.endswith((content, content.strip())):
+            if not text.endswith((content, content.strip() or content)):
                 raise RequestError(
                     "the chat template rewrites the assistant's answer, so that it cannot be "
                     "continued; give plain text instead"

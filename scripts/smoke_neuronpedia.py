@@ -124,7 +124,8 @@ def main() -> None:
         files = client.exports(source)
         assert files, "the bucket lists no file"
         tagged = sum(file.etag is not None for file in files)
-        return f"{len(files)} files, {sum(f.size for f in files) / 1e6:.0f} MB, {tagged} with ETag"
+        size = sum(file.size or 0 for file in files) / 1e6
+        return f"{len(files)} files, {size:.0f} MB, {tagged} with ETag"
 
     def fetched() -> str:
         file = client.exports(source)[0]
@@ -135,10 +136,10 @@ def main() -> None:
         made = ", ".join(sorted(f"{explainer} {kind}" for explainer, kind in kinds))
         return f"{file.key}: {len(batch.rows)} labels in {batch.size} bytes, by {made}"
 
-    failed = 0
     def folded() -> str:
         return folding(client, source, args.index, args.model)
 
+    failed = 0
     checks: list[Callable[[], str]] = [one, many, absent, searched, listed, fetched]
     checks += [folded] if args.model else []
     for check in checks:

@@ -14,7 +14,7 @@ from interp_steer.errors import RequestError, RunError
 from interp_steer.intervention import line, parse, steer
 from interp_steer.model import SteeringModel
 from interp_steer.prompt import chat
-from interp_steer.row import Row, Sampling
+from interp_steer.row import Row, Sampling, record
 from interp_steer.sampler import Sampler
 from interp_steer.site import Site
 from interp_steer.stepper import Stepper
@@ -619,3 +619,9 @@ def test_a_batch_below_one_and_broken_text_are_refused(engine):
     ):
         with pytest.raises(RequestError, match="no Unicode character"):
             broken()
+
+
+def test_a_record_tells_what_was_asked(tiny):
+    prompts = ["I love", chat("Hi"), chat("Name a tower.", "Be brief.", answer="The")]
+    results = Engine(tiny).generate([Row(p, (), Sampling(max_new_tokens=1)) for p in prompts])
+    assert [record(one)["prompt"] for one in results] == ["I love", "Hi", "Name a tower."]

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from interp_steer import decoder, hub, registry
 from interp_steer.direction import Direction, is_name, load
-from interp_steer.errors import RequestError, RunError
+from interp_steer.errors import RequestError, RunError, SteerWarning
 from interp_steer.features import Located, feature, locate
 from interp_steer.intervention import steer
 from interp_steer.labels import Label, Store
@@ -509,7 +509,7 @@ def test_an_old_files_largest_activation_is_read_by_the_present_rule(kind, tmp_p
     row = feature(label)
     path = as_stored_before(row, 12.0, tmp_path / "old.safetensors")
     wrong = kind in ("standard", "jumprelu", "gated")
-    with pytest.warns(UserWarning, match="it is read as 12$") if wrong else nullcontext():
+    with pytest.warns(SteerWarning, match="it is read as 12$") if wrong else nullcontext():
         got = load(path)
     assert got == row and got.sha == row.sha
     assert got.max_activation == pytest.approx(row.max_activation)
@@ -527,11 +527,11 @@ def test_an_old_file_of_an_sae_that_is_not_here(tmp_path):
     row = feature(Label("llama3.1-8b", SOURCE.partition("/")[2], 5, "x", max_activation=12.0))
     path = as_stored_before(row, 12.0, tmp_path / "old.safetensors")
     shutil.rmtree(constants.HF_HUB_CACHE)
-    with pytest.warns(UserWarning, match="it is read as 12$"):
+    with pytest.warns(SteerWarning, match="it is read as 12$"):
         assert load(path).source["label_max_activation_is"] == "contribution"
     lost = {**row.source, "release": str(tmp_path / "lost"), "sae_id": ""}
     path = as_stored_before(replace(row, source=lost), 12.0, tmp_path / "old.safetensors")
-    with pytest.warns(UserWarning, match="it is read as 12$"):
+    with pytest.warns(SteerWarning, match="it is read as 12$"):
         assert load(path).source["label_max_activation_is"] == "contribution (assumed)"
 
 
@@ -555,6 +555,8 @@ def test_a_feature_without_a_label_has_that_of_the_store():
     assert feature(*SCOPE, 7).max_activation is None
     bare = Label(*where, 5, "by a search", release=SCOPE[0], sae_id=SCOPE[1])
     assert feature(bare).max_activation == 12 and feature(bare).source["label"] == "by a search"
+    told = Label(*where, 7, "by a search", density=0.5, release=SCOPE[0], sae_id=SCOPE[1])
+    assert feature(told).source["density"] == "0.5"  # the label's own, of which the store has none
 
 
 def test_a_feature_that_never_fired_has_no_multiple():

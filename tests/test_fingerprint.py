@@ -10,7 +10,8 @@ from interp_steer.engine import Engine
 from interp_steer.errors import RequestError
 from interp_steer.intervention import parse
 from interp_steer.model import SteeringModel
-from interp_steer.row import Row
+from interp_steer.row import Row, Sampling
+from interp_steer.study import Controls, Study
 
 
 @pytest.fixture
@@ -49,6 +50,34 @@ def test_the_fingerprint_follows_weights_that_are_replaced(model):
     norm = model.hf.model.layers[5].input_layernorm
     norm.weight = torch.nn.Parameter(norm.weight.detach() * 2)
     assert model.fingerprint != before
+
+
+def part_of_data(weight: torch.Tensor) -> None:
+    weight.data[1, 1:] = 0  # neither counted by torch nor among those that are sampled
+
+
+@pytest.mark.parametrize("change", [add, add_to_data, one_number, part_of_data])
+def test_a_study_does_not_take_rows_of_other_weights_for_its_own(model, tiny, change, tmp_path):
+    """Whether the weights were changed after the model was used or before anything was asked."""
+    study = Study(
+        choose=[],
+        prove=["The fox", "I love the rain"],
+        directions={"d": Direction.of(torch.ones(64), "blocks.0.hook_resid_post")},
+        sites=0,
+        coefficients=[1.0],
+        metrics=["length"],
+        sampling=Sampling(max_new_tokens=1),
+        controls=Controls(random=1, features=0, shuffled=0),
+    )
+    study.run(tiny, tmp_path / "run")
+    change(model.hf.model.layers[3].mlp.down_proj.weight)
+    with pytest.raises(RequestError, match=tiny.fingerprint):
+        study.run(model, tmp_path / "run")
+    other = study.run(model, tmp_path / "other")
+    assert other.manifest["about"]["model"] != tiny.fingerprint
+    change(model.hf.model.layers[4].mlp.down_proj.weight)
+    with pytest.raises(RequestError, match=other.manifest["about"]["model"]):
+        study.run(model, tmp_path / "other")
 
 
 def test_the_fingerprint_is_the_one_of_stored_rows(tiny):

@@ -227,3 +227,9 @@ def test_a_model_without_weights_computes_nothing(tiny, tiny_folder):
     assert model.n_layers == 6
     with pytest.raises(RequestError, match="has no weights"):
         Engine(model)
+
+
+def test_a_revision_of_files_on_disk_is_refused(tiny_folder):
+    for name in (str(tiny_folder), "starter"):
+        with pytest.raises(RequestError, match=r"revision 'v1\.2' .* is a folder"):
+            SteeringModel.load(name, revision="v1.2")

@@ -371,3 +371,17 @@ def test_a_run_goes_on_the_next_day_and_says_if_its_date_is_another(
     (tmp_path / "s.yaml").write_text(STUDY.format(date="date: today"))
     with pytest.raises(RequestError, match="date is 'today', expected such as 2024-07-26"):
         StudyFile.read(tmp_path / "s.yaml")
+
+
+@pytest.mark.parametrize("kind", ["llama 3", "a default system prompt", "mistral"])
+def test_an_answer_that_says_nothing_is_no_answer_that_was_begun(tokenizer, kind):
+    """transformers cuts the line's end behind the answer's head off, where templates trim."""
+    model = with_template(tokenizer, TEMPLATES[kind])
+    with pytest.raises(RequestError, match="the assistant's answer is empty; leave it out"):
+        model.encode(chat("I love", answer=""))
+    try:
+        one = model.encode(chat("I love", answer=" \n"))
+    except RequestError as error:
+        assert "rewrites the assistant's answer" in str(error)
+    else:
+        assert one.text.endswith(" \n")
