@@ -17,7 +17,7 @@ from interp_steer import metrics as measures
 from interp_steer.bank import steps_at
 from interp_steer.console import Report
 from interp_steer.engine import Engine
-from interp_steer.errors import RequestError, SteerError
+from interp_steer.errors import RequestError, RunError, SteerError
 from interp_steer.item import Item
 from interp_steer.metrics import Measured
 from interp_steer.row import Row
@@ -36,6 +36,7 @@ class Chunk:
         unsteered: token ids of the unsteered answers, for metrics that need them.
         metrics: names.
         concept: words of the concept.
+        meanings: of the metrics, as the keys have them; none are not compared.
         whole: whether it is as planned; parts of one that failed are not.
     """
 
@@ -46,6 +47,7 @@ class Chunk:
     unsteered: tuple[tuple[int, ...] | None, ...]
     metrics: tuple[str, ...]
     concept: tuple[str, ...] = ()
+    meanings: tuple[tuple[int, str], ...] = ()
     whole: bool = True
 
     def __len__(self) -> int:
@@ -75,7 +77,15 @@ def kind(item: Item) -> tuple[bool, bool, bool]:
 
 
 def measure(engine: Engine, chunk: Chunk, report: Report | None = None) -> list[Record]:
-    """Runs a chunk: generates if a metric needs text, measures, and gives a record a row."""
+    """Runs a chunk: generates if a metric needs text, measures, and gives a record a row.
+
+    Raises:
+        RunError: a metric is here another one than where the chunk was made, as its file on
+            another machine may be.
+    """
+    for name, meaning in zip(chunk.metrics, chunk.meanings, strict=False):
+        if measures.find(name).meaning != meaning:
+            raise RunError(f"the file of {name} is another one here than where the study began")
     applicable = [
         m for m in map(measures.find, chunk.metrics) if all(m.applies(i) for i in chunk.items)
     ]

@@ -244,6 +244,7 @@ class _Work:
             unsteered=tuple(unsteered),
             metrics=tuple(self.study.metrics),
             concept=tuple(self.study.concept),
+            meanings=tuple(measures.find(name).meaning for name in self.study.metrics),
         )
 
     def _about(self, row: Planned) -> Record:

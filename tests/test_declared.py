@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
 from matplotlib.figure import Figure
@@ -9,7 +10,9 @@ from test_runs import contents, study
 
 from interp_steer import report
 from interp_steer.cell import Controls
+from interp_steer.chunk import Local, load_modules
 from interp_steer.declared import of_manifest
+from interp_steer.engine import Engine
 from interp_steer.errors import RequestError, RunError
 from interp_steer.metrics import BUILT_IN, METRICS, meaning, metric
 from interp_steer.row import Sampling
@@ -88,6 +91,27 @@ def test_an_edited_metric_that_fails_leaves_the_run_as_it_was(tiny, tmp_path):
     changed = {name for name in before if (folder / name).read_bytes() != before[name]}
     assert changed == {"failures.json"}
     assert Run(folder).findings().verdict.text == said
+
+
+def test_another_machines_metric_of_that_name_measures_nothing(tiny, tmp_path):
+    path = tmp_path / "loud.py"
+    path.write_text(MODULE.format(value="1.0"))
+    asked = []  # keys that the first metric's file gave
+
+    @contextmanager
+    def elsewhere(manifest):
+        def mapper(given):
+            if not path.read_text().count("2.0"):
+                asked.extend(key for chunk in given for key in chunk.keys)
+            path.write_text(MODULE.format(value="2.0"))
+            load_modules(manifest["modules"])
+            return Local(Engine(tiny))(given)
+
+        yield mapper
+
+    with pytest.raises(RunError, match="the file of shouting is another one here"):
+        shouted(path).run(tiny, tmp_path / "run", mapper=elsewhere)
+    assert asked and not set(asked) & set(contents(tmp_path / "run"))
 
 
 def test_metrics_of_one_name_in_two_files_are_each_their_own_studys(tiny, tmp_path):

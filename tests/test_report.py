@@ -331,7 +331,7 @@ def test_empty_and_missing_answers(tmp_path):
 def hostile(tmp_path_factory) -> tuple[str, Page]:
     run = make_run(
         tmp_path_factory.mktemp("hostile"), choose=3, prove=3, nulls=(("random", 2),),
-        text=HOSTILE, prompt=HOSTILE, question=HOSTILE + "\ud83d", model=HOSTILE,
+        text=HOSTILE, prompt=HOSTILE, question=HOSTILE, model=HOSTILE,
         directions={HOSTILE: HOSTILE}, concept=["img", "(", HOSTILE], arguments=[HOSTILE],
         versions={HOSTILE: HOSTILE},
         cells=[("<b>x</b>", "add", "resid_post 12", "0.4 dose", "<i>"), *CELLS[2:]],
