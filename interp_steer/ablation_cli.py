@@ -137,7 +137,7 @@ def _model(request: Request, name: str, dtype: str | None, revision: str | None)
     given = request.given
     return load(
         given.get("model", name), given.get("dtype", dtype), given.get("device"),
-        None if "model" in given else revision,
+        None if "model" in given else revision or None,
     )  # fmt: skip
 
 

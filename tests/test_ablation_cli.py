@@ -220,7 +220,10 @@ def test_a_run_is_traced_on_its_own_model(folder, tiny_folder, capsys, monkeypat
     load = model.SteeringModel.load
     monkeypatch.setattr(
         model.SteeringModel, "load",
-        lambda name, **options: loads.append((name, options)) or load(name, **options),
+        # a folder has no revisions: what is asked for is looked at, and left out
+        lambda name, **options: loads.append((name, options)) or load(
+            name, **{**options, "revision": None}
+        ),
     )  # fmt: skip
     run = folder / "run"
     yaml = (run / "study.yaml").read_text()

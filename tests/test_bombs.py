@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+BEFORE = Path(__file__).parent / "data" / "before"
 HEAD = '{"format": "interp-steer/rows/1", "model": "m", "dtype": "float32"}\n'
 ROW = '{"key": "a", "chunk": "c", "of": 1, "metrics": {}}\n'
 DEEP = "[" * 1_000_000
@@ -107,7 +109,7 @@ def test_each_bomb_is_refused_at_once(tmp_path):
     for bomb, text in (("deep", DEEP), ("digits", f'{{"key": {LONG}}}\n')):
         folder = tmp_path / "plan" / bomb
         folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text("{}")
+        shutil.copy(BEFORE / "run" / "manifest.json", folder)
         (folder / "plan.jsonl").write_text(text)
         paths.append(folder / "plan.jsonl")
     done = subprocess.run(
