@@ -52,6 +52,8 @@ Named = Annotated[
     ),
 ]
 
+LONGEST = 2000  # characters of an error
+
 
 def main() -> None:
     """Runs the command line; every expected error is one line on stderr and an exit code."""
@@ -116,7 +118,10 @@ def _noting(other: Callable[..., None]) -> Callable[..., None]:
 
 def fail(message: str, code: int) -> int:
     """Says in one line what went wrong."""
-    print("error: " + safe(" ".join(message.split())), file=sys.stderr)
+    line = safe(" ".join(message.split()))
+    if len(line) > LONGEST:  # somebody's own text is in it
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    print(f"error: {line}", file=sys.stderr)
     return code
 
 

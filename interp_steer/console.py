@@ -23,11 +23,6 @@ def safe(text: str) -> str:
     return _UNSAFE.sub("\ufffd", text)
 
 
-def say(text: str) -> None:
-    """A line about what is going on, on stderr."""
-    print(safe(text), file=sys.stderr, flush=True)
-
-
 @contextmanager
 def progress(
     what: str, total: float | None = None, *, unit: str = "", every: float = 10.0

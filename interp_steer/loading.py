@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The number formats that weights are loaded in."""
+
+FORMATS = ("F32", "BF16", "F16", "F64")  # of weights, as safetensors names them
 
 
 def pick_device(told: str | torch.device | None) -> torch.device:
@@ -44,8 +46,10 @@ def find_folder(name: str, revision: str | None) -> tuple[Path, str]:
     """The folder with the files of a model, fetched if need be, and its commit."""
     if not name.strip():
         raise RequestError("the model's name is empty; expected 'starter', a folder or a hub id")
-    path = Path(name).expanduser()
-    if revision is not None and (name == "starter" or path.exists()):
+    # os.path takes what can be no file's name, such as a very long one, for one that is not there
+    path = Path(os.path.expanduser(name))
+    there = os.path.exists(path)
+    if revision is not None and (name == "starter" or there):
         raise RequestError(
             f"revision {revision!r} is of a model on the hub, and {name} is a folder here, which "
             "has one state: leave the revision out, or name the model by its hub id"
@@ -54,9 +58,9 @@ def find_folder(name: str, revision: str | None) -> tuple[Path, str]:
         from interp_steer import starter
 
         return starter.folder(), ""
-    if (path / "config.json").is_file():
+    if os.path.isfile(path / "config.json"):
         return path, ""
-    if path.exists():
+    if there:
         refuse_adapter(path, name)
         raise RequestError(f"{name} holds no config.json: not a Hugging Face model folder")
     if name.count("/") != 1 or name[0] in "./~":
@@ -115,6 +119,7 @@ def read(
     refuse_unsupported(config, name)
     if not any(folder.glob("*.safetensors")):
         raise RequestError(f"{name} has no .safetensors weights in {folder}")
+    refuse_other_formats(folder, name)
     try:
         with progress(f"loading {name}", every=5), _quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -162,6 +167,24 @@ def refuse_adapter(folder: Path, name: str) -> None:
             f"{name} holds an adapter ({found[0]}), which would be left out: merge it with peft's "
             "merge_and_unload(), save_pretrained() the result and load that, or remove "
             f"{' and '.join(found)} to steer the model without it"
+        )
+
+
+def refuse_other_formats(folder: Path, name: str) -> None:
+    """Refuses weights of a number format that needs scales: transformers would read them as they
+    are where config.json does not say that they are quantised.
+    """
+    from safetensors import safe_open
+
+    found: list[str] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with suppress(Exception), safe_open(file, "pt") as opened:  # loading tells of damage
+            kinds = ((key, opened.get_slice(key).get_dtype()) for key in opened.keys())  # noqa: SIM118
+            found += [f"{key} {kind}" for key, kind in kinds if kind not in FORMATS]
+    if found:
+        raise RequestError(
+            f"{name} holds weights that are no {', '.join(FORMATS)}: {_some(found)}; 4- and 8-bit "
+            "weights are not supported"
         )
 
 

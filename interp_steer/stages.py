@@ -8,9 +8,9 @@ from typing import Any
 
 from interp_steer import metrics as measures
 from interp_steer.cell import Cell, Planned, Setting
-from interp_steer.console import say
 from interp_steer.contrast import Contrast
 from interp_steer.direction import Direction, DirectionSet
+from interp_steer.errors import note
 from interp_steer.grammar import Reader
 from interp_steer.intervention import Intervention, Vector, parse, resolve
 from interp_steer.matched import matched_features
@@ -40,7 +40,7 @@ def stages(
     unsteered = Cell("unsteered")
     rows = [Planned(unsteered, i, s, seed) for s, i in study.items() for seed in study.seeds]
     if changed := remeasured(study, model, rows, known):
-        say(f"rows here were measured by another form of {', '.join(changed)}; they are run anew")
+        note(f"rows here were measured by another form of {', '.join(changed)}; they are run anew")
     yield Stage("unsteered", rows)
     grid = study.grid(scale)
     chosen: Cell | None = grid[0]

@@ -381,3 +381,7 @@ def test_an_error_of_a_file_is_not_called_one_of_the_output(monkeypatch, tmp_pat
         assert one_line(1, "read-nothing") == f"error: {tmp_path}/none: No such file or directory"
     finally:
         cli.app.registered_commands.pop()
+
+
+def test_an_error_with_a_long_text_of_its_users_is_cut(capsys):
+    assert one_line(2, "verify", "--model", "x" * 10**6).count("x") <= 2000

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from contextlib import contextmanager
 
 import pytest
@@ -13,7 +14,7 @@ from interp_steer.cell import Controls
 from interp_steer.chunk import Local, load_modules
 from interp_steer.declared import of_manifest
 from interp_steer.engine import Engine
-from interp_steer.errors import RequestError, RunError
+from interp_steer.errors import RequestError, RunError, SteerWarning
 from interp_steer.metrics import BUILT_IN, METRICS, meaning, metric
 from interp_steer.row import Sampling
 from interp_steer.runs import Run
@@ -57,20 +58,21 @@ def shouted(path, **changes):
     return small(**{**given, **changes})
 
 
-def test_an_edited_metric_is_measured_anew(tiny, tmp_path, capsys):
+def test_an_edited_metric_is_measured_anew(tiny, tmp_path):
     path = tmp_path / "loud.py"
     path.write_text(MODULE.format(value="1.0"))
     folder = tmp_path / "run"
     table = shouted(path).run(tiny, folder).table()
     assert set(table["shouting"]) == {1.0}
     before = contents(folder)
-    shouted(path).run(tiny, folder)  # nothing has changed
-    assert contents(folder) == before and "anew" not in capsys.readouterr().err
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SteerWarning)
+        shouted(path).run(tiny, folder)  # nothing has changed
+    assert contents(folder) == before
     path.write_text(MODULE.format(value="2.0"))  # of the same length, in the same second
-    run = shouted(path).run(tiny, folder)
+    with pytest.warns(SteerWarning, match="another form of shouting; they are run anew"):
+        run = shouted(path).run(tiny, folder)
     assert set(run.table()["shouting"]) == {2.0}
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if "anew" in line]
-    assert "another form of shouting" in said
     assert run.findings().verdict is not None
     # back again: those rows are still there
     path.write_text(MODULE.format(value="1.0"))
@@ -214,7 +216,7 @@ def test_a_run_from_before_manifests_kept_metrics(tiny, tmp_path):
     assert not (tmp_path / "marker").exists() and "shouting" not in METRICS
 
 
-def test_rows_of_an_earlier_version_are_measured_anew_and_said(tiny, tmp_path, capsys, monkeypatch):
+def test_rows_of_an_earlier_version_are_measured_anew_and_said(tiny, tmp_path, monkeypatch):
     from dataclasses import replace
 
     made = {"metrics": ["mention", "rep3"], "choose_by": "mention", "concept": ["the"]}
@@ -223,10 +225,8 @@ def test_rows_of_an_earlier_version_are_measured_anew_and_said(tiny, tmp_path, c
         small(**made).run(tiny, tmp_path)
     before = contents(tmp_path)
     assert all(key.count("-") == 1 for key in before)
-    capsys.readouterr()
-    run = small(**made).run(tiny, tmp_path)
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if "anew" in line]
-    assert "another form of mention" in said
+    with pytest.warns(SteerWarning, match="another form of mention"):
+        run = small(**made).run(tiny, tmp_path)
     after = contents(tmp_path)
     assert set(before) < set(after) and len(after) == 2 * len(before)
     planned = {one["key"] for one in run.plan}

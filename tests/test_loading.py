@@ -53,6 +53,14 @@ def with_biases(tensors: Tensors) -> Tensors:
     }
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+def test_weights_that_need_scales_are_refused(tiny_folder, edited, kind):
+    name = f"{LAYERS}1.mlp.up_proj.weight"
+    folder = edited(tiny_folder, lambda tensors: tensors | {name: tensors[name].to(kind)})
+    with pytest.raises(RequestError, match=rf"no F32, BF16, F16, F64: {name} (I8|F8_E4M3)"):
+        SteeringModel.load(folder)
+
+
 @pytest.mark.parametrize(
     ("edit", "entries", "said"),
     [
