@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from interp_steer.errors import RequestError
 from interp_steer.intervention import Intervention
 from interp_steer.item import Item
+from interp_steer.scale import Scale
 
 SETTING = ("direction", "operator", "site", "level", "scope")
 Setting = tuple[str, str, str, str, str]
@@ -81,6 +82,12 @@ class Cell:
     scope: str = ""
     steer: tuple[Intervention, ...] = ()
     null: int | None = None
+
+    def strength(self, name: str, scale: Scale) -> float | None:
+        """Its "coefficient", "dose" or "max", the mean over its sites; None where one has none."""
+        strengths = [one[name] for step in self.steer for one in step.strengths(scale)]
+        told = [value for value in strengths if isinstance(value, (int, float))]
+        return sum(told) / len(told) if told and len(told) == len(strengths) else None
 
     @property
     def setting(self) -> Setting:

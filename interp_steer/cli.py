@@ -20,7 +20,7 @@ from typer.exceptions import Abort, Exit, TyperException
 
 from interp_steer.ablation_cli import ablate
 from interp_steer.console import progress, safe
-from interp_steer.errors import RequestError, SteerError, SteerWarning, nearest
+from interp_steer.errors import RequestError, SteerError, SteerWarning, nearest, note
 from interp_steer.feature_cli import app as features
 from interp_steer.feature_cli import saes
 from interp_steer.labels.cli import app as labels
@@ -52,6 +52,7 @@ Named = Annotated[
     ),
 ]
 
+HARDLY = 0.02  # share of the stream below which a difference of means hardly steers
 LONGEST = 2000  # characters of an error
 
 
@@ -72,7 +73,7 @@ def main() -> None:
     except SteerError as error:
         code = fail(str(error), error.exit_code)
     except TyperException as error:
-        code = fail(error.format_message(), 2)
+        code = _misused(error)
     except Exit as error:
         code = error.exit_code
     except (Abort, EOFError, KeyboardInterrupt):
@@ -102,6 +103,15 @@ def _invoke(words: list[str]) -> int:
     with command.make_context("interp-steer", words) as context:
         command.invoke(context)
     return 0
+
+
+def _misused(error: TyperException) -> int:
+    """A wrong call; a group of commands without one is a question, and its help the answer."""
+    context = getattr(error, "ctx", None)
+    if context is not None and error.format_message() == context.get_help():
+        print(context.get_help())
+        return 0
+    return fail(error.format_message(), 2)
 
 
 def _noting(other: Callable[..., None]) -> Callable[..., None]:
@@ -181,6 +191,8 @@ def generate(
 
     if not prompt and not prompts:
         raise RequestError("nothing to answer: give --prompt or --prompts")
+    if any(not line.strip() for line in steer or []):
+        raise RequestError("--steer is empty; leave it out for the unsteered model")
     _writable(out)
     from interp_steer.prompt_file import PromptFile, numbered
 
@@ -334,6 +346,7 @@ def make(
     scale = Scale.of(loaded, [loaded.encode(prompt) for prompt in (*up, *down)])
     target = out or cache_dir("directions") / f"{name}.safetensors"
     table: list[dict[str, Any]] = []
+    there = {str(path) for path in target.parent.glob(f"{target.stem}*")}
     for one in made:
         suffix = one.name.removeprefix(name)
         path = target.with_name(f"{target.stem}{suffix}{target.suffix or '.safetensors'}")
@@ -359,9 +372,19 @@ def make(
         numbers = f"{line['layer']:>5}  {line['norm']:>9.3f}  {line['dose']:>6.2f}"
         print(f"{numbers}  {line['name']}@{line['sha']}")
     print(f"\nread as {template([*up, *down])}")
-    print(f"saved {', '.join(sorted({line['file'] for line in table}))}")
+    written = sorted({line["file"] for line in table})
+    print(f"saved {', '.join(written)}")
+    if over := [file for file in written if file in there]:
+        note(f"{', '.join(over)} was there; it holds the new direction now")
+    if position == "mean" and max(line["dose"] for line in table) < HARDLY:
+        note(
+            f"the sides hardly differ: at most {max(line['dose'] for line in table):.1%} of the "
+            "stream. Where a pair is one question with two answers, --position answer reads where "
+            "they part"
+        )
     at = layer if layer is not None else loaded.n_layers // 2
-    line_of_it = f"add({made[0].name}, 0.5 dose) at {at} on prompt"
+    called = made[0].name if out is None else table[0]["file"]
+    line_of_it = f"add({called}, 0.5 dose) at {at} on prompt"
     print(f"try   interp-steer generate --model {model} --prompt '...' --steer '{line_of_it}'")
 
 

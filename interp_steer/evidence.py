@@ -273,12 +273,14 @@ class Evidence:
         group = ["direction", "operator", "site", "scope"]
         for setting, part in rows.groupby(group, sort=False):
             strength = "dose" if part["dose"].notna().all() else "coefficient"
-            if part[strength].isna().any() or part[strength].nunique() < 2:
+            if part[strength].isna().any() or part["level"].nunique() < 2:
                 continue
+            strengths = part.groupby("level")[strength].median()
             for metric in self.metrics:
                 if metric.needs != "pair":
                     continue
-                levels = part.groupby([strength, "item"])[metric.name].mean().unstack(strength)
+                levels = part.groupby(["level", "item"])[metric.name].mean().unstack("level")
+                levels = levels.set_axis(strengths[levels.columns].to_numpy(float), axis=1)
                 if 0.0 not in levels.columns:
                     levels[0.0] = self.before[metric.name].reindex(levels.index)
                 levels = levels.sort_index(axis=1).dropna()

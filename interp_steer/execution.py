@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import sys
@@ -249,13 +250,7 @@ class _Work:
 
     def _about(self, row: Planned) -> Record:
         """What a row's record says of it, beside what comes out."""
-        strengths = [s for one in row.cell.steer for s in one.strengths(self.scale)]
         sites = [site for one in row.cell.steer for site in one.sites]
-
-        def mean(name: str) -> float | None:
-            told = [v for s in strengths if isinstance(v := s[name], (int, float))]
-            return sum(told) / len(told) if told and len(told) == len(strengths) else None
-
         site: Site | None = sites[0] if sites else None
         return {
             "item": row.item.id,
@@ -265,15 +260,25 @@ class _Work:
             "component": site.component if site else None,
             "layer": site.layer if site else None,
             "head": site.head if site else None,
-            "coefficient": mean("coefficient"),
-            "dose": mean("dose"),
-            "of_max": mean("max"),
+            "coefficient": row.cell.strength("coefficient", self.scale),
+            "dose": row.cell.strength("dose", self.scale),
+            "of_max": row.cell.strength("max", self.scale),
         }
 
     def _planned(self, stage: Stage, keys: Mapping[int, str]) -> None:
-        """Writes down which row plays which part."""
+        """Writes down which row plays which part.
+
+        A dose is a share of the stream on a study's own prompts. A row that another study has run
+        tells the dose that it was there, so the plan tells what it is here.
+        """
+        doses: dict[int, float | None] = {}
         for row in stage.rows:
             cell = row.cell
+            key = keys.get(id(row)) or key_of(self.study, self.model, row)
+            if id(cell) not in doses:
+                doses[id(cell)] = cell.strength("dose", self.scale)
+            dose, had = doses[id(cell)], self.known.get(key, {}).get("dose")
+            other = dose is not None and had is not None and not math.isclose(dose, had)
             self._plan[
                 json.dumps(
                     {
@@ -288,7 +293,8 @@ class _Work:
                         "split": row.split,
                         "item": row.item.id,
                         "seed": row.seed,
-                        "key": keys.get(id(row)) or key_of(self.study, self.model, row),
+                        "key": key,
+                        **({"dose": dose} if other else {}),
                     },
                     ensure_ascii=False,
                 )

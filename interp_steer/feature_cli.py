@@ -32,6 +32,7 @@ Where = Annotated[
         metavar="SAE", help="starter, RELEASE/SAE_ID, MODEL/SOURCE, or a folder SAELens saved."
     ),
 ]
+SCREENED = 50  # features that a search finds, before the best of them are shown
 Limit = Annotated[int, typer.Option(min=1, help="How many to show.")]
 Length = Annotated[int, typer.Option(min=2, help="Longer texts are cut into pieces of N tokens.")]
 
@@ -239,7 +240,7 @@ def rank(
 
         if not whole.where.neuronpedia:
             raise RequestError(f"{whole.name} has no Neuronpedia source, so no labels to search")
-        hits = look_up(search, [whole.where.neuronpedia], limit=limit)
+        hits = look_up(search, [whole.where.neuronpedia], limit=max(limit, SCREENED))
         chosen = list(dict.fromkeys(hit.index for hit in hits))
         if not chosen:
             raise RequestError(f"no label of {whole.name} answers {search!r}")

@@ -131,7 +131,8 @@ def _listed(given: str) -> list[Any]:
     name, picked = _parted(given)
     path, suffix = Path(name), Path(name).suffix.lower()
     if not os.path.isfile(path):
-        raise RequestError(f"no prompt file {path}")
+        there = os.path.isdir(path)
+        raise RequestError(f"{path} is a folder" if there else f"no prompt file {path}")
     if suffix not in (*TEXTS, *SUFFIXES):
         raise RequestError(f"{path}: prompts are read from {', '.join(SUFFIXES)}, not {suffix}")
     text = read_text(path, LARGEST).replace("\r\n", "\n").replace("\r", "\n")

@@ -41,6 +41,7 @@ _MANIFEST = {
 _PLANNED = {
     "role": str, "null": (int, NONE), "split": str, "item": str, "seed": int, "direction": str,
     "operator": str, "site": str, "level": str, "scope": str, "key": str,
+    "dose": (*NUMBER, NONE),
 }  # fmt: skip
 _ROW = {
     "prompt": str, "component": (str, NONE), "layer": (int, NONE), "head": (int, NONE),
@@ -71,7 +72,7 @@ class Run:
             parse_json(text, f"{plan}, line {n}", RunError) for n, text in enumerate(lines, 1)
         ]
         for number, one in enumerate(self.plan, start=1):
-            if wrong := misfit(one, _PLANNED):
+            if wrong := misfit({"dose": None, **one} if isinstance(one, dict) else one, _PLANNED):
                 raise RunError(f"{plan}, line {number}, is damaged: {wrong}")
 
     @cached_property

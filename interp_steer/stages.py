@@ -107,7 +107,10 @@ def choose(
         effect = round(sum(moved) / len(moved), 9)
         if effect >= most:
             best, most = [*(best if effect == most else []), cell], effect
-    return _gentlest(best, [next(filter(None, rows(cell)), {}) for cell in best], scale)
+    first = [next(filter(None, rows(cell)), {}) for cell in best]
+    # a row that another study has run has the dose that it was on that study's prompts
+    doses = [cell.strength("dose", scale) for cell in best]
+    return _gentlest(best, [{**r, "dose": d} for r, d in zip(first, doses, strict=True)], scale)
 
 
 def _gentlest(

@@ -343,9 +343,10 @@ class Study:
         cells = 1 if self.selected or not self.choose else len(self.settings)
         nulls = self.selected or self.controls.random
         if cells > 0.05 * (1 + nulls):
+            among = "that choose for themselves" if self.selected else f"and {cells} cells"
             told.append(
-                f"p cannot reach 0.05 with {nulls} random directions and {cells} cells: nothing "
-                "will be declared to steer"
+                f"p cannot reach 0.05 with {nulls} random directions {among}: nothing will be "
+                "declared to steer"
             )
         for part in ("choose", "prove"):
             if 0 < len(getattr(self, part)) < 10:

@@ -142,12 +142,12 @@ def run(
 
         written = page.write(done)
     if as_json:
-        told = {"folder": str(folder), "rows": len(done.rows), "verdict": vars(found.verdict)}
+        told = {"folder": str(folder), "rows": len(found.table), "verdict": vars(found.verdict)}
         told["claims"] = json.loads(found.claims.to_json(orient="records"))
         print(json.dumps(told, indent=1))
         return
     print(safe(str(found)))
-    print(f"\n{len(done.rows)} rows in {folder}")
+    print(f"\n{len(found.table)} rows in {folder}")
     if report:
         print(f"report {written}")
 

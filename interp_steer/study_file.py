@@ -87,7 +87,8 @@ class StudyFile:
 
         path = Path(path)
         if not path.is_file():
-            raise RequestError(f"no study file {path}")
+            there = os.path.isdir(path)
+            raise RequestError(f"{path} is a folder" if there else f"no study file {path}")
         spec = parse_yaml(read_text(path), path)
         if not isinstance(spec, dict):
             raise RequestError(

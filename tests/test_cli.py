@@ -383,5 +383,15 @@ def test_an_error_of_a_file_is_not_called_one_of_the_output(monkeypatch, tmp_pat
         cli.app.registered_commands.pop()
 
 
+@pytest.mark.parametrize("words", [[], ["labels"], ["study"], ["features"], ["direction"], ["sae"]])
+def test_a_group_without_a_command_shows_its_help(words, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["interp-steer", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr()
+    assert (ended.value.code, said.err) == (0, "")
+    assert said.out.startswith("Usage: ") and len(said.out.splitlines()) > 8
+
+
 def test_an_error_with_a_long_text_of_its_users_is_cut(capsys):
     assert one_line(2, "verify", "--model", "x" * 10**6).count("x") <= 2000

@@ -85,6 +85,16 @@ def test_top_contexts_and_find(folder, tiny_folder, texts, tmp_path):
     assert said(*words).splitlines()[0].split()[:3] == ["index", "auroc", "difference"]
 
 
+def test_the_best_are_shown_of_all_that_a_search_finds():
+    from interp_steer.labels import import_files
+
+    import_files(["starter"])
+    words = ["features", "rank", "starter", "--search", "paris", "--json"]
+    ranked = json.loads(said(*words))
+    best = max(ranked, key=lambda one: one["output_score"])
+    assert json.loads(said(*words, "--limit", "1")) == [best]
+
+
 def test_rank(folder, tiny_folder, texts):
     words = ["features", "rank", str(folder), "--features", "3,9,200", "--model", str(tiny_folder)]
     ranked = json.loads(said(*words, "--texts", texts, "--json"))

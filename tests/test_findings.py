@@ -354,6 +354,29 @@ def test_limits_do_not_pass_what_a_metric_can_be():
     assert claim["high"] == claim["mean_high"] == 1
 
 
+def test_rows_that_another_study_has_run_have_the_dose_that_they_are_here(tiny, tmp_path):
+    vector = torch.randn(64, generator=torch.Generator().manual_seed(2))
+    items = [Item(f"I love the {w}", positive=" tower", negative=" rain") for w in WORDS]
+    longer = [Item(f"What is {w}, and who? {w}", positive=" a", negative=" b") for w in WORDS]
+
+    def run(prove, folder):
+        return Study(
+            choose=[], prove=prove,
+            directions={"d": Direction.of(vector, "blocks.2.hook_resid_post")}, sites=[2],
+            coefficients=[1.0, 2.0, 3.0], metrics="propensity", as_chat=False,
+            controls=Controls(random=0, shuffled=0),
+        ).run(tiny, folder)  # fmt: skip
+
+    run(items, tmp_path / "both")
+    both, fresh = (run([*items[:6], *longer], tmp_path / name) for name in ("both", "fresh"))
+    columns = ["level", "item", "dose", "propensity"]
+    tables = [one.table()[columns].sort_values(columns[:2]) for one in (both, fresh)]
+    pd.testing.assert_frame_equal(*(one.reset_index(drop=True) for one in tables), rtol=1e-4)
+    slopes = [one.findings().slopes for one in (both, fresh)]
+    assert len(slopes[0]) == 1
+    pd.testing.assert_frame_equal(*slopes, rtol=1e-4)
+
+
 def test_slopes_are_those_of_numpy(tiny, tmp_path):
     vector = torch.randn(64, generator=torch.Generator().manual_seed(2))
     items = [Item(f"I love the {w}", positive=" tower", negative=" rain") for w in WORDS]

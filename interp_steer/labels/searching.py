@@ -150,7 +150,10 @@ def _scope(here: Store, names: Sequence[str], layers: str | None, note: Note) ->
     """The numbers of the sources to search (None: all), after telling what is not synced."""
     known = {str(source): (source, *state) for source, state in here.sources().items()}
     if not known:
-        raise RunError(f"{here.path}: no labels here yet; run `interp-steer labels sync SOURCE`")
+        raise RunError(
+            f"{here.path}: no labels here yet; run `interp-steer labels import starter` for those "
+            "that ship, or `interp-steer labels sync SOURCE`"
+        )
     if names:
         wanted = registry.chosen(list(names), layers)
     else:

@@ -73,7 +73,8 @@ class Store:
         self.path = Path(path).expanduser() if path else default_path()
         if not write and not self.path.is_file():
             raise RunError(
-                f"{self.path}: no labels here yet; get some with `interp-steer labels sync SOURCE`"
+                f"{self.path}: no labels here yet; get some with `interp-steer labels import "
+                "starter` or `interp-steer labels sync SOURCE`"
             )
         if write:
             with explained(self.path):
