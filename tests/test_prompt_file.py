@@ -258,8 +258,8 @@ def test_files_without_prompts_are_refused(tmp_path, name, content, said):
 
 
 def test_missing_and_unreadable_files_are_one_clear_line(tmp_path, monkeypatch):
-    for path in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(RequestError, match="no prompt file"):
+    for path, said in ((tmp_path / "none.txt", "no prompt file"), (tmp_path, "is a folder")):
+        with pytest.raises(RequestError, match=said):
             read_prompts(path)
     path = written(tmp_path, "p.txt", "a")
 
