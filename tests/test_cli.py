@@ -383,6 +383,28 @@ def test_an_error_of_a_file_is_not_called_one_of_the_output(monkeypatch, tmp_pat
         cli.app.registered_commands.pop()
 
 
+def test_sides_that_hardly_differ_and_files_that_were_there_are_told(tiny_folder, tmp_path, capsys):
+    for side, letter in (("up", "A"), ("down", "B")):
+        (tmp_path / f"{side}.txt").write_text(f"{'The quick brown fox. ' * 40}({letter})\n")
+    files = ["--positive", tmp_path / "up.txt", "--negative", tmp_path / "down.txt"]
+    out = tmp_path / "d.safetensors"
+    words = ["direction", "make", *files, "--model", tiny_folder, "--out", out]
+
+    def told(*more) -> str:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(sys, "argv", ["interp-steer", *map(str, words), *more])
+            cli.main()
+        said = capsys.readouterr()
+        assert ended.value.code == 0 and f"add({out}, 0.5 dose)" in said.out
+        return str(said.err)
+
+    first = told()
+    assert "hardly differ" in first and "--position answer" in first and "was there" not in first
+    again = told("--position", "answer")
+    assert "d.safetensors was there; it holds the new direction now" in again
+    assert "hardly differ" not in again
+
+
 @pytest.mark.parametrize("words", [[], ["labels"], ["study"], ["features"], ["direction"], ["sae"]])
 def test_a_group_without_a_command_shows_its_help(words, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["interp-steer", *words])
