@@ -143,11 +143,10 @@ def _model(request: Request, name: str, dtype: str | None, revision: str | None)
 
 def _ablated(request: Request) -> _Found:
     from interp_steer import ablation
-    from interp_steer.prompt_file import read_items
 
     given = request.given
     model = _model(request, "starter", None, None)
-    items = read_items(given["prompts"], as_chat=model.is_chat and "text" not in given)
+    items = request.prompts.items(as_chat=model.is_chat and "text" not in given)
     some = {name: given[name] for name in ("span", "width", "first", "answer", "batch")
             if name in given}  # fmt: skip
     with progress("ablating", 1.0) as report:
@@ -169,11 +168,10 @@ def _ablated(request: Request) -> _Found:
 
 def _patched(request: Request) -> _Found:
     from interp_steer import patching
-    from interp_steer.prompt_file import read_items
 
     given = request.given
     model = _model(request, "starter", None, None)
-    items = read_items(given["prompts"], as_chat=model.is_chat and "text" not in given)
+    items = request.prompts.items(as_chat=model.is_chat and "text" not in given)
     with progress("patching", 1.0) as report:
         made = patching.patch(
             model, items, request.many("component", ["resid_pre"]), positions=request.positions,

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from interp_steer.errors import RequestError, nearest
 
 if TYPE_CHECKING:
     from interp_steer.intervention import Vector
+    from interp_steer.prompt_file import PromptFile
 
 # the options that each of the four things takes; those of all are left out
 TAKES = {
@@ -67,6 +69,13 @@ class Request:
         """A repeated option."""
         return list(self.given.get(name, default))
 
+    @cached_property
+    def prompts(self) -> "PromptFile":
+        """What `--prompts` names, read once."""
+        from interp_steer.prompt_file import PromptFile
+
+        return PromptFile.read(self.given["prompts"])
+
     @property
     def layers(self) -> list[int] | None:
         """None for all."""
@@ -103,7 +112,7 @@ class Request:
         ):
             if name in self.given and not useful:
                 raise RequestError(f"{_option(name)} is for {what}")
-        self._scores(self._items(), "word" in self.given)
+        self._scores(self.prompts.items(), "word" in self.given)
 
     def _patch(self) -> None:
         from interp_steer import patching
@@ -111,7 +120,7 @@ class Request:
         components = self.many("component", ["resid_pre"])
         if "heads" in self.given and "z" not in components:
             raise RequestError("--heads is for component z")
-        patching.check(self._items(), components, self.positions)
+        patching.check(self.prompts.items(), components, self.positions)
 
     def _traced(self) -> None:
         from interp_steer import tracing
@@ -124,11 +133,6 @@ class Request:
         if len(self.many("score")) > 1:
             raise RequestError("--mediate takes one --score: shares are of one effect")
         self._scores([], True)
-
-    def _items(self) -> list[Any]:
-        from interp_steer.prompt_file import read_items
-
-        return read_items(self.given["prompts"])
 
     def _scores(self, items: Sequence[Any], has_words: bool) -> None:
         from interp_steer.branch import check_names

@@ -37,11 +37,12 @@ _MANIFEST = {
     "directions": {str: str}, "model": str, "revision": (str, NONE), "dtype": str, "device": str,
     "n_layers": int, "threads": COUNT[1:4097], "versions": {str: str}, "machine": {str: object},
     "arguments": [str], "modules": [str], "written_at": str,
+    "earlier?": [{str: object}],
 }  # fmt: skip
 _PLANNED = {
     "role": str, "null": (int, NONE), "split": str, "item": str, "seed": int, "direction": str,
     "operator": str, "site": str, "level": str, "scope": str, "key": str,
-    "dose": (*NUMBER, NONE),
+    "dose?": NUMBER,
 }  # fmt: skip
 _ROW = {
     "prompt": str, "component": (str, NONE), "layer": (int, NONE), "head": (int, NONE),
@@ -72,7 +73,7 @@ class Run:
             parse_json(text, f"{plan}, line {n}", RunError) for n, text in enumerate(lines, 1)
         ]
         for number, one in enumerate(self.plan, start=1):
-            if wrong := misfit({"dose": None, **one} if isinstance(one, dict) else one, _PLANNED):
+            if wrong := misfit(one, _PLANNED):
                 raise RunError(f"{plan}, line {number}, is damaged: {wrong}")
 
     @cached_property
@@ -149,7 +150,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     told: dict[str, Any] = parse_json(read_text(path, error=RunError), path, RunError)
-    wrong = misfit(told, _MANIFEST) or misfit(told.get("earlier", []), [{str: object}], "earlier")
+    wrong = misfit(told, _MANIFEST)
     if wrong is None and not {told["choose_by"], *told["limits"]} <= set(told["metrics"]):
         wrong = "choose_by or a limit is not among the metrics"
     if wrong:

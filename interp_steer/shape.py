@@ -13,7 +13,8 @@ def misfit(value: object, shape: Any, at: str = "") -> str | None:
     Args:
         shape: a type, which must be the value's own; a range of whole numbers; a tuple of shapes,
             one of which must fit; `[shape]`, a list of such; `{str: shape}`, a mapping to such; or
-            a mapping with names, each of which must be there and fit. `object` is anything.
+            a mapping with names, each of which must be there (not where it ends in `?`) and fit.
+            `object` is anything.
         at: what the value is called.
     """
     if isinstance(shape, tuple):
@@ -30,9 +31,11 @@ def misfit(value: object, shape: Any, at: str = "") -> str | None:
         if str in shape:
             found = (misfit(one, shape[str], f"{begin}{name}") for name, one in value.items())
             return next(filter(None, found), None)
-        if lost := [name for name in shape if name not in value]:
+        if lost := [name for name in shape if name not in value and not name.endswith("?")]:
             return f"{begin}{lost[0]} is missing"
-        found = (misfit(value[name], one, f"{begin}{name}") for name, one in shape.items())
+        known = {name.removesuffix("?"): one for name, one in shape.items()}
+        there = ((name, one) for name, one in known.items() if name in value)
+        found = (misfit(value[name], one, f"{begin}{name}") for name, one in there)
         return next(filter(None, found), None)
     if isinstance(shape, range):
         if type(value) is not int:
