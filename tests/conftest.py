@@ -8,7 +8,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # several share the cores; for their processes as well
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib
+import io
 import json
+import sys
 from functools import cached_property
 from pathlib import Path
 
@@ -114,6 +117,23 @@ def state(model: SteeringModel) -> dict[str, object]:
             seen = weight.data_ptr(), weight._version, weight.requires_grad, weight.grad is None
             found[f"{name} {part} weight"] = seen
     return found
+
+
+def command(*words: object, code: int = 0) -> tuple[str, str]:
+    """What a command that ends with an exit code prints on stdout and on stderr."""
+    from interp_steer import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        patch.setattr(sys, "argv", ["interp-steer", *map(str, words)])
+        cli.main()
+    assert ended.value.code == code, err.getvalue()
+    return out.getvalue(), err.getvalue()
 
 
 def memory(entry: str) -> int:

@@ -1,7 +1,6 @@
 """The command line as a person meets it; what prints runs in a process of its own."""
 
 import contextlib
-import io
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from interp_steer import cli
+from tests.conftest import command
 
 DATA = Path(__file__).parents[1] / "interp_steer" / "demo_data"
 
@@ -55,19 +55,10 @@ def test_a_direction_is_shown_by_its_name_or_its_path(tmp_path, monkeypatch, cap
 
 def one_line(code: int, *words: str) -> str:
     """The error of a command that must end with one clear line and nothing on stdout."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as ended,
-    ):
-        patch.setattr(sys, "argv", ["interp-steer", *words])
-        cli.main()
-    assert ended.value.code == code, err.getvalue()
-    assert out.getvalue() == ""
-    said = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and said[0] == err.getvalue().splitlines()[-1]
+    out, err = command(*words, code=code)
+    assert out == ""
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and said[0] == err.splitlines()[-1]
     return said[0]
 
 
@@ -383,7 +374,7 @@ def test_an_error_of_a_file_is_not_called_one_of_the_output(monkeypatch, tmp_pat
         cli.app.registered_commands.pop()
 
 
-def test_sides_that_hardly_differ_and_files_that_were_there_are_told(tiny_folder, tmp_path, capsys):
+def test_sides_that_hardly_differ_and_files_that_were_there_are_told(tiny_folder, tmp_path):
     for side, letter in (("up", "A"), ("down", "B")):
         (tmp_path / f"{side}.txt").write_text(f"{'The quick brown fox. ' * 40}({letter})\n")
     files = ["--positive", tmp_path / "up.txt", "--negative", tmp_path / "down.txt"]
@@ -391,12 +382,9 @@ def test_sides_that_hardly_differ_and_files_that_were_there_are_told(tiny_folder
     words = ["direction", "make", *files, "--model", tiny_folder, "--out", out]
 
     def told(*more) -> str:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-            patch.setattr(sys, "argv", ["interp-steer", *map(str, words), *more])
-            cli.main()
-        said = capsys.readouterr()
-        assert ended.value.code == 0 and f"add({out}, 0.5 dose)" in said.out
-        return str(said.err)
+        said, err = command(*words, *more)
+        assert f"add({out}, 0.5 dose)" in said
+        return err
 
     first = told()
     assert "hardly differ" in first and "--position answer" in first and "was there" not in first
@@ -406,13 +394,9 @@ def test_sides_that_hardly_differ_and_files_that_were_there_are_told(tiny_folder
 
 
 @pytest.mark.parametrize("words", [[], ["labels"], ["study"], ["features"], ["direction"], ["sae"]])
-def test_a_group_without_a_command_shows_its_help(words, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["interp-steer", *words])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    said = capsys.readouterr()
-    assert (ended.value.code, said.err) == (0, "")
-    assert said.out.startswith("Usage: ") and len(said.out.splitlines()) > 8
+def test_a_group_without_a_command_shows_its_help(words):
+    out, err = command(*words)
+    assert err == "" and out.startswith("Usage: ") and len(out.splitlines()) > 8
 
 
 def test_an_error_with_a_long_text_of_its_users_is_cut(capsys):

@@ -1,17 +1,14 @@
 """`interp-steer features` and `interp-steer sae`, on a tiny model and an SAE that SAELens saved."""
 
-import contextlib
-import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from interp_steer import cli
 from interp_steer.direction import Direction
 from interp_steer.sae import Sae
+from tests.conftest import command
 from tests.test_cli import one_line
 from tests.test_sae import LAYER, saved
 
@@ -36,16 +33,7 @@ def texts(tmp_path) -> str:
 
 def said(*words: str) -> str:
     """What a command that succeeds prints."""
-    out = io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        pytest.raises(SystemExit) as ended,
-    ):
-        patch.setattr(sys, "argv", ["interp-steer", *words])
-        cli.main()
-    assert ended.value.code == 0, out.getvalue()
-    return out.getvalue()
+    return command(*words)[0]
 
 
 def test_get_saves_a_direction_that_lines_can_name(folder, tiny_folder, tmp_path):

@@ -1,6 +1,5 @@
 """Prompt files: one reader for every form and every command, and what is told of a wrong file."""
 
-import contextlib
 import csv
 import io
 import json
@@ -12,9 +11,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import hf_streams
+from conftest import command, hf_streams
 
-from interp_steer import cli, read_items, read_prompts
+from interp_steer import read_items, read_prompts
 from interp_steer.direction import DirectionSet
 from interp_steer.errors import RequestError, RunError
 from interp_steer.item import Item
@@ -278,20 +277,6 @@ def test_the_reader_imports_nothing_heavy():
 
 
 # --- the commands -----------------------------------------------------------------------------
-
-
-def command(*words: object, code: int = 0) -> tuple[str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as ended,
-    ):
-        patch.setattr(sys, "argv", ["interp-steer", *map(str, words)])
-        cli.main()
-    assert ended.value.code == code, err.getvalue()
-    return out.getvalue(), err.getvalue()
 
 
 def answered(model, messages, tail: int) -> np.ndarray:
