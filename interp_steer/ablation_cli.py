@@ -28,7 +28,7 @@ def ablate(
         Path | None,
         typer.Argument(help="A run's folder, for --mediate and --propagate.", show_default=False),
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A .txt, .json or .jsonl file.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text, JSON or CSV file.")] = None,
     component: Annotated[
         list[str] | None,
         typer.Option(

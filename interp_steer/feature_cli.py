@@ -150,7 +150,7 @@ def top(
 def contexts(
     sae: Where,
     index: Annotated[int, typer.Argument(help="Of the feature.")],
-    texts: Annotated[list[Path], typer.Option(help=".txt, .json or .jsonl; may be repeated.")],
+    texts: Annotated[list[Path], typer.Option(help="Text, JSON or CSV; may be repeated.")],
     limit: Limit = 10,
     length: Length = 256,
     model: Model = "starter",
@@ -269,7 +269,7 @@ def check(
     sae: Where,
     texts: Annotated[
         list[Path] | None,
-        typer.Option(help=".txt, .json or .jsonl of your own kind of text; may be repeated."),
+        typer.Option(help="Text, JSON or CSV of your own kind of text; may be repeated."),
     ] = None,
     loss_texts: Annotated[int, typer.Option(min=0, help="Texts for the cross-entropies.")] = 32,
     length: Length = 256,
