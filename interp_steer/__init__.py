@@ -9,14 +9,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from interp_steer.cell import Controls
-    from interp_steer.contrast import Contrast, act_add
-    from interp_steer.direction import Direction, Directions, DirectionSet, load
-    from interp_steer.engine import Engine
+    from interp_steer.engine.engine import Engine
+    from interp_steer.engine.hooks import fwd_hooks, run_with_cache
+    from interp_steer.engine.row import Result, Row, Sampling, Score, record
+    from interp_steer.engine.stepper import Event, Stepper
     from interp_steer.errors import RequestError, RunError, SteerError, SteerWarning
-    from interp_steer.features import feature
-    from interp_steer.hooks import fwd_hooks, run_with_cache
-    from interp_steer.intervention import (
+    from interp_steer.features.feature import feature
+    from interp_steer.features.sae import Sae
+    from interp_steer.model.model import SteeringModel
+    from interp_steer.model.site import Site
+    from interp_steer.prompts.file import PromptFile, read_items, read_prompts
+    from interp_steer.prompts.item import Item
+    from interp_steer.prompts.prompt import Encoded, chat
+    from interp_steer.report.run import Run
+    from interp_steer.results.words import names
+    from interp_steer.steering.contrast import Contrast, act_add
+    from interp_steer.steering.direction import Direction, Directions, DirectionSet, load
+    from interp_steer.steering.intervention import (
         Gate,
         Intervention,
         Scope,
@@ -25,44 +34,35 @@ if TYPE_CHECKING:
         resolve,
         steer,
     )
-    from interp_steer.item import Item
-    from interp_steer.metrics import Measured, metric, rep3, surprise
-    from interp_steer.model import SteeringModel
-    from interp_steer.parts import split_items
-    from interp_steer.prompt import Encoded, chat
-    from interp_steer.prompt_file import PromptFile, read_items, read_prompts
-    from interp_steer.row import Result, Row, Sampling, Score, record
-    from interp_steer.runs import Run
-    from interp_steer.sae import Sae
-    from interp_steer.scale import Scale
-    from interp_steer.site import Site
-    from interp_steer.stepper import Event, Stepper
-    from interp_steer.study import Study
-    from interp_steer.words import names
+    from interp_steer.steering.scale import Scale
+    from interp_steer.study.cell import Controls
+    from interp_steer.study.metrics import Measured, metric, rep3, surprise
+    from interp_steer.study.parts import split_items
+    from interp_steer.study.study import Study
 
 _HOME = {
-    "cell": ("Controls",),
-    "contrast": ("Contrast", "act_add"),
-    "direction": ("Direction", "DirectionSet", "Directions", "load"),
-    "engine": ("Engine",),
+    "study.cell": ("Controls",),
+    "steering.contrast": ("Contrast", "act_add"),
+    "steering.direction": ("Direction", "DirectionSet", "Directions", "load"),
+    "engine.engine": ("Engine",),
     "errors": ("RequestError", "RunError", "SteerError", "SteerWarning"),
-    "features": ("feature",),
-    "hooks": ("fwd_hooks", "run_with_cache"),
-    "intervention": ("Gate", "Intervention", "Scope", "line", "parse", "resolve", "steer"),
-    "item": ("Item",),
-    "metrics": ("Measured", "metric", "rep3", "surprise"),
-    "model": ("SteeringModel",),
-    "parts": ("split_items",),
-    "prompt": ("Encoded", "chat"),
-    "prompt_file": ("PromptFile", "read_items", "read_prompts"),
-    "row": ("Result", "Row", "Sampling", "Score", "record"),
-    "runs": ("Run",),
-    "sae": ("Sae",),
-    "scale": ("Scale",),
-    "site": ("Site",),
-    "stepper": ("Event", "Stepper"),
-    "study": ("Study",),
-    "words": ("names",),
+    "features.feature": ("feature",),
+    "engine.hooks": ("fwd_hooks", "run_with_cache"),
+    "steering.intervention": ("Gate", "Intervention", "Scope", "line", "parse", "resolve", "steer"),
+    "prompts.item": ("Item",),
+    "study.metrics": ("Measured", "metric", "rep3", "surprise"),
+    "model.model": ("SteeringModel",),
+    "study.parts": ("split_items",),
+    "prompts.prompt": ("Encoded", "chat"),
+    "prompts.file": ("PromptFile", "read_items", "read_prompts"),
+    "engine.row": ("Result", "Row", "Sampling", "Score", "record"),
+    "report.run": ("Run",),
+    "features.sae": ("Sae",),
+    "steering.scale": ("Scale",),
+    "model.site": ("Site",),
+    "engine.stepper": ("Event", "Stepper"),
+    "study.study": ("Study",),
+    "results.words": ("names",),
 }
 _FILE = {name: file for file, members in _HOME.items() for name in members}
 

@@ -1,5 +1,5 @@
 """`python -m interp_steer`, the same as `interp-steer`."""
 
-from interp_steer.cli import main
+from interp_steer.cli.main import main
 
 main()

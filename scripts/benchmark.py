@@ -26,11 +26,12 @@ import torch
 import transformers
 from contenders import InterpSteer, vector_of
 
-from interp_steer import SteeringModel, starter
-from interp_steer.block import linear
-from interp_steer.console import progress
-from interp_steer.files import cache_dir
-from interp_steer.stepper import Stepper
+from interp_steer import SteeringModel
+from interp_steer.engine.stepper import Stepper
+from interp_steer.model import starter
+from interp_steer.model.block import linear
+from interp_steer.util.console import progress
+from interp_steer.util.files import cache_dir
 
 PINNED = [f"torch=={torch.__version__.split('+')[0]}", "accelerate"]
 NEW = f"transformers=={transformers.__version__}"

@@ -22,8 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from interp_steer import Engine, Row, Sampling, SteeringModel, parse
-from interp_steer.console import progress
-from interp_steer.direction import Direction
+from interp_steer.steering.direction import Direction
+from interp_steer.util.console import progress
 
 WORDS = 1000
 

@@ -16,10 +16,10 @@ import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported, see options.load
 
-from interp_steer.ablation import COMPONENTS, ablate
-from interp_steer.console import progress
-from interp_steer.item import Item
-from interp_steer.model import SteeringModel
+from interp_steer.causal.ablate import COMPONENTS, ablate
+from interp_steer.model.model import SteeringModel
+from interp_steer.prompts.item import Item
+from interp_steer.util.console import progress
 
 PAIRS = [
     ("The Eiffel Tower stands on the left bank of the river in the city of", " Paris", " Rome"),

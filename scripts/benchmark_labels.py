@@ -135,7 +135,7 @@ def spread(taken: list[float]) -> str:
 
 def whole_process(path: Path) -> None:
     """Times `interp-steer labels search` from the shell, start to end, on this store."""
-    code = "from interp_steer.cli import main; main()"
+    code = "from interp_steer.cli.main import main; main()"
     command = [sys.executable, "-c", code, "labels", "search", "bada", "--store", str(path)]
     taken = []
     for _ in range(10):

@@ -47,11 +47,11 @@ def measure(folder: str, dtype: str, rows: int, new: int) -> dict[str, float]:
     import transformers.models.llama.modeling_llama
 
     from interp_steer import Engine, SteeringModel
-    from interp_steer.chunk import measure as run
-    from interp_steer.direction import Direction
-    from interp_steer.plan import Plan, typical
-    from interp_steer.row import Sampling
-    from interp_steer.study import Study
+    from interp_steer.engine.row import Sampling
+    from interp_steer.steering.direction import Direction
+    from interp_steer.study.chunk import measure as run
+    from interp_steer.study.plan import Plan, typical
+    from interp_steer.study.study import Study
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak of the imports does not count
     before = memory("VmRSS")

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from interp_steer.decoder import LAYOUTS
-from interp_steer.hub import Folder
-from interp_steer.registry import Entry
+from interp_steer.features.decoder import LAYOUTS
+from interp_steer.features.hub import Folder
+from interp_steer.labels.registry import Entry
 
 WIDTH, LATENTS = 4096, 32768
 HOOK = "blocks.15.hook_resid_post"

@@ -219,7 +219,7 @@ class InterpSteer:
     def rows(self, texts, settings, new=1):
         """Every setting (layer, vector) on every prompt."""
         from interp_steer import Row, Sampling, parse
-        from interp_steer.direction import Direction
+        from interp_steer.steering.direction import Direction
 
         rows = []
         for layer, vector in settings:

@@ -1,5 +1,5 @@
 # %% [markdown]
-# How often the intervals of `interp_steer.intervals` hold the truth, on laws whose truth is known.
+# How often the intervals of `interp_steer.stats` hold the truth, on laws whose truth is known.
 # Nominal 95 %; the bar is 93 to 97 %, and what falls outside is marked. Beside it the percentile
 # bootstrap, which is what most code bases use.
 #
@@ -22,7 +22,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: the matrices
 import numpy as np
 from scipy import stats
 
-from interp_steer.intervals import (
+from interp_steer.stats.intervals import (
     Interval,
     bands,
     best_set,
@@ -32,7 +32,7 @@ from interp_steer.intervals import (
     rate,
     rate_by_unit,
 )
-from interp_steer.shares import ratio
+from interp_steer.stats.shares import ratio
 
 BAR = (0.93, 0.97)
 SEEDS = 5

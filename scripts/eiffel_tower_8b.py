@@ -19,19 +19,19 @@ from pathlib import Path
 
 import torch
 
-from interp_steer.console import progress
-from interp_steer.direction import Direction, load
-from interp_steer.engine import Engine
+from interp_steer.engine.engine import Engine
+from interp_steer.engine.row import Row, Sampling, record
 from interp_steer.errors import RunError, SteerError
-from interp_steer.files import whole
-from interp_steer.intervention import parse
-from interp_steer.metrics import rep3, surprise
-from interp_steer.model import SteeringModel
-from interp_steer.prompt import chat
-from interp_steer.prompt_file import read_prompts
-from interp_steer.row import Row, Sampling, record
-from interp_steer.scale import Scale
-from interp_steer.words import names
+from interp_steer.model.model import SteeringModel
+from interp_steer.prompts.file import read_prompts
+from interp_steer.prompts.prompt import chat
+from interp_steer.results.words import names
+from interp_steer.steering.direction import Direction, load
+from interp_steer.steering.intervention import parse
+from interp_steer.steering.scale import Scale
+from interp_steer.study.metrics import rep3, surprise
+from interp_steer.util.console import progress
+from interp_steer.util.files import whole
 
 REPOSITORY, FILE = "andyrdt/saes-llama-3.1-8b-instruct", "resid_post_layer_15/trainer_1/ae.pt"
 FEATURE, MAX_ACTIVATION = 21576, 4.77

@@ -20,12 +20,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from interp_steer import SteeringModel
-from interp_steer.console import progress
-from interp_steer.contexts import Context, top_contexts, windows
-from interp_steer.decoder import folds
-from interp_steer.fit import Tally
-from interp_steer.sae import Sae
-from interp_steer.screen import promoted
+from interp_steer.features.contexts import Context, top_contexts, windows
+from interp_steer.features.decoder import folds
+from interp_steer.features.fit import Tally
+from interp_steer.features.sae import Sae
+from interp_steer.features.screen import promoted
+from interp_steer.util.console import progress
 
 CONTEXTS = 40  # a label names the words of so many
 
@@ -70,7 +70,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Labels the starter SAE.")
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help=".jsonl files")
     parser.add_argument("--sae", default="starter")
-    parser.add_argument("--out", type=Path, default=Path("interp_steer/starter_data"))
+    parser.add_argument("--out", type=Path, default=Path("interp_steer/data/starter_sae"))
     parser.add_argument("--most", type=int, default=1500, help="pieces of 256 tokens of each file")
     given = parser.parse_args()
 

@@ -14,8 +14,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 
 import numpy as np
 
-from interp_steer import Contrast, SteeringModel, intervals, plots, read_items
-from interp_steer.ablation import ablate
+from interp_steer import Contrast, SteeringModel, read_items
+from interp_steer.causal.ablate import ablate
+from interp_steer.report import plots
+from interp_steer.stats import intervals
 
 SMALL = "--small" in sys.argv
 MODEL = os.environ.get("MODEL", "starter")
@@ -27,7 +29,10 @@ SCORE = "logit_difference"  # of the concept; the loss is of language as such
 items = read_items(HERE / "texts" / "landmarks.jsonl")[: 3 if SMALL else None]
 model = SteeringModel.load(MODEL)
 sides = [
-    [i.prompt for i in read_items(HERE.parent / "interp_steer" / "demo_data" / f"{side}.txt")]
+    [
+        i.prompt
+        for i in read_items(HERE.parent / "interp_steer" / "data" / "demo_texts" / f"{side}.txt")
+    ]
     for side in ("positive", "negative")
 ]
 eiffel = Contrast.measure(model, *sides).directions(name="eiffel")

@@ -30,7 +30,7 @@ if alpaca.is_dir():
 else:
     questions = read_items(TEXTS / "questions.txt")
     choose, prove = questions[:4], questions[4:16]
-sides = HERE.parent / "interp_steer" / "demo_data"
+sides = HERE.parent / "interp_steer" / "data" / "demo_texts"
 positive, negative = (read_items(sides / f"{side}.txt") for side in ("positive", "negative"))
 
 # %% the model and the direction, for every layer from one pass
@@ -65,7 +65,7 @@ findings = run.findings()
 print(findings)
 
 # %% the report, and the table for your own plots
-from interp_steer import report
+from interp_steer.report import report
 
 print(report.write(run))
 run.save(RUN / "table.csv")

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from interp_steer import Controls, Direction, DirectionSet, SteeringModel, Study, read_items
-from interp_steer import intervals as statistics
-from interp_steer.console import progress
+from interp_steer.stats import intervals as statistics
+from interp_steer.util.console import progress
 
 TEXTS = Path(__file__).parent / "texts"
 NULLS = 19

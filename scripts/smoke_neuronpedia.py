@@ -11,7 +11,7 @@ report the line. Of the 200 searches an hour it uses two, and of the export one 
 With --model, which needs 17 GB of memory or more, it also computes the feature's activations on the
 text that fires it most, by SAELens before and after `fold_W_dec_norm`, and says which of the two
 are Neuronpedia's: whether a label's maximum has the length of the decoder row in it already, as
-`interp_steer.decoder.folds` takes it to have.
+`interp_steer.features.decoder.folds` takes it to have.
 """
 
 import argparse
@@ -61,9 +61,9 @@ def folding(client: Client, source: Source, index: int, name: str) -> str:
     import torch
 
     from interp_steer import SteeringModel
-    from interp_steer.decoder import folds
-    from interp_steer.features import locate
-    from interp_steer.sae import Sae
+    from interp_steer.features.decoder import folds
+    from interp_steer.features.feature import locate
+    from interp_steer.features.sae import Sae
 
     data = client._ask("GET", f"/api/feature/{source}/{index}").json()
     assert data.get("activations"), "the feature comes without activations"

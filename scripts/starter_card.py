@@ -17,11 +17,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from interp_steer import SteeringModel
-from interp_steer.console import progress
-from interp_steer.contexts import windows
-from interp_steer.fit import Tally, check
-from interp_steer.sae import Sae
-from interp_steer.words import names
+from interp_steer.features.contexts import windows
+from interp_steer.features.fit import Tally, check
+from interp_steer.features.sae import Sae
+from interp_steer.results.words import names
+from interp_steer.util.console import progress
 
 HELD_OUT = Path(__file__).with_name("starter_heldout_chats.jsonl.gz")
 CHATS = "held-out chats"

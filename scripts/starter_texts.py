@@ -21,7 +21,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from interp_steer import Engine, Row, Sampling, SteeringModel
-from interp_steer.console import progress
+from interp_steer.util.console import progress
 
 LENGTH = 256  # tokens a row, all of them used
 BATCH = 128  # chats at once

@@ -81,6 +81,6 @@ slopes = findings.slopes
 print(slopes[slopes["metric"] == "propensity"][columns].round(3).to_string(index=False))
 
 # %%
-from interp_steer import report
+from interp_steer.report import report
 
 print(report.write(run))

@@ -2,7 +2,8 @@
 # Trains the starter SAE: a TopK autoencoder of the starter model's residual stream after block 13,
 # the block that the demo's grid chose. Chats and documentation come from `starter_texts.py`.
 #
-#     python scripts/train_starter_sae.py --texts cache/starter_sae --out interp_steer/starter_data
+#     python scripts/train_starter_sae.py --texts cache/starter_sae \
+#         --out interp_steer/data/starter_sae
 #
 # Afterwards `label_starter_sae.py` writes the labels, and
 # `interp-steer sae check starter --texts ...` measures what was saved.
@@ -22,8 +23,8 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
 from interp_steer import SteeringModel
-from interp_steer.console import progress
-from interp_steer.prompt import Encoded
+from interp_steer.prompts.prompt import Encoded
+from interp_steer.util.console import progress
 
 LAYER = 13
 LENGTH = 256  # tokens a row; the first one is an attention sink and left out

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from interp_steer.model import SteeringModel
+from interp_steer.model.model import SteeringModel
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -121,7 +121,7 @@ def state(model: SteeringModel) -> dict[str, object]:
 
 def command(*words: object, code: int = 0) -> tuple[str, str]:
     """What a command that ends with an exit code prints on stdout and on stderr."""
-    from interp_steer import cli
+    from interp_steer.cli import main as cli
 
     out, err = io.StringIO(), io.StringIO()
     with (

@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import configuration_utils
 
-from interp_steer import report
-from interp_steer.contrast import Contrast
-from interp_steer.direction import Direction, DirectionSet
 from interp_steer.labels import search
 from interp_steer.labels.label import Source
 from interp_steer.labels.store import Store
-from interp_steer.model import SteeringModel
-from interp_steer.results import Results
-from interp_steer.runs import Run
-from interp_steer.study_file import StudyFile
+from interp_steer.model.model import SteeringModel
+from interp_steer.report import report
+from interp_steer.report.run import Run
+from interp_steer.results.rows import Results
+from interp_steer.steering.contrast import Contrast
+from interp_steer.steering.direction import Direction, DirectionSet
+from interp_steer.study.file import StudyFile
 
 BEFORE = Path(__file__).parent / "data" / "before"
 

@@ -56,11 +56,11 @@ SCRIPT = """
 import json, resource, sys, time
 from pathlib import Path
 
-import interp_steer.report
+import interp_steer.report.report
 from interp_steer.errors import SteerError
-from interp_steer.results import Results
-from interp_steer.runs import Run
-from interp_steer.study_file import StudyFile
+from interp_steer.results.rows import Results
+from interp_steer.report.run import Run
+from interp_steer.study.file import StudyFile
 
 readers = {"study.yaml": StudyFile.read, "rows.jsonl": Results}
 readers["manifest.json"] = readers["plan.jsonl"] = lambda path: Run(path.parent)
@@ -125,7 +125,7 @@ def test_each_bomb_is_refused_at_once(tmp_path):
 
 
 def test_a_study_file_may_use_aliases(tmp_path):
-    from interp_steer.study_file import StudyFile
+    from interp_steer.study.file import StudyFile
 
     path = tmp_path / "s.yaml"
     path.write_text("directions: {d: &x x, e: *x}\nprompts: {choose: [a], prove: &p [b, c]}\n")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
-from test_report import make_run
 
-from interp_steer import report
 from interp_steer.errors import RequestError, RunError, SteerError
-from interp_steer.runs import Run
+from interp_steer.report import report
+from interp_steer.report.run import Run
+from tests.report.test_report import make_run
 
 DEEP = "[" * 100_000
 LONG = "9" * 6_000

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import make_llama
 
-from interp_steer.model import SteeringModel
-from interp_steer.plan import Plan
-from interp_steer.study import Study
-from interp_steer.study_file import StudyFile
+from interp_steer.model.model import SteeringModel
+from interp_steer.study.file import StudyFile
+from interp_steer.study.plan import Plan
+from interp_steer.study.study import Study
+from tests.conftest import make_llama
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import interp_steer
-from interp_steer.console import progress, safe
 from interp_steer.errors import RunError, nearest
-from interp_steer.files import cache_dir, whole
-from interp_steer.prompt_file import read_prompts
+from interp_steer.prompts.file import read_prompts
+from interp_steer.util.console import progress, safe
+from interp_steer.util.files import cache_dir, whole
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +36,7 @@ def test_readme_has_exactly_one_command_under_each_heading():
 
 
 def test_the_demos_prompts_play_one_part_each():
-    data = ROOT / "interp_steer" / "demo_data"
+    data = ROOT / "interp_steer" / "data" / "demo_texts"
     parts = [
         read_prompts(data / f"{part}.txt") for part in ("positive", "negative", "choose", "show")
     ]

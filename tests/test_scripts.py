@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from interp_steer.direction import Direction
-from interp_steer.site import Site
+from interp_steer.model.site import Site
+from interp_steer.steering.direction import Direction
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -74,8 +74,7 @@ def test_the_smoke_script_reads_a_dashboard(tiny, tiny_folder, tmp_path, monkeyp
     from labels.server import Neuronpedia, neuron
     from sae_lens import SAE
 
-    from interp_steer import registry
-    from interp_steer.labels import Client
+    from interp_steer.labels import Client, registry
     from interp_steer.labels.label import Source
 
     settings = {"architecture": "jumprelu", "d_in": 64, "d_sae": 32, "dtype": "float32"}

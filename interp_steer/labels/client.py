@@ -17,7 +17,7 @@ from urllib.parse import quote, urlencode, urlsplit
 from xml.etree import ElementTree
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.labels import registry
+from interp_steer.labels import sources as registry
 from interp_steer.labels.http import (
     LARGEST,
     Answer,

@@ -101,7 +101,7 @@ class Labels(list[Label]):
     """Labels that a search found, best first; a table in a notebook."""
 
     def _repr_html_(self) -> str:
-        from interp_steer.notebook import table
+        from interp_steer.util.html import table
 
         return table([one.as_json() for one in self])
 

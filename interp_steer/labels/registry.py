@@ -1,138 +1,222 @@
-"""The Neuronpedia sources of SAELens's registry, and the names that people give them.
+"""What SAELens's registry says of every pretrained SAE, without importing SAELens.
 
-A label search must not wait for the whole registry, so the sources alone are kept apart as JSON in
-the cache, by version of SAELens.
+`import sae_lens` takes ten seconds; the registry is one YAML file inside the package. That takes
+most of a second to parse, so what is needed of it is kept as JSON in the cache, by version. One
+entry more is the starter's SAE, which comes with this package.
 """
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
 
-from interp_steer import registry
 from interp_steer.errors import RequestError, RunError, nearest
-from interp_steer.files import cache_dir, whole
-from interp_steer.labels.label import Source
+from interp_steer.util.files import cache_dir, whole
+
+STARTER = "starter"
+STARTER_DATA = Path(__file__).parents[1] / "data" / "starter_sae"
+"""Where the starter's SAE lies, as SAELens saves one: cfg.json and sae_weights.safetensors."""
+STARTER_LABELS = tuple(
+    STARTER_DATA / kind / "batch-0.jsonl.gz" for kind in ("explanations", "features")
+)
+"""Its labels, as Neuronpedia exports them."""
 
 
-@cache
-def releases() -> dict[str, dict[str, str]]:
-    """The Neuronpedia source of every SAE that has one: `{release: {sae_id: "model/source"}}`.
+@dataclass(frozen=True)
+class Entry:
+    """One pretrained SAE.
 
-    The starter's alone where SAELens is not installed: sources can still be named as model/source.
+    Attributes:
+        release, sae_id: SAELens's names for it.
+        repo, path: the hub's repository, and the folder or file in it; empty for the starter's.
+        loader: the layout of its files, in SAELens's words.
+        model: the model that it was trained on.
+        neuronpedia: `model/source` there, if it is there.
+        norm_scaling_factor: what activations were multiplied by in training, if SAELens says it.
+        overrides: settings that the registry puts in place of those in the SAE's own files.
     """
-    version = registry.version()
-    if version is None:
-        return registry.with_starter({})
-    kept = cache_dir("labels") / f"registry-sae-lens-{version}.json"
+
+    release: str
+    sae_id: str
+    repo: str
+    path: str
+    loader: str
+    model: str
+    neuronpedia: str | None
+    norm_scaling_factor: float | None
+    overrides: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of this package that holds it, or None if the hub does."""
+        return STARTER_DATA if self.release == STARTER else None
+
+
+_STARTER = Entry(
+    STARTER,
+    "blocks.13.hook_resid_post",
+    "",
+    "",
+    "sae_lens",
+    "starter",
+    "smollm2-135m-instruct/13-starter-res-6k",
+    None,
+)
+
+
+def entry(release: str, sae_id: str | None = None) -> Entry:
+    """An SAE by its names; without `sae_id` the only one of its release.
+
+    Raises:
+        RequestError: an unknown name; the message gives the nearest.
+    """
+    known = _releases()
+    if release != STARTER and release not in known:
+        here = "" if known else ": SAELens is not installed"
+        raise RequestError(
+            f"{release!r} is not a release of SAELens's registry{here}"
+            f"{nearest(release, [*known, STARTER])}"
+        )
+    ids = [_STARTER.sae_id] if release == STARTER else list(known[release]["saes"])
+    if sae_id is None and len(ids) != 1:
+        raise RequestError(f"release {release!r} has {len(ids)} SAEs; name one{_some(ids)}")
+    sae_id = ids[0] if sae_id is None else sae_id
+    if sae_id not in ids:
+        raise RequestError(
+            f"release {release!r} has no SAE {sae_id!r}{nearest(sae_id, ids) or _some(ids)}"
+        )
+    return _STARTER if release == STARTER else _entry(release, sae_id)
+
+
+def of_source(text: str) -> Entry:
+    """The SAE of a Neuronpedia source, `model/source`.
+
+    Raises:
+        RequestError: the registry names no such source; the message gives the nearest.
+    """
+    found = _by_source().get(text)
+    if found is None:
+        raise RequestError(
+            f"{text!r} is no Neuronpedia source that SAELens's registry knows"
+            f"{nearest(text, _by_source())}"
+        )
+    return entry(*found)
+
+
+def is_release(text: str) -> bool:
+    """Whether a text names a release."""
+    return text == STARTER or text in _releases()
+
+
+def releases() -> list[str]:
+    """The names of all releases."""
+    return [*_releases(), STARTER]
+
+
+def version() -> str | None:
+    """The version of SAELens, or None where it is not installed."""
     try:
-        return registry.with_starter(dict(json.loads(kept.read_text())))
-    except (OSError, ValueError, TypeError, RecursionError):
-        pass  # not there yet, or damaged: make it again
-    found = registry.sources()
-    with suppress(RunError), whole(kept) as part:  # a cache that cannot be written costs time only
-        part.write_text(json.dumps(found))
-    return registry.with_starter(found)
+        return metadata.version("sae-lens")
+    except metadata.PackageNotFoundError:
+        return None
 
 
-def of_release(release: str) -> list[Source]:
-    """The Neuronpedia sources of a release, by layer.
-
-    Raises:
-        RequestError: the release has no source on Neuronpedia.
+def sources() -> dict[str, dict[str, str]]:
+    """The Neuronpedia source of every SAE of SAELens that has one, as
+    `{release: {sae_id: "model/source"}}`.
     """
-    saes = releases()[release]
-    found = [_known(text, release, sae_id) for sae_id, text in saes.items()]
-    if not found:
-        raise RequestError(
-            f"release {release!r} has no labels: SAELens names no Neuronpedia source"
-        )
-    return sorted(found, key=lambda source: (source.layer or 0, source.name))
+    return {
+        release: {sae_id: sae[1] for sae_id, sae in about["saes"].items() if sae[1]}
+        for release, about in _releases().items()
+    }
 
 
-def resolve(text: str) -> list[Source]:
-    """The sources that a word names: a release, `release/sae_id`, or `model/source`.
-
-    A `model/source` that the registry does not know is taken as it is: the server knows more.
-
-    Raises:
-        RequestError: it is none of these; the message gives the nearest names.
-    """
-    known = releases()
-    if text in known:
-        return of_release(text)
-    release, _, rest = text.partition("/")
-    if release in known:
-        if rest in known[release]:
-            return [_known(known[release][rest], release, rest)]
-        raise RequestError(
-            f"release {release!r} has no SAE {rest!r} with labels{nearest(rest, known[release])}"
-        )
-    if "/" not in text:
-        raise RequestError(
-            f"{text!r} is neither a SAELens release nor model/source{nearest(text, known)}"
-        )
-    source = Source.parse(text)
-    return [next((s for s in _all() if str(s) == text), source)]
+def with_starter(known: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """`sources()`, or what a cache kept of it, with the starter's SAE."""
+    return {**known, STARTER: {_STARTER.sae_id: str(_STARTER.neuronpedia)}}
 
 
-def getting(what: str) -> str:
-    """The command that brings labels of a release or source; the starter's ship."""
-    starters = {registry.STARTER, *map(str, of_release(registry.STARTER))}
-    brings = f"import {registry.STARTER}" if what in starters else f"sync {what}"
-    return f"`interp-steer labels {brings}`"
+def _some(ids: Iterable[str]) -> str:
+    """The first few names, where none is near to what was given."""
+    names = list(ids)
+    return "; such as " + ", ".join(names[:3]) if names else ""
 
 
-def like(source: Source) -> str:
-    """The registry's sources most like one that is unknown, as the end of an error message."""
-    return nearest(source, (str(each) for each in _all()))
+def _entry(release: str, sae_id: str) -> Entry:
+    about = _releases()[release]
+    path, neuronpedia, factor = about["saes"][sae_id]
+    return Entry(
+        release,
+        sae_id,
+        about["repo"],
+        path,
+        about["loader"],
+        about["model"],
+        neuronpedia,
+        factor,
+        tuple(sorted(about["overrides"].items())),
+    )
 
 
 @cache
-def _all() -> list[Source]:
-    return [
-        _known(text, release, sae_id)
-        for release, saes in releases().items()
-        for sae_id, text in saes.items()
-    ]
+def _by_source() -> dict[str, tuple[str, str]]:
+    """Release and sae_id of every source."""
+    return {
+        source: (release, sae_id)
+        for release, saes in with_starter(sources()).items()
+        for sae_id, source in saes.items()
+    }
 
 
-def _known(text: str, release: str, sae_id: str) -> Source:
-    model, _, name = text.partition("/")
-    return Source(model, name, release, sae_id)
+@cache
+def _releases() -> dict[str, dict[str, Any]]:
+    """What is needed of the YAML file, from the cache if it is there."""
+    number = version()
+    if number is None:
+        return {}
+    name = f"sae-lens-{number}.json"
+    try:
+        kept: dict[str, dict[str, Any]] = json.loads((cache_dir("registry") / name).read_text())
+        return kept
+    except (OSError, ValueError, RunError):  # not there yet, or damaged: make it again
+        pass
+    found = _read()
+    # a cache that cannot be written costs time only
+    with suppress(RunError), whole(cache_dir("registry") / name) as part:
+        part.write_text(json.dumps(found, separators=(",", ":")))
+    return found
 
 
-def parse_layers(text: str | None) -> set[int] | None:
-    """Reads `12-20`, `3,7,12-20` or `15`; None means all.
+def _read() -> dict[str, dict[str, Any]]:
+    spec = util.find_spec("sae_lens")  # finds the folder, imports nothing
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    if folder is None or not (file := folder / "pretrained_saes.yaml").is_file():
+        return {}
+    import yaml
 
-    Raises:
-        RequestError: it is not a list of layers.
-    """
-    if text is None:
-        return None
-    chosen: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        ends = (first, last if dash else first)
-        if not all(end.isascii() and end.isdigit() and len(end) < 5 for end in ends):
-            raise RequestError(f"layers {text!r}: expected numbers and ranges, like 3,7,12-20")
-        if int(ends[0]) > int(ends[1]):
-            raise RequestError(f"layers {text!r}: {part.strip()} runs backwards")
-        chosen.update(range(int(ends[0]), int(ends[1]) + 1))
-    return chosen
-
-
-def chosen(names: tuple[str, ...] | list[str], layers: str | None = None) -> list[Source]:
-    """The sources that the names and layers of a request stand for, each once.
-
-    Raises:
-        RequestError: a name is unknown, or a layer is in none of the sources.
-    """
-    sources = {str(source): source for name in names for source in resolve(name)}
-    wanted = parse_layers(layers)
-    if wanted is None:
-        return list(sources.values())
-    there = {source.layer for source in sources.values()}
-    if lost := sorted(wanted - {layer for layer in there if layer is not None}):
-        have = ", ".join(map(str, sorted(layer for layer in there if layer is not None)))
-        raise RequestError(f"no layer {', '.join(map(str, lost))} there; layers: {have}")
-    return [source for source in sources.values() if source.layer in wanted]
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return {
+        str(release): {
+            "repo": str(about["repo_id"]),
+            "model": str(about["model"]),
+            "loader": about.get("conversion_func") or "sae_lens",
+            "overrides": {
+                key: value
+                for key, value in (about.get("config_overrides") or {}).items()
+                if isinstance(value, str)
+            },
+            "saes": {
+                str(sae["id"]): [
+                    str(sae["path"]),  # a number for some
+                    sae.get("neuronpedia"),
+                    sae.get("norm_scaling_factor"),
+                ]
+                for sae in about.get("saes", [])
+            },
+        }
+        for release, about in yaml.load(file.read_text(encoding="utf-8"), Loader=loader).items()
+    }

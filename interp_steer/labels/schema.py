@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.files import explained
+from interp_steer.util.files import explained
 
 _MAGIC = 0x6C61626C  # SQLite's application_id of our stores: "labl"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.labels import registry
+from interp_steer.labels import sources as registry
 from interp_steer.labels.label import Feature, Label, Labels, Source, parse_id
 from interp_steer.labels.store import Coverage, Store
 

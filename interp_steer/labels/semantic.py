@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from interp_steer.console import progress
 from interp_steer.errors import RequestError
-from interp_steer.files import cache_dir, whole
 from interp_steer.labels.label import Label
 from interp_steer.labels.store import Store
+from interp_steer.util.console import progress
+from interp_steer.util.files import cache_dir, whole
 
 _MODEL = "all-MiniLM-L6-v2/1"  # part of the hash: another model, other vectors
 _BATCH = 64

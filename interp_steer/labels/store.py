@@ -14,10 +14,10 @@ from pathlib import Path
 from types import TracebackType
 
 from interp_steer.errors import RunError
-from interp_steer.files import cache_dir, explained
 from interp_steer.labels.label import Feature, Label, Source, State, preference
 from interp_steer.labels.rows import Row
 from interp_steer.labels.schema import TOKENS, connect, told
+from interp_steer.util.files import cache_dir, explained
 
 # The stated rule (see `label.preference`); the object's key settles copies of one explanation.
 _CHOOSE_BEST = """

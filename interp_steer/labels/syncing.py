@@ -7,18 +7,18 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
-from interp_steer.console import progress
 from interp_steer.errors import RequestError, RunError, SteerError
-from interp_steer.files import explained, whole
-from interp_steer.labels import registry
+from interp_steer.labels import sources as registry
 from interp_steer.labels.client import Batch, Client, Export
 from interp_steer.labels.http import Clock, NotFound
 from interp_steer.labels.label import Feature, Source, parse_id
 from interp_steer.labels.packed import PIECE
+from interp_steer.labels.registry import STARTER, STARTER_LABELS
 from interp_steer.labels.rows import Row, read_lines
 from interp_steer.labels.schema import is_store, told
 from interp_steer.labels.store import Coverage, Store
-from interp_steer.registry import STARTER, STARTER_LABELS
+from interp_steer.util.console import progress
+from interp_steer.util.files import explained, whole
 
 
 def sync(

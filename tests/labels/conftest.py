@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from interp_steer.labels import Client, registry
+from interp_steer.labels import Client
+from interp_steer.labels import sources as registry
 
 from .server import Neuronpedia
 

@@ -110,8 +110,11 @@ class Neuronpedia:
         if fault and fault.drop:
             at.close_connection = True
             return
-        if fault and fault.cut is None and not fault.drip and (
-            fault.status != 200 or fault.body or fault.empty
+        if (
+            fault
+            and fault.cut is None
+            and not fault.drip
+            and (fault.status != 200 or fault.body or fault.empty)
         ):
             return self.send(at, fault.status, fault.body, fault.headers)
         parts = urlsplit(at.path)

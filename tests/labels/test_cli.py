@@ -18,7 +18,7 @@ from interp_steer.labels.rows import Row
 from .server import Neuronpedia, Reply, explanation, exported, neuron
 
 NAME = "llama3.1-8b/15-llamascope-res-32k"
-MAIN = "from interp_steer.cli import main; main()"
+MAIN = "from interp_steer.cli.main import main; main()"
 HOSTILE = "\x1b[31m<b>red</b> \x9b2J\u202e dog [bold]x[/bold]"
 
 
@@ -137,7 +137,7 @@ def test_search_client_and_help_load_no_model_library(filled: Neuronpedia):
                  ["show", f"{NAME}/1"], ["coverage", "llama_scope_lxr_8x"]):  # fmt: skip
         code = (
             f"import sys; sys.argv = ['interp-steer', 'labels', *{args!r}]\n"
-            "from interp_steer.cli import main\n"
+            "from interp_steer.cli.main import main\n"
             "try: main()\n"
             f"except SystemExit as e: sys.exit(e.code or sorted({heavy} & set(sys.modules)) or 0)"
         )

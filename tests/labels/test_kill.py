@@ -20,7 +20,7 @@ from .test_sync import FOLDER, NAME, SOURCE, rows
 COMMAND = [
     sys.executable,
     "-c",
-    "from interp_steer.cli import main; main()",
+    "from interp_steer.cli.main import main; main()",
     "labels",
     "sync",
     NAME,

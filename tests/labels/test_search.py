@@ -3,7 +3,8 @@
 import pytest
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.labels import Store, import_files, registry, search, sync
+from interp_steer.labels import Store, import_files, search, sync
+from interp_steer.labels import sources as registry
 from interp_steer.labels.label import Source
 from interp_steer.labels.rows import Row
 

@@ -14,7 +14,8 @@ import zlib
 import pytest
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.labels import Client, coverage, fetch, import_files, registry, show, sync
+from interp_steer.labels import Client, coverage, fetch, import_files, show, sync
+from interp_steer.labels import sources as registry
 from interp_steer.labels.label import Source, State
 from interp_steer.labels.store import Store, default_path
 
@@ -166,8 +167,10 @@ def test_a_file_of_several_gzip_members_is_whole_only_with_all_of_them(server):
     first, second = gzip.compress(plain(3)), gzip.compress(plain(5)[len(plain(3)) :])
     server.put(key, first + second)
     server.fault(f"/{FOLDER}", Reply(200, first), Reply(200, first))
-    assert sync(NAME)[0].missing[0].endswith(
-        f"{len(first)} bytes came, and the list says {len(first + second)}"
+    assert (
+        sync(NAME)[0]
+        .missing[0]
+        .endswith(f"{len(first)} bytes came, and the list says {len(first + second)}")
     )
     assert sync(NAME)[0].labels == 5
 

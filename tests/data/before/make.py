@@ -11,21 +11,20 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(HERE.parents[2]))
 
-from conftest import make_llama  # noqa: E402
-
-from interp_steer.cell import Controls  # noqa: E402
-from interp_steer.chunk import Local  # noqa: E402
-from interp_steer.contrast import Contrast  # noqa: E402
-from interp_steer.direction import Direction  # noqa: E402
-from interp_steer.engine import Engine  # noqa: E402
+from interp_steer.engine.engine import Engine  # noqa: E402
+from interp_steer.engine.row import Sampling  # noqa: E402
 from interp_steer.labels.label import Source  # noqa: E402
 from interp_steer.labels.rows import Row  # noqa: E402
 from interp_steer.labels.store import Store  # noqa: E402
-from interp_steer.model import SteeringModel  # noqa: E402
-from interp_steer.row import Sampling  # noqa: E402
-from interp_steer.study import Study  # noqa: E402
+from interp_steer.model.model import SteeringModel  # noqa: E402
+from interp_steer.steering.contrast import Contrast  # noqa: E402
+from interp_steer.steering.direction import Direction  # noqa: E402
+from interp_steer.study.cell import Controls  # noqa: E402
+from interp_steer.study.chunk import Local  # noqa: E402
+from interp_steer.study.study import Study  # noqa: E402
+from tests.conftest import make_llama  # noqa: E402
 
 SHAPE = {
     "hidden_size": 32,

@@ -1,0 +1,284 @@
+"""Choosing a direction over layers and positions, as for refusal (Arditi et al. 2024)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from interp_steer.causal.branch import Edit, Trunk, Variant, check_names, check_range, put
+from interp_steer.causal.scores import Reading, first_tokens, summarised, sweep
+from interp_steer.causal.trace import Prompts
+from interp_steer.errors import RequestError
+from interp_steer.model.model import SteeringModel
+from interp_steer.model.site import Site
+from interp_steer.prompts.item import Item, asked, digests
+from interp_steer.steering import operators
+from interp_steer.steering.direction import Direction
+from interp_steer.util.console import Report
+
+RANKED = ("add", "ablate", "both")
+Sides = tuple[Prompts, Prompts]
+"""Prompts with the behaviour, and prompts without it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What `select_direction` chose.
+
+    Attributes:
+        direction: the chosen difference of means, at resid_post of its layer.
+        layer, position: where it was measured; positions count from the end of the prompt.
+        table: a row for each candidate: `layer`, `position`, `norm`, `added` (mean change of the
+            score of negative prompts as it is added at its layer), `ablated` (of positive prompts
+            as it is ablated everywhere), `kl` (mean KL of negative prompts as it is ablated),
+            `rank_by` (what candidates are ranked by), `veto` (why it was not eligible, or ""),
+            `chosen`. On the prompts that choose: not evidence.
+        proof: the chosen one on the prompts that prove: `measure` (`added`, `ablated`, `kl`),
+            `item`, `clean`, `value`, `change`.
+    """
+
+    direction: Direction
+    layer: int
+    position: int
+    table: pd.DataFrame
+    proof: pd.DataFrame
+
+    def summary(self, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+        """Mean changes on the prompts that prove, with intervals over prompts."""
+        return summarised(self.proof, ["measure"], "change", level, seed)
+
+
+def select_direction(
+    model: SteeringModel,
+    build: Sides,
+    choose: Sides,
+    prove: Sides,
+    *,
+    words: Sequence[str] = (),
+    by: str = "add",
+    layers: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    max_kl: float = 0.1,
+    max_depth: float = 0.8,
+    first: bool = False,
+    name: str = "selected",
+    batch: int | None = None,
+    report: Report | None = None,
+) -> Selection:
+    """Chooses a difference of means over layers and positions, as for refusal.
+
+    Arditi et al. 2024 (arXiv 2406.11717): candidates are differences of means at every layer and
+    each of the last template tokens. A candidate is vetoed whose ablation at every block input and
+    every attention and MLP output moves negative (harmless) prompts by a KL of `max_kl` or more,
+    which comes from a layer not below `max_depth` n_layers, or which does not raise the score as
+    it is added. Theirs ranks by ablation (`by="ablate"`).
+
+    Args:
+        build, choose, prove: (positive, negative) prompts, with and without the behaviour, for
+            three parts that share no prompt: what proves is never what chose.
+        words: words with which the behaviour begins; the score is the log-probability of their
+            first tokens. Without words it is the items' logit difference.
+        by: of `RANKED`: what adding brings, what ablating takes, or their sum.
+        layers: candidates' layers; None is all.
+        positions: candidates' positions from the end; None is the template's tokens after the
+            user's text, or the last one.
+        first: whether first positions are steered too.
+        name: the direction's.
+        batch: as for `ablation.ablate`.
+        report: called with the share done, 0 to 1. Candidates x prompts full passes are made.
+
+    Raises:
+        RequestError: parts that share a prompt, prompts that are too short or lack answers, or no
+            candidate that is not vetoed.
+    """
+    check_names("rank", [by], RANKED)
+    parts = {"build": build, "choose": choose, "prove": prove}
+    items = {part: [[Item.of(one) for one in side] for side in parts[part]] for part in parts}
+    _check_apart(items)
+    numbers = check_range("layer", layers, model.n_layers, model.name)
+    positions, vectors = _differences(model, items["build"], positions)
+    candidates = [(layer, n) for layer in numbers for n in range(len(positions))]
+    table = pd.DataFrame(
+        [(layer, positions[n], vectors[layer, n].norm().item()) for layer, n in candidates],
+        columns=["layer", "position", "norm"],
+    )
+    table["veto"] = ""
+    table.loc[table["norm"] == 0, "veto"] = "the two sides do not differ there"
+    deep = table["layer"] >= max_depth * model.n_layers
+    table.loc[deep, "veto"] = f"layer is not below {max_depth:g} x {model.n_layers}"
+    left = [n for n in table.index if not table["veto"][n]]
+
+    def measured(part: str, which: list[int]) -> tuple[pd.DataFrame, Tensor]:
+        some = [vectors[candidates[n]] for n in which]
+        at = [candidates[n][0] for n in which]
+        return _effects(model, items[part], some, at, words, first, batch, report)
+
+    _, means = measured("choose", left)
+    table[["added", "ablated", "kl"]] = math.nan
+    table.loc[left, ["added", "ablated", "kl"]] = means.double().numpy()
+    added, taken = table["added"], -table["ablated"]
+    table["rank_by"] = {"add": added, "ablate": taken, "both": added + taken}[by]
+    fine = table["veto"] == ""
+    table.loc[fine & ~(table["kl"] < max_kl), "veto"] = f"KL is not below {max_kl:g}"
+    table.loc[(table["veto"] == "") & ~(added > 0), "veto"] = "adding it does not raise the score"
+    eligible = [n for n in left if not table["veto"][n]]
+    if not eligible:
+        counts = "; ".join(f"{n} x {why}" for why, n in table["veto"].value_counts().items())
+        raise RequestError(
+            f"all {len(table)} candidates are vetoed: {counts} (least KL {table['kl'].min():.3g}); "
+            "raise max_kl, or build from more or other prompts"
+        )
+    best = max(eligible, key=lambda n: float(table["rank_by"][n]))
+    table["chosen"] = table.index == best
+    layer, n = candidates[best]
+    source = {
+        "method": "mean-difference, selected", "model": model.name, "revision": model.revision,
+        "fingerprint": model.fingerprint, "position": str(positions[n]), "ranked_by": by,
+        "prompts": ", ".join(f"{p} {len(a)} + {len(b)}" for p, (a, b) in items.items()),
+        "asked": digests(
+            [one.prompt for part in ("build", "choose") for side in items[part] for one in side]
+        ),
+    }  # fmt: skip
+    hook_point = Site("resid_post", layer).hook_point
+    direction = Direction.of(vectors[layer, n], hook_point, name, source)
+    proof, _ = measured("prove", [best])
+    return Selection(direction, layer, positions[n], table, proof)
+
+
+def _check_apart(items: dict[str, list[list[Item]]]) -> None:
+    seen: dict[str, str] = {}
+    for part, sides in items.items():
+        if len(sides) != 2 or not all(sides):
+            raise RequestError(f"{part} needs prompts on both sides, (positive, negative)")
+        for item in (one for side in sides for one in side):
+            other = seen.setdefault(asked(item.prompt), part)
+            if other != part:
+                raise RequestError(
+                    f"{item.text[:60]!r} is asked both in {other} and in {part}: what proves "
+                    "or chooses must not have been seen before"
+                )
+
+
+def _differences(
+    model: SteeringModel, build: list[list[Item]], positions: Sequence[int] | None
+) -> tuple[list[int], Float[Tensor, "n_layers candidate d_model"]]:
+    """Differences of mean resid_post at each layer and position, and the positions."""
+    sides = [[model.encode(item.prompt) for item in side] for side in build]
+    everything = [one for side in sides for one in side]
+    if positions is None:
+        if not all(one.located for one in everything):
+            raise RequestError(
+                "the chat template rewrites messages, so that it cannot be told where it goes on "
+                "after the user's text; give positions"
+            )
+        # of the template, what stands after the user's text
+        tails = [next((i for i, c in enumerate(o.content[::-1]) if c), 0) for o in everything]
+        positions = range(-max(1, min(tails)), 0)
+    shortest = min(len(one.ids) for one in everything)
+    for position in positions:
+        if not -shortest < position < 0:
+            raise RequestError(
+                f"position {position} is out of range: candidates stand at -1 to {1 - shortest}, "
+                "counted from the end of the shortest prompt that builds, its first position left "
+                "out"
+            )
+    means = []
+    for side in sides:
+        total = torch.zeros(model.n_layers, len(positions), model.d_model, dtype=torch.float64)
+        for start in range(0, len(side), 16):
+            some = side[start : start + 16]
+            ends = torch.tensor([len(one.ids) for one in some])
+            for layer, x, _ in model.residuals(some):
+                if layer >= 0:
+                    for n, position in enumerate(positions):
+                        there = x[torch.arange(len(some)), (ends + position).to(x.device)]
+                        total[layer, n] += there.double().sum(0).cpu()
+        means.append(total / len(side))
+    return list(positions), (means[0] - means[1]).float()
+
+
+def _effects(
+    model: SteeringModel,
+    sides: list[list[Item]],
+    vectors: Sequence[Float[Tensor, " d_model"]],
+    layers: Sequence[int],
+    words: Sequence[str],
+    first: bool,
+    batch: int | None,
+    report: Report | None,
+) -> tuple[pd.DataFrame, Float[Tensor, "candidate measure"]]:
+    """Adding each vector at its layer, and ablating its direction everywhere: a row for each
+    measure, item and candidate; and means over items of added, ablated, kl.
+    """
+    score = "words" if words else "logit_difference"
+    readings = [[Reading.of(model, item) for item in side] for side in sides]
+    for one in (one for side in readings for one in side):
+        if not one.has(score):
+            raise RequestError(
+                f"{one.item.text[:60]!r} has no answers, positive and negative, to be scored by; "
+                "give words with which the behaviour begins"
+            )
+    at = [v.to(model.device) for v in vectors]
+
+    def ablated(trunk: Trunk, chunk: list[int]) -> list[Variant]:
+        changes = [partial(_erase, trunk.changed(first), v / v.norm()) for v in at]
+        kinds = ("resid_pre", "attn_out", "mlp_out")
+        return [
+            tuple(Edit(kind, layer, change) for layer in range(model.n_layers) for kind in kinds)
+            for change in changes
+        ]
+
+    def both(trunk: Trunk, chunk: list[int]) -> list[Variant]:
+        changes = [partial(_shift, trunk.changed(first), v) for v in at]
+        moves = zip(layers, changes, strict=True)
+        added = [(Edit("resid_post", layer, change),) for layer, change in moves]
+        return [*added, *ablated(trunk, chunk)]
+
+    tokens, n = first_tokens(model, words), len(vectors)
+
+    def share(begin: float) -> Report | None:
+        return (lambda done, note="": report(begin + done / 2, note)) if report else None
+
+    before, taken = sweep(
+        model, readings[0], [score], ablated, words=tokens, batch=batch, report=share(0)
+    )
+    plain, moved = sweep(
+        model, readings[1], [score, "kl_last"], both, words=tokens, batch=batch, report=share(0.5)
+    )
+    found = (
+        ("added", readings[1], plain[:, 0], moved[:n, :, 0]),
+        ("ablated", readings[0], before[:, 0], taken[:, :, 0]),
+        ("kl", readings[1], plain[:, 1], moved[n:, :, 1]),
+    )
+    rows = [
+        (measure, one.item.id, clean[i].item(), value[i].item())
+        for measure, some, clean, values in found
+        for value in values
+        for i, one in enumerate(some)
+    ]
+    table = pd.DataFrame(rows, columns=["measure", "item", "clean", "value"])
+    means = torch.stack([(values - clean).mean(1) for _, _, clean, values in found], 1)
+    return table.assign(change=table["value"] - table["clean"]), means
+
+
+def _shift(
+    mask: Bool[Tensor, "item pos"],
+    vector: Float[Tensor, " d_model"],
+    x: Float[Tensor, "item pos d_model"],
+) -> Float[Tensor, "item pos d_model"]:
+    return put(mask, operators.add(x, vector.expand(len(x), -1)), x)
+
+
+def _erase(
+    mask: Bool[Tensor, "item pos"],
+    unit: Float[Tensor, " d_model"],
+    x: Float[Tensor, "item pos d_model"],
+) -> Float[Tensor, "item pos d_model"]:
+    one = unit.expand(len(x), 1, -1)
+    zero = torch.zeros(len(x), 1, dtype=unit.dtype, device=x.device)
+    return put(mask, operators.clamp(x, one, one, zero, zero), x)

@@ -1,0 +1,266 @@
+"""Where steering acts: how far it moves later layers, and which later parts carry its effect.
+
+    propagation(model, prompts, steer).table
+    mediation(model, items, steer, "logit_difference").summary()
+
+Everything is a forward pass; each variant resumes from the pass that it departs from, as in
+`ablation` and `patching`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from interp_steer.causal.branch import Trunk, Variant, check_names
+from interp_steer.causal.patch import Patching, given, hooks, patch, places
+from interp_steer.causal.scores import (
+    ANSWER,
+    Reading,
+    answered,
+    chosen_scores,
+    first_tokens,
+    summarised,
+    sweep,
+)
+from interp_steer.engine.bank import Hook
+from interp_steer.engine.forward import run, shared_blocks
+from interp_steer.engine.row import Row
+from interp_steer.engine.stepper import Admission
+from interp_steer.errors import RequestError
+from interp_steer.model.model import SteeringModel
+from interp_steer.prompts.item import Item
+from interp_steer.prompts.prompt import Prompt
+from interp_steer.stats import shares
+from interp_steer.steering.intervention import Intervention
+from interp_steer.util.console import Report
+
+__all__ = ["Mediation", "Patching", "Propagation", "mediation", "patch", "propagation"]
+
+RESTORED = ("attn_out", "mlp_out", "z")
+Prompts = Sequence[Item | Prompt]
+
+
+@dataclass(frozen=True, eq=False)
+class Propagation:
+    """What `propagation` found.
+
+    Attributes:
+        table: a row for each prompt and layer from the first steered one on: `item`, `layer`;
+            |x_steered - x| after the block at the `last` position, as a mean over the `steered`
+            positions (missing if none is) and over `all` positions but the first; the `median` |x|
+            of all prompts' positions but the first; `last_relative`, `steered_relative`,
+            `all_relative`: divided by it; `kl`: KL(unsteered || steered) of the logit lens at the
+            last position, in nats.
+        risen: the tokens whose probability under the lens rises most, in the mean over prompts:
+            `layer`, `rank` (from 1), `token`, `rise`, `before`, `after`.
+    """
+
+    table: pd.DataFrame
+    risen: pd.DataFrame
+
+    def summary(
+        self, column: str = "last_relative", level: float = 0.95, seed: int = 0
+    ) -> pd.DataFrame:
+        """The mean of a column, named by `score`, at every layer with its interval over prompts."""
+        check_names("column", [column], [str(name) for name in self.table.columns[2:]])
+        named = self.table.assign(score=column)
+        return summarised(named, ["layer", "score"], column, level, seed)
+
+
+class _Apart:
+    """Watches steered rows beside their unsteered selves, layer by layer."""
+
+    def __init__(self, model: SteeringModel, first: int, top: int) -> None:
+        self.model, self.top = model, top
+        self.hooks: set[Hook] = {("resid_post", n) for n in range(first, model.n_layers)}
+        self.norms: dict[int, list[Tensor]] = {}
+        self.rows: list[dict[str, object]] = []
+        self.before: dict[int, Tensor] = {}
+        self.after: dict[int, Tensor] = {}
+
+    def expect(self, names: Sequence[str], steered: Sequence[Sequence[bool]]) -> None:
+        """Tells what the next pass holds: prompts, and their steered positions."""
+        self._names, self._steered = names, steered
+
+    def __call__(self, hook: Hook, x: Tensor, place: Tensor | None) -> None:
+        _, layer = hook
+        x = x if place is None else x[place]
+        plain, moved = x.chunk(2)
+        apart = (moved.float() - plain.float()).norm(dim=-1)
+        logits = self.model.unembed(torch.stack([plain[:, -1], moved[:, -1]]))
+        before, after = logits.float().log_softmax(-1)
+        kl = (before.exp() * (before - after)).sum(-1)
+        for kept, now in ((self.before, before), (self.after, after)):
+            kept[layer] = kept.get(layer, 0) + now.exp().sum(0)
+        for row, (name, mask) in enumerate(zip(self._names, self._steered, strict=True)):
+            mine = apart[row, len(apart[row]) - len(mask) :]  # right-aligned
+            chosen = torch.tensor(mask, device=mine.device)
+            norms = plain[row, len(apart[row]) - len(mask) + 1 :].float().norm(dim=-1)
+            self.norms.setdefault(layer, []).append(norms.cpu())
+            far = {"last": mine[-1], "steered": mine[chosen].mean(), "all": mine[1:].mean()}
+            numbers = {name: value.item() for name, value in far.items()}
+            self.rows.append({"item": name, "layer": layer, **numbers, "kl": kl[row].item()})
+
+    def found(self) -> Propagation:
+        table = pd.DataFrame(self.rows)
+        medians = {layer: torch.cat(seen).median().item() for layer, seen in self.norms.items()}
+        table["median"] = table["layer"].map(medians)
+        for name in ("last", "steered", "all"):
+            table[f"{name}_relative"] = table[name] / table["median"]
+        risen, count = [], table["item"].size / len(medians)
+        for layer, after in self.after.items():
+            rise = after - self.before[layer]
+            for rank, token in enumerate(rise.topk(self.top).indices.tolist(), start=1):
+                shares = [part[token].item() / count for part in (rise, self.before[layer], after)]
+                risen.append((layer, rank, self.model.decode_token(token), *shares))
+        columns = ["layer", "rank", "token", "rise", "before", "after"]
+        return Propagation(table, pd.DataFrame(risen, columns=columns))
+
+
+def propagation(
+    model: SteeringModel,
+    prompts: Prompts,
+    steer: Sequence[Intervention],
+    *,
+    top: int = 10,
+    batch: int = 16,
+    report: Report | None = None,
+) -> Propagation:
+    """How far steering moves the stream at every later layer, and what the logit lens reads there.
+
+    The lens is unembed(final_norm(x)) (nostalgebraist 2020); at the last layer it is the output.
+
+    Args:
+        steer: resolved interventions (lengths, not doses).
+        top: tokens a layer in `risen`.
+        batch: prompts at once.
+        report: called with the number of prompts done.
+
+    Raises:
+        RequestError: no prompt or intervention, a prompt of one token, or as `Engine.generate`.
+    """
+    items = [Item.of(one) for one in prompts]
+    if not items or not steer:
+        raise RequestError("propagation needs prompts and an intervention")
+    admission = Admission(model)
+    rows = [admission.steered(Row(item.prompt, tuple(steer))) for item in items]
+    for item, (_, one) in zip(items, rows, strict=True):
+        if len(one.ids) < 2:
+            raise RequestError(f"{item.text[:60]!r} is one token long: only its first position")
+    watch = _Apart(model, min(site.layer for one in steer for site in one.sites), top)
+    order = sorted(range(len(items)), key=lambda n: len(rows[n][1].ids))
+    for start in range(0, len(order), batch):
+        some = order[start : start + batch]
+        masks = []
+        for applied, one in (rows[n] for n in some):
+            scopes = [i.scope.prompt_mask(one.content) for i in applied]
+            masks.append([any(mask[p] for mask in scopes) for p in range(len(one.ids))])
+        watch.expect([items[n].id for n in some], masks)
+        pairs = [((), rows[n][1]) for n in some], [rows[n] for n in some]
+        both = [*pairs[0], *pairs[1]]
+        with torch.no_grad():
+            run(model, both, [one.ids for _, one in both], watch=watch)
+        if report:
+            report(start + len(some))
+    return watch.found()
+
+
+@dataclass(frozen=True, eq=False)
+class Mediation:
+    """What `mediation` found.
+
+    Attributes:
+        table: a row for each restored part and prompt: `component`, `layer`, `head` (missing but
+            at `z`), `item`, `score` (its name), and the score `unsteered`, `steered`, `restored`.
+    """
+
+    table: pd.DataFrame
+
+    def summary(self, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+        """The share of the effect that goes with each part, largest first; a mean over prompts
+        over a mean:
+
+            (mean steered - mean restored) / (mean steered - mean unsteered)
+
+        See `shares.summarised`; `effect` is the denominator.
+        """
+        by = ["component", "layer", "head", "score"]
+        steered = self.table["steered"]
+        gone, effect = steered - self.table["restored"], steered - self.table["unsteered"]
+        found = shares.summarised(self.table, by, gone, effect, level, seed)
+        return found.sort_values("estimate", ascending=False, ignore_index=True)
+
+    @property
+    def warning(self) -> str | None:
+        """Why the shares should not be believed, if so; see `shares.doubt`."""
+        score = self.table["score"].iloc[0] if len(self.table) else "steering"
+        return shares.doubt(self.summary(), f"the effect on {score}")
+
+
+def mediation(
+    model: SteeringModel,
+    prompts: Prompts,
+    steer: Sequence[Intervention],
+    score: str = "kl_last",
+    *,
+    words: Sequence[str] = (),
+    answer: int = ANSWER,
+    components: Sequence[str] = ("attn_out", "mlp_out"),
+    heads: Sequence[int] | None = None,
+    batch: int | None = None,
+    report: Report | None = None,
+) -> Mediation:
+    """Which later parts carry the effect of steering: each restored to its unsteered value alone.
+
+    A part whose restoring takes most of the effect away mediates it. Shares need not add up to 1:
+    parts act one after another, and later ones make up for what is taken (Wang et al. 2023; McGrath
+    et al. 2023, arXiv 2307.15771). What the stream carries past all parts unchanged is the direct
+    effect, and no restoring takes it.
+
+    Args:
+        prompts: items with answers, for `logit_difference`; else prompts will do.
+        steer: resolved interventions (lengths, not doses), of any operator and at any sites.
+        score: of `ablation.SCORES`; `kl_last` is the KL from the unsteered prompt.
+        words, answer: the concept's, for the score `words`, and how many tokens of an answer it
+            reads; as for `ablation.ablate`.
+        components: of `RESTORED`, from the first steered block on; `z` goes head by head.
+        heads, batch, report: as for `ablation.ablate`.
+
+    Raises:
+        RequestError: an unknown name or score, an intervention that does not fit, or none; or
+            steering after which no block follows.
+    """
+    check_names("component", components, RESTORED)
+    if not steer:
+        raise RequestError("mediation needs an intervention whose effect is traced")
+    begins = shared_blocks(steer, model.n_layers)
+    if begins >= model.n_layers:
+        raise RequestError("steering after the last block is mediated by none; steer earlier")
+    readings = [Reading.of(model, Item.of(one)) for one in prompts]
+    score = chosen_scores(readings, [score], words)[0]
+    if score == "words":
+        readings = answered(model, readings, answer)
+    admission = Admission(model)
+    rows = [admission.steered(Row(one.item.prompt, tuple(steer))) for one in readings]
+    where = places(model, components, range(begins, model.n_layers), heads)
+
+    def variants(trunk: Trunk, chunk: list[int]) -> list[Variant]:
+        steered = trunk.steered([rows[n] for n in chunk])
+        return [steered, *((*steered, *given(place, trunk.real, trunk)) for place in where)]
+
+    clean, values = sweep(
+        model, readings, [score], variants, keep=hooks(where),
+        words=first_tokens(model, words), batch=batch, report=report,
+    )  # fmt: skip
+    plain, steered = clean[:, 0].tolist(), values[0, :, 0].tolist()
+    found = [
+        (*place, one.item.id, score, plain[n], steered[n], restored[n])
+        for place, restored in zip(where, values[1:, :, 0].tolist(), strict=True)
+        for n, one in enumerate(readings)
+        if one.has(score)
+    ]
+    names = ["component", "layer", "head", "item", "score", "unsteered", "steered", "restored"]
+    return Mediation(pd.DataFrame(found, columns=names).astype({"head": "Int64"}))

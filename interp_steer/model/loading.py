@@ -1,0 +1,326 @@
+"""From a name to weights in memory, and what is refused on the way."""
+
+import copy
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from interp_steer.errors import RequestError, RunError, first_line, nearest
+from interp_steer.util.console import progress
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The number formats that weights are loaded in."""
+
+FORMATS = ("F32", "BF16", "F16", "F64")  # of weights, as safetensors names them
+
+
+def pick_device(told: str | torch.device | None) -> torch.device:
+    if told is None:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(told)
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises several kinds, with paragraphs of advice
+        raise RequestError(f"device {str(told)!r} is not available here; try 'cpu'") from error
+    return device
+
+
+def pick_dtype(told: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    if told is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if isinstance(told, torch.dtype):
+        told = str(told).removeprefix("torch.")
+    if told not in KINDS:
+        raise RequestError(f"unknown dtype {told!r}{nearest(told, KINDS)}")
+    return KINDS[told]
+
+
+def find_folder(name: str, revision: str | None) -> tuple[Path, str]:
+    """The folder with the files of a model, fetched if need be, and its commit."""
+    if not name.strip():
+        raise RequestError("the model's name is empty; expected 'starter', a folder or a hub id")
+    # os.path takes what can be no file's name, such as a very long one, for one that is not there
+    path = Path(os.path.expanduser(name))
+    there = os.path.exists(path)
+    if revision is not None and (name == "starter" or there):
+        raise RequestError(
+            f"revision {revision!r} is of a model on the hub, and {name} is a folder here, which "
+            "has one state: leave the revision out, or name the model by its hub id"
+        )
+    if name == "starter":
+        from interp_steer.model import starter
+
+        return starter.folder(), ""
+    if os.path.isfile(path / "config.json"):
+        return path, ""
+    if there:
+        refuse_adapter(path, name)
+        raise RequestError(f"{name} holds no config.json: not a Hugging Face model folder")
+    if name.count("/") != 1 or name[0] in "./~":
+        raise RequestError(
+            f"unknown model {name!r}: neither 'starter', nor a folder, nor a hub id 'owner/name'"
+            + (nearest(name, ["starter"]) if "/" not in name else "")
+        )
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=["*.json", "*.safetensors", "*.jinja"],
+            ignore_patterns=["original/*"],
+        )
+    except errors.GatedRepoError as error:
+        raise RunError(
+            f"{name} is gated: accept its licence at https://huggingface.co/{name} and set "
+            "HF_TOKEN to a token of that account"
+            + (" (it is set)" if "HF_TOKEN" in os.environ else "")
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise RequestError(f"{name} has no revision {revision!r}") from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise RequestError(
+            f"unknown model {name!r}: the hub has none of that name, or it is private and HF_TOKEN "
+            "is not set"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise RunError(
+            f"{name} is not in the local cache and the hub cannot be reached: no network, or "
+            "HF_HUB_OFFLINE is set"
+        ) from error
+    except Exception as error:  # the hub's library raises its HTTP client's errors as they are
+        raise RunError(f"cannot fetch {name}: {first_line(error)}") from error
+    return Path(folder), Path(folder).name
+
+
+def read(
+    folder: Path, name: str, dtype: torch.dtype, device: torch.device
+) -> tuple["LlamaForCausalLM", "PreTrainedTokenizerBase"]:
+    """Configuration, tokenizer and weights of a folder, the weights in their final form at once.
+
+    Raises:
+        RequestError: a kind of model that is not supported, or an adapter beside the weights.
+        RunError: files that cannot be read, or whose tensors are not those of the configuration.
+    """
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+    refuse_adapter(folder, name)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise RunError(f"{name}: config.json cannot be read: {first_line(error)}") from error
+    refuse_unsupported(config, name)
+    if not any(folder.glob("*.safetensors")):
+        raise RequestError(f"{name} has no .safetensors weights in {folder}")
+    refuse_other_formats(folder, name)
+    try:
+        with progress(f"loading {name}", every=5), _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            loaded: Any = LlamaForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                device_map={"": device},
+                attn_implementation="sdpa",
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name them below
+            )
+    except Exception as error:
+        reason = next(_damaged(folder), first_line(error))
+        raise RunError(f"{name} cannot be loaded: {reason}") from error
+    model, found = loaded
+    refuse_other_tensors(found, name)
+    if not tokenizer.is_fast:
+        raise RequestError(f"{name} has no fast tokenizer (tokenizer.json)")
+    return model, tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar and its table of tensors: an error here names them."""
+    from transformers.utils import logging
+
+    bars, said = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(said)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def refuse_adapter(folder: Path, name: str) -> None:
+    """Refuses a folder with a LoRA or another adapter, which the two views would not see."""
+    found = sorted(file.name for file in folder.glob("adapter_*") if file.is_file())
+    if found:
+        raise RequestError(
+            f"{name} holds an adapter ({found[0]}), which would be left out: merge it with peft's "
+            "merge_and_unload(), save_pretrained() the result and load that, or remove "
+            f"{' and '.join(found)} to steer the model without it"
+        )
+
+
+def refuse_other_formats(folder: Path, name: str) -> None:
+    """Refuses weights of a number format that needs scales: transformers would read them as they
+    are where config.json does not say that they are quantised.
+    """
+    from safetensors import safe_open
+
+    found: list[str] = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with suppress(Exception), safe_open(file, "pt") as opened:  # loading tells of damage
+            kinds = ((key, opened.get_slice(key).get_dtype()) for key in opened.keys())  # noqa: SIM118
+            found += [f"{key} {kind}" for key, kind in kinds if kind not in FORMATS]
+    if found:
+        raise RequestError(
+            f"{name} holds weights that are no {', '.join(FORMATS)}: {_some(found)}; 4- and 8-bit "
+            "weights are not supported"
+        )
+
+
+def refuse_other_tensors(found: Mapping[str, Any], name: str) -> None:
+    """Refuses a checkpoint whose tensors are not those that its config.json describes.
+
+    Args:
+        found: the loading report of transformers. It leaves out what does no harm: the
+            `rotary_emb.inv_freq` of old checkpoints, the head of a model whose embeddings are tied.
+    """
+    wrong = {
+        "lack": _some(found["missing_keys"]),
+        "have besides": _some(found["unexpected_keys"]),
+        "have in another shape": _some(
+            f"{key} {list(has)} for {list(wants)}" for key, has, wants in found["mismatched_keys"]
+        ),
+    }
+    said = [f"{how} {tensors}" for how, tensors in wrong.items() if tensors]
+    said += [first_line(Exception(message)) for message in list(found["error_msgs"])[:1]]
+    if said:
+        headless = set(found["missing_keys"]) == {"lm_head.weight"}
+        correct = "'tie_word_embeddings': true in" if headless else "the names in the file or"
+        raise RunError(
+            f"{name}: the weights are not those of its config.json: they {'; they '.join(said)}; "
+            f"fetch or export the model again, or correct {correct} config.json"
+        )
+
+
+def _damaged(folder: Path) -> Iterator[str]:
+    """Which files of weights are cut short, and how that shows."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except Exception as error:
+            yield f"{file.name} is damaged or cut short: {first_line(error)}"
+
+
+def refuse_wrong_weights(hf: "LlamaForCausalLM", name: str) -> None:
+    """Refuses a model in memory that is not what its configuration says, or holds no numbers.
+
+    A model without weights (all on the meta device) passes: its shapes are known.
+
+    Raises:
+        RequestError: another class, other parameters than the configuration's, layers of another
+            type (an adapter, quantised), or weights on several devices or of several dtypes.
+        RunError: weights that are not finite.
+    """
+    from transformers import LlamaForCausalLM
+
+    if not isinstance(hf, LlamaForCausalLM):
+        raise RequestError(
+            f"{name} is a {type(hf).__name__}, expected a LlamaForCausalLM: load it with "
+            "LlamaForCausalLM.from_pretrained; merge an adapter with merge_and_unload()"
+        )
+    for part, module in hf.named_modules():
+        if part.endswith(("_proj", "lm_head")) and type(module) is not torch.nn.Linear:
+            raise RequestError(
+                f"{part} of {name} is a {type(module).__name__}, expected a Linear: both views "
+                "read plain weights; merge an adapter into them first"
+            )
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(copy.deepcopy(hf.config))
+    wanted = {key: weight.shape for key, weight in empty.state_dict().items()}
+    found = {key: weight.shape for key, weight in hf.state_dict().items()}
+    differ = {key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)}
+    if differ:
+        raise RequestError(
+            f"the parameters of {name} are not those of its config, which differs in "
+            f"{_some(differ)}: set hf.config to what the model is"
+        )
+    for what in ("device", "dtype"):
+        several = {str(getattr(weight, what)) for weight in hf.parameters()}
+        if len(several) > 1:
+            raise RequestError(
+                f"{name} has weights of several {what}s ({', '.join(sorted(several))}); both views "
+                f"need one: hf.to({what})"
+            )
+    if (kind := hf.lm_head.weight.dtype) not in KINDS.values() and kind != torch.float64:
+        raise RequestError(f"{name} has weights of {kind}; expected {', '.join(KINDS)}")
+    rotary = hf.model.rotary_emb
+    if not rotary.inv_freq.is_meta:
+        right, used = type(rotary)(hf.config).inv_freq.double(), rotary.inv_freq.double().cpu()
+        if not torch.allclose(used, right, rtol=1e-6, atol=0):
+            raise RequestError(
+                f"the rotary frequencies of {name} are not those of its config: hf.to(dtype) or "
+                ".half() rounds them; load it with from_pretrained(..., dtype=...)"
+            )
+    wrong = [k for k, weight in hf.named_parameters() if not _is_finite(weight)]
+    if wrong:
+        raise RunError(
+            f"{name} has weights that are no numbers (NaN or infinite): {_some(wrong)}; "
+            "fetch or export the model again"
+        )
+
+
+@torch.no_grad()
+def _is_finite(weight: torch.Tensor) -> bool:
+    if weight.is_meta:
+        return True
+    low, high = torch.aminmax(weight)  # both are NaN where one number is; needs no second tensor
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _some(names: Iterable[str], shown: int = 3) -> str:
+    """The first names, and how many more there are."""
+    every = sorted(names)
+    more = f" and {len(every) - shown} more" if len(every) > shown else ""
+    return ", ".join(every[:shown]) + more
+
+
+def refuse_unsupported(config: Any, name: str) -> None:
+    """Refuses what one of the two views would silently compute wrongly."""
+    if config.model_type != "llama":
+        raise RequestError(
+            f"{name} is of model_type {config.model_type!r}; only 'llama' is supported "
+            "(Llama 2 and 3, SmolLM2, and others of that architecture)"
+        )
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type") not in ("default", "llama3"):
+        raise RequestError(
+            f"{name} has rope_type {rope.get('rope_type')!r}; known are 'default' and 'llama3'"
+        )
+    wrong = {
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "quantization_config": getattr(config, "quantization_config", None),
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
+    }
+    for key, value in wrong.items():
+        if value:
+            raise RequestError(
+                f"{name} sets {key}, which the TransformerLens view would leave out: "
+                "its results would be wrong"
+            )
+    if config.hidden_act != "silu":
+        raise RequestError(f"{name} has hidden_act {config.hidden_act!r}; only 'silu' is supported")

@@ -1,0 +1,426 @@
+"""One set of weights seen twice: a Hugging Face module to decode with, and a HookedTransformer.
+
+Together with `block.py` and `hooked.py` this is the only file that touches the insides of
+transformers' Llama and of TransformerLens. It knows nothing of steering.
+"""
+
+import datetime
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from os import PathLike
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from interp_steer.errors import RequestError
+from interp_steer.model.block import Change, Keeps, block, exactly, linear, normed, signed
+from interp_steer.model.fingerprint import Fingerprint
+from interp_steer.model.loading import (
+    find_folder,
+    pick_device,
+    pick_dtype,
+    read,
+    refuse_unsupported,
+    refuse_wrong_weights,
+)
+from interp_steer.model.site import Site
+from interp_steer.prompts.codec import Codec
+from interp_steer.prompts.prompt import Encoded, Prompt, is_chat
+from interp_steer.prompts.template import Template, read_date
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+
+class SteeringModel:
+    """A Llama-architecture model with its tokenizer, in both views.
+
+    Attributes:
+        hf: the Hugging Face `LlamaForCausalLM`, whose weights decoding uses.
+        tokenizer: its fast tokenizer.
+        name: hub id, folder or `"starter"`, as asked for.
+        revision: the hub's commit, or "" for a folder.
+        date: what the chat template is told if it asks for the date; may be set.
+        n_layers, d_model, n_heads, n_kv_heads, d_head, d_vocab, n_ctx: the model's shape.
+    """
+
+    def __init__(
+        self,
+        hf: "LlamaForCausalLM",
+        tokenizer: "PreTrainedTokenizerBase",
+        name: str = "",
+        revision: str = "",
+        date: datetime.date | str | None = None,
+    ) -> None:
+        """Wraps a model that is already in memory, and puts it into evaluation mode.
+
+        Raises:
+            RequestError: the model is of a kind that the two views would not agree on, or is not
+                what its configuration says.
+            RunError: weights that are not finite.
+        """
+        refuse_unsupported(hf.config, name or "this model")
+        refuse_wrong_weights(hf, name or "this model")
+        self.hf = hf.eval()
+        self.tokenizer = tokenizer
+        self.name, self.revision = name, revision
+        self._fingerprint = Fingerprint(hf)
+        self._hooked: tuple[list[int], HookedTransformer] | None = None
+        self.date = date
+        config: Any = hf.config  # its fields are typed as optional
+        self.n_layers: int = config.num_hidden_layers
+        self.d_model: int = config.hidden_size
+        self.n_heads: int = config.num_attention_heads
+        self.n_kv_heads: int = config.num_key_value_heads
+        self.d_head: int = config.head_dim or self.d_model // self.n_heads
+        self.d_vocab: int = config.vocab_size
+        self.n_ctx: int = config.max_position_embeddings
+
+    @classmethod
+    def load(
+        cls,
+        name: str | PathLike[str] = "starter",
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+        date: datetime.date | str | None = None,
+        device_map: object = None,
+        quantization: object = None,
+    ) -> "SteeringModel":
+        """Loads `"starter"`, a folder, or a hub id such as `"meta-llama/Llama-3.1-8B-Instruct"`.
+
+        Args:
+            name: what to load; a hub id is downloaded once and later read offline.
+            dtype: default bfloat16 on a GPU, float32 on a CPU. Converting later would
+                break the sharing of the weights.
+            device: default the first CUDA GPU if there is one, else the CPU.
+            revision: the hub's branch, tag or commit.
+            date: told to a chat template that asks for the date, as Llama 3.2's does; default
+                2024-07-26, never the day's: prompts and keys of rows would change at midnight.
+            device_map, quantization: refused, with the reason.
+
+        Raises:
+            RequestError: an unknown model, or one that would be computed wrongly.
+            RunError: no network, a gated repository, damaged files, no memory.
+        """
+        if device_map is not None:
+            raise RequestError(
+                "device_map is not supported: the HookedTransformer view and the engine need all "
+                "weights on one device; choose it with device='cuda:0'"
+            )
+        if quantization is not None:
+            raise RequestError(
+                "4- and 8-bit weights are not supported: they cannot be seen as TransformerLens "
+                "matrices without a second copy; load with dtype='bfloat16'"
+            )
+        place = pick_device(device)
+        kind, day = pick_dtype(dtype, place), read_date(date)
+        name = str(name)
+        folder, commit = find_folder(name, revision)
+        return cls(*read(folder, name, kind, place), name=name, revision=commit, date=day)
+
+    def __repr__(self) -> str:
+        return (
+            f"SteeringModel({self.name!r}, {self.n_layers} layers, d_model {self.d_model}, "
+            f"{str(self.dtype).removeprefix('torch.')}, {self.device})"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.hf.model.embed_tokens.weight.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' number format, also that of the residual stream."""
+        dtype: torch.dtype = self.hf.model.embed_tokens.weight.dtype
+        return dtype
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the configuration and of a sample of every weight matrix; another one
+        once weights have been changed in place.
+
+        A few numbers that were changed through `.data`, which torch does not count, are seen once
+        `measured()` is called, as every study does when it begins.
+        """
+        return str(self._fingerprint)
+
+    def measured(self) -> str:
+        """The fingerprint after reading all weights again."""
+        return self._fingerprint.anew()
+
+    def check(self, site: Site, width: int) -> None:
+        """Whether a vector of that width fits at a site of this model.
+
+        Raises:
+            RequestError: no such layer or head, or another width.
+        """
+        if site.layer >= self.n_layers:
+            raise RequestError(
+                f"layer {site.layer} is out of range: {self.name} has layers 0-{self.n_layers - 1}"
+            )
+        if (site.head or 0) >= self.n_heads:
+            raise RequestError(
+                f"head {site.head} is out of range: {self.name} has heads 0-{self.n_heads - 1}"
+            )
+        wide = self.d_model if site.head is None else self.d_head
+        if width != wide:
+            raise RequestError(
+                f"the direction is {width} wide; {self.name} at {site} is {wide} wide"
+            )
+
+    # --- text ---------------------------------------------------------------------------------
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the tokenizer has a chat template."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def date(self) -> datetime.date | None:
+        """The date that the chat template is told; None where it asks for none.
+
+        It may be set, also as text such as "2024-07-26"; None is the default, 2024-07-26.
+        """
+        return self._codec.template.told
+
+    @date.setter
+    def date(self, given: datetime.date | str | None) -> None:
+        self._date = read_date(given)
+        self.__dict__.pop("_codec", None)
+
+    @cached_property
+    def _codec(self) -> Codec:
+        rows: int = self.hf.model.embed_tokens.weight.shape[0]
+        template = Template(self.tokenizer, self.name, self._date)
+        return Codec(self.tokenizer, template, self.n_ctx, rows)
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every id that ends an answer: those of `generation_config`, the tokenizer's end of
+        sequence, and the special token that the chat template writes after the assistant's turn.
+        """
+        told = self.hf.generation_config.eos_token_id
+        known = told if isinstance(told, list) else [] if told is None else [int(told)]
+        return tuple(dict.fromkeys([*known, *self._codec.ends]))
+
+    def encode(self, prompt: object) -> Encoded:
+        """Tokens of a text, or of a chat under the model's template with one BOS.
+
+        A chat that ends with an assistant message is left open after it, to be continued.
+
+        Raises:
+            RequestError: the prompt is empty, longer than the context, or holds a token that the
+                model has no embedding for; the model has no chat template, or it refuses the
+                messages.
+        """
+        return self._codec.encode(_prompt(prompt))
+
+    def encode_after(self, prompt: object, text: str) -> tuple[int, ...]:
+        """Token ids of a text that follows a prompt directly: those of both together, after those
+        of the prompt. A text's own leading space counts.
+
+        Raises:
+            RequestError: as for `encode`; or the tokenizer joins the text's beginning to the
+                prompt's last token, as "(" and "A" may become "(A": then no text follows this
+                prompt as given.
+        """
+        return self._codec.after(_prompt(prompt), text)
+
+    def parted(self, prompt: str, text: str) -> tuple[str, str]:
+        """A text in two parts, moved back to where a token ends if one stands across the boundary.
+
+        Raises:
+            RequestError: as for `encode_after`, if no place near it will do.
+        """
+        return self._codec.parted(prompt, text)
+
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of a plain text of any length, as `encode` has them of a prompt."""
+        return self._codec.tokens(text, plain=True)[0]
+
+    def decode(self, ids: Sequence[int], after: object = None) -> str:
+        """Text of generated tokens, without special tokens.
+
+        Args:
+            after: the prompt that they follow. What continues a text, or an answer that was begun,
+                keeps its leading space; an answer that stands alone begins as the tokenizer has it.
+        """
+        opened = is_chat(after) and bool(after) and after[-1][0] == "assistant"  # type: ignore[index]
+        return self._codec.decode(ids, isinstance(after, str) or opened)
+
+    def pending(self, ids: Sequence[int]) -> bool:
+        """Whether the next token may change the text of these, which end amid a character."""
+        return self._codec.pending(ids)
+
+    def decode_token(self, id: int) -> str:
+        """The text of one token, its leading space included, special tokens by their names."""
+        return self._codec.decode_token(id)
+
+    # --- the forward pass, a block at a time ----------------------------------------------------
+
+    def embed(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream before block 0."""
+        out: Tensor = self.hf.model.embed_tokens(ids)
+        return out
+
+    def rotary(
+        self, x: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "#batch pos"]
+    ) -> tuple[Float[Tensor, "#batch 1 pos d_head"], Float[Tensor, "#batch 1 pos d_head"]]:
+        """Cosines and sines of the rotary embedding at absolute positions, as `block` takes them:
+        the first half of the sines is negated.
+        """
+        return signed(self.hf.model.rotary_emb(x, position_ids=positions))
+
+    def block(
+        self,
+        layer: int,
+        x: Float[Tensor, "batch pos d_model"],
+        rotary: tuple[Tensor, Tensor],
+        mask: Bool[Tensor, "#batch 1 pos key_pos"] | None,
+        cache: Keeps | None = None,
+        changes: Mapping[str, Change] = MappingProxyType({}),
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """One block. `mask` is True where a query may look; None means plain causal.
+
+        Hooks that somebody registers on `hf` are not called here.
+
+        Args:
+            cache: its `update` gets the new keys and values, and returns those to attend to.
+            changes: functions that `attn_out`, `mlp_out` `[batch pos d_model]` or `z`
+                `[batch pos head d_head]` of this block pass through.
+        """
+        return block(self.hf.model.layers[layer], layer, x, rotary, mask, cache, changes)
+
+    def unembed(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
+        """Final norm and unembedding: logits of a residual stream after the last block."""
+        return linear(normed(x, self.hf.model.norm), self.hf.lm_head)
+
+    def residuals(
+        self,
+        encoded: Sequence[Encoded],
+        changes: Mapping[tuple[str, int], Change] = MappingProxyType({}),
+    ) -> Iterator[tuple[int, Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"]]]:
+        """One unsteered pass over prompts as one right-padded batch: yields (layer, resid_post,
+        which positions are real) block by block, so that all layers need the memory of one.
+        The stream before block 0 comes first, as layer -1.
+
+        Args:
+            changes: as for `block`, by (component, layer).
+        """
+        longest = max(len(one.ids) for one in encoded)
+        ids = torch.zeros(len(encoded), longest, dtype=torch.long)
+        real = torch.zeros(len(encoded), longest, dtype=torch.bool)
+        for row, one in enumerate(encoded):
+            ids[row, : len(one.ids)] = torch.tensor(one.ids)
+            real[row, : len(one.ids)] = True
+        ids, real = ids.to(self.device), real.to(self.device)
+        with exactly():  # right padding comes after every real token: plain causal is right
+            x = self.embed(ids)
+            rotary = self.rotary(x, torch.arange(longest, device=self.device)[None])
+        yield -1, x, real  # outside: what is switched off is so for the whole thread
+        for layer in range(self.n_layers):
+            with exactly():
+                x = self.block(layer, x, rotary, None, None, _inside(changes, layer))
+            yield layer, x, real
+
+    def read(
+        self, site: Site, encoded: Sequence[Encoded]
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Bool[Tensor, "batch pos"]]:
+        """Unsteered activations at one site of prompts as one right-padded batch, and which
+        positions are real. Later blocks are not computed.
+
+        Raises:
+            RequestError: the site is a head's `z`.
+        """
+        if site.component == "z":
+            raise RequestError(f"activations are read a stream at a time, not at {site}")
+        seen: list[Tensor] = []
+
+        def keep(x: Tensor) -> Tensor:
+            seen.append(x)
+            return x
+
+        between = site.component in ("resid_pre", "resid_post")
+        last = site.layer - (site.component == "resid_pre")
+        passes = self.residuals(encoded, {} if between else {(site.component, site.layer): keep})
+        x, real = next((x, real) for layer, x, real in passes if layer == last)
+        return (x if between else seen[0]), real
+
+    def cross_entropy(
+        self, one: Encoded, site: Site, change: Callable[[Tensor], Tensor] | None = None
+    ) -> Float[Tensor, " predicted"]:
+        """-ln p of every token after the first, in nats, with the activations at one site (the
+        first position's kept) passed through a function.
+        """
+
+        def changed(x: Tensor) -> Tensor:
+            return x if change is None else torch.cat([x[:, :1], change(x[:, 1:]).to(x.dtype)], 1)
+
+        between = site.component in ("resid_pre", "resid_post")
+        at = site.layer + (site.component == "resid_post")
+        ids = torch.tensor([one.ids], device=self.device)
+        changes = {} if between else {(site.component, site.layer): changed}
+        with exactly():
+            x = self.embed(ids)
+            rotary = self.rotary(x, torch.arange(len(one.ids), device=self.device)[None])
+            for layer in range(self.n_layers):
+                x = changed(x) if between and layer == at else x
+                x = self.block(layer, x, rotary, None, None, _inside(changes, layer))
+            x = changed(x) if between and at == self.n_layers else x
+            logprobs = self.unembed(x[0, :-1]).float().log_softmax(-1)
+        return -logprobs.gather(1, ids[0, 1:, None])[:, 0]
+
+    # --- the second view ------------------------------------------------------------------------
+
+    @property
+    def hooked(self) -> "HookedTransformer":
+        """The same weights as a TransformerLens HookedTransformer, built on first use.
+
+        Nothing is folded or centred, so activations equal the Hugging Face module's. Direct logit
+        attribution as TransformerLens's tutorials do it needs `folded()`. What would change the
+        shared weights is refused. Once `hf` has moved its weights it is another one.
+        """
+        from interp_steer.model.hooked import hooked_view
+
+        places = [weight.data_ptr() for weight in self.hf.parameters()]
+        if self._hooked is None or self._hooked[0] != places:
+            refuse_wrong_weights(self.hf, self.name or "this model")
+            self._hooked = places, hooked_view(self)
+        return self._hooked[1]
+
+    def folded(self, dtype: torch.dtype | str = "float32") -> "HookedTransformer":
+        """A copy as TransformerLens's tutorials expect it: the weights of every RMS norm folded
+        into the matrix that reads it, the unembedding centred (which takes from each position's
+        logits their mean). Its norms only divide, so contributions to the stream add up to the
+        logits.
+
+        The copy has weights of its own: 4 bytes a parameter in float32, 2 in bfloat16 (a head that
+        is tied to the embeddings is a matrix of its own here), and while it is made up to twice 4.
+        Nothing is kept: every call makes one.
+
+        Args:
+            dtype: of the copy; folding is done in float32 and rounded once.
+        """
+        from interp_steer.model.hooked import folded_copy
+
+        return folded_copy(self, pick_dtype(dtype, self.device))
+
+
+def _inside(changes: Mapping[tuple[str, int], Change], layer: int) -> dict[str, Change]:
+    return {component: one for (component, at), one in changes.items() if at == layer}
+
+
+def _prompt(given: object) -> Prompt:
+    if not isinstance(given, str) and not is_chat(given):
+        raise RequestError(
+            f"a prompt is text, or messages as chat(...) makes them, got {str(given)[:60]!r}"
+        )
+    return cast(Prompt, given)

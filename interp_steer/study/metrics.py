@@ -1,0 +1,358 @@
+"""Metrics: functions from what was run to a number a row.
+
+A new metric is one function and one decorator:
+
+    @metric(kind="rate", better="high", needs="text")
+    def french(measured: Measured) -> list[float | None]:
+        '''Answers that say "oui".'''
+        return [float(bool(names(one.text, ["oui"]))) for one in measured.results]
+
+A study that names its file under `modules` may then name it among its `metrics`.
+"""
+
+import hashlib
+import inspect
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from interp_steer.engine.engine import Engine
+from interp_steer.engine.row import Result, Row, Score
+from interp_steer.errors import RequestError, nearest
+from interp_steer.prompts.item import Item
+from interp_steer.results.declared import BETTER, KINDS, NEEDS, Declared
+from interp_steer.results.words import names
+from interp_steer.util.console import Report
+
+CONTENT = "__interp_steer_content__"  # what a module keeps of its file, if a study names that
+LOOPS = 0.2  # rep3 above which an answer loops ("The Eiffel Tower Llama")
+
+Numbers = list[float | None]
+
+
+def rep3(ids: Sequence[int]) -> float | None:
+    """Share of repeated 3-grams of token ids, 0 to 1: 1 - different / all.
+
+    Above 0.2 an answer loops. Missing (None) below 3 tokens. Gibberish can score 0: read it beside
+    `surprise`. From "The Eiffel Tower Llama" (Hugging Face, 2025).
+    """
+    share = distinct(ids, 3)
+    return None if share is None else 1 - share
+
+
+def distinct(ids: Sequence[int], n: int) -> float | None:
+    """Different n-grams / all n-grams of token ids, 0 to 1; None where there is none.
+
+    distinct-n, Li et al. 2016 (arXiv 1510.03055), of one answer.
+    """
+    grams = list(zip(*(ids[i:] for i in range(n)), strict=False))
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def surprise(
+    engine: Engine,
+    results: Sequence[Result],
+    report: Report | None = None,
+    batch: int | None = None,
+) -> Numbers:
+    """Mean of -ln p(token) of each answer under the unsteered model, in nats.
+
+    All answer tokens count; None where there are none. A loop has low surprise: read it beside
+    `rep3`.
+    """
+    rows = [Row(result.row.prompt) for result in results]
+    answers = [result.token_ids for result in results]
+    scores = engine.score(rows, answers, report=report, batch=batch)
+    return [_mean_loss(score) for score in scores]
+
+
+# --- metrics of a study -----------------------------------------------------------------------
+
+
+@dataclass
+class Measured:
+    """Rows that were run together, and what metrics ask of them: each computed once, on demand.
+
+    Attributes:
+        engine: of the model.
+        rows, items: what was run; one kind of item.
+        unsteered: token ids of the unsteered answer to the same prompt with the same seed.
+        concept: words of the concept.
+        batch: rows at once.
+    """
+
+    engine: Engine
+    rows: Sequence[Row]
+    items: Sequence[Item]
+    unsteered: Sequence[Sequence[int]] = ()
+    concept: Sequence[str] = ()
+    batch: int | None = None
+    report: Report | None = field(default=None, repr=False)
+    _read: dict[tuple[str, ...], list[Score]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def results(self) -> list[Result]:
+        """The generated answers."""
+        return self.engine.generate(self.rows, batch=self.batch, report=self.report)
+
+    @cached_property
+    def scores(self) -> list[Score]:
+        """The rows on the unsteered answer, teacher-forced, with the KL from the unsteered row."""
+        plain = {row.prompt: Row(row.prompt) for row in self.rows}
+        pairs = dict.fromkeys(zip((r.prompt for r in self.rows), self._forced, strict=True))
+        at = {pair: len(self.rows) + i for i, pair in enumerate(pairs)}
+        scores = self.engine.score(
+            [*self.rows, *(plain[prompt] for prompt, _ in pairs)],
+            [*self._forced, *(ids for _, ids in pairs)],
+            reference=[
+                *(at[r.prompt, ids] for r, ids in zip(self.rows, self._forced, strict=True)),
+                *(None for _ in pairs),
+            ],
+            batch=self.batch,
+        )
+        return scores[: len(self.rows)]
+
+    @property
+    def _forced(self) -> list[tuple[int, ...]]:
+        return [tuple(ids) for ids in self.unsteered]
+
+    def logprobs(self, texts: Sequence[str]) -> list[Score]:
+        """Each row's reading of a text that follows its prompt directly."""
+        asked = tuple(texts)
+        if asked not in self._read:
+            self._read[asked] = self.engine.score(self.rows, asked, batch=self.batch)
+        return self._read[asked]
+
+
+Function = Callable[[Measured], Numbers]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric(Declared):
+    """A function with what a study has to know of it."""
+
+    function: Function
+
+    def __call__(self, measured: Measured) -> Numbers:
+        """Its numbers; one that is not finite is missing."""
+        numbers = self.function(measured)
+        return [None if n is None or not math.isfinite(n) else float(n) for n in numbers]
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def metric(
+    name: str | None = None,
+    *,
+    kind: str = "mean",
+    better: str = "high",
+    needs: str = "text",
+    unit: str = "",
+    bounds: tuple[float, float] | None = None,
+    version: int = 1,
+) -> Callable[[Function], Function]:
+    """Makes a function from `Measured` to a number (or None, missing) a row a study's metric.
+
+    Args:
+        name: default the function's.
+        kind, better, needs, unit, bounds: as in `Declared`.
+        version: one more whenever its numbers change their meaning: rows that were measured by
+            another version are measured anew. A metric that is not built in is also told from
+            its earlier forms by its source.
+
+    Raises:
+        RequestError: an unknown kind, direction or need.
+    """
+    for given, known in ((kind, KINDS), (better, BETTER), (needs, NEEDS)):
+        if given not in known:
+            raise RequestError(f"a metric cannot be {given!r}{nearest(given, known)}")
+
+    def registered(function: Function) -> Function:
+        called = name or function.__name__
+        about = (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
+        limits = (0.0, 1.0) if kind == "rate" else bounds
+        METRICS[called] = Metric(
+            name=called, kind=kind, better=better, needs=needs, unit=unit, bounds=limits,
+            about=about, version=version, source=_source(function), function=function,
+        )  # fmt: skip
+        return function
+
+    return registered
+
+
+def _source(function: Function) -> str:
+    """A hash of what defines a custom metric: its whole file where a study names that under
+    `modules`, else its own lines; "" of a built-in one.
+    """
+    if function.__module__.startswith("interp_steer."):
+        return ""
+    text = vars(sys.modules.get(function.__module__, object)).get(CONTENT)
+    if text is None:
+        try:
+            text = inspect.getsource(function)
+        except (OSError, TypeError):  # typed at a prompt that keeps no lines
+            code = function.__code__
+            text = repr((code.co_code, code.co_names, [c for c in code.co_consts if _plain(c)]))
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+
+
+def _plain(value: object) -> bool:
+    """Whether its text is the same in every process."""
+    return isinstance(value, (str, bytes, int, float, type(None)))
+
+
+def declared(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What a manifest keeps of metrics, so that a report needs nothing else of them."""
+    return {name: METRICS[name].as_mapping() for name in names}
+
+
+def meaning(names: Iterable[str], item: Item) -> str:
+    """A hash of what the metrics of an item mean, beside their names; "" where all are built in and
+    in their first version.
+    """
+    applied = ((name, METRICS[name]) for name in sorted(names))
+    told = [(name, *one.meaning) for name, one in applied if one.applies(item)]
+    changed = [one for one in told if one[1:] != (1, "")]
+    return hashlib.sha256(json.dumps(changed).encode()).hexdigest()[:8] if changed else ""
+
+
+def find(name: object) -> Metric:
+    """A metric by its name; raises RequestError with the nearest names."""
+    if not isinstance(name, str) or name not in METRICS:
+        raise RequestError(f"unknown metric {name!r}{nearest(name, METRICS)}")
+    return METRICS[name]
+
+
+@metric(kind="rate", version=2)
+def mention(measured: Measured) -> Numbers:
+    """Answers that name a concept word which their prompt does not."""
+    found: Numbers = []
+    for item, result in zip(measured.items, measured.results, strict=True):
+        said = (item.prompt,) if isinstance(item.prompt, str) else [m for _, m in item.prompt]
+        echoes = {word for text in said for word in names(text, measured.concept)}
+        words = [word for word in measured.concept if word not in echoes]
+        found.append(float(bool(names(result.text, words))) if words else None)
+    return found
+
+
+@metric(kind="rate", version=2)
+def concept(measured: Measured) -> Numbers:
+    """Answers that name a concept word which their prompt does not, and do not loop (rep3 0.2)."""
+    repeated = (rep3(one.token_ids) or 0.0 for one in measured.results)
+    return [
+        None if named is None else float(bool(named) and share <= LOOPS)
+        for named, share in zip(mention(measured), repeated, strict=True)
+    ]
+
+
+@metric("rep3", better="low", unit="share of 3-grams", bounds=(0.0, 1.0))
+def _rep3(measured: Measured) -> Numbers:
+    """Share of repeated 3-grams of the answer's tokens; above 0.2 it loops."""
+    return [rep3(one.token_ids) for one in measured.results]
+
+
+@metric(unit="share of 2-grams", bounds=(0.0, 1.0))
+def distinct2(measured: Measured) -> Numbers:
+    """Different 2-grams of the answer's tokens / all (distinct-2, Li et al. 2016)."""
+    return [distinct(one.token_ids, 2) for one in measured.results]
+
+
+@metric("surprise", better="low", unit="nats a token")
+def _surprise(measured: Measured) -> Numbers:
+    """Mean of -ln p(token) of the answer under the unsteered model."""
+    return surprise(measured.engine, measured.results, batch=measured.batch)
+
+
+@metric(unit="tokens")
+def length(measured: Measured) -> Numbers:
+    """Tokens of the answer."""
+    return [float(len(one.token_ids)) for one in measured.results]
+
+
+@metric(better="low", needs="unsteered", unit="nats")
+def kl_last(measured: Measured) -> Numbers:
+    """KL(unsteered || steered) of the answer's first token, at the last prompt position."""
+    return [s.kl[0].item() if s.kl is not None else None for s in measured.scores]
+
+
+@metric(better="low", needs="unsteered", unit="nats a token")
+def kl_mean(measured: Measured) -> Numbers:
+    """KL(unsteered || steered) averaged over the last prompt position and the unsteered answer."""
+    return [s.kl.mean().item() if s.kl is not None else None for s in measured.scores]
+
+
+@metric(needs="pair", unit="nats", version=2)
+def logit_difference(measured: Measured) -> Numbers:
+    """Logit of the positive answer minus that of the negative at the first token that differs."""
+    engine = measured.engine
+    pairs = [
+        [engine.ids(row.prompt, str(text)) for text in (item.positive, item.negative)]
+        for row, item in zip(measured.rows, measured.items, strict=True)
+    ]
+    shared, ends = [], []
+    for item, (one, other) in zip(measured.items, pairs, strict=True):
+        at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+        if at is None:
+            raise RequestError(
+                f"the answers of {item.text[:60]!r} do not differ in a token: one begins the other"
+            )
+        shared.append(one[:at])
+        ends.append((one[at], other[at]))
+    scores = engine.score(measured.rows, shared, last_logits=True, batch=measured.batch)
+    return [
+        (s.last_logits[a] - s.last_logits[b]).item() if s.last_logits is not None else None
+        for s, (a, b) in zip(scores, ends, strict=True)
+    ]
+
+
+@metric(needs="pair", unit="nats", version=2)
+def propensity(measured: Measured) -> Numbers:
+    """ln p(positive answer) - ln p(negative answer) (Tan et al. 2024, arXiv 2407.12404)."""
+    sides = _sides(measured)
+    return [(a.logprobs.sum() - b.logprobs.sum()).item() for a, b in zip(*sides, strict=True)]
+
+
+@metric(needs="pair", unit="nats a token", version=2)
+def propensity_per_token(measured: Measured) -> Numbers:
+    """The same with each answer's mean over its tokens, for answers of different lengths."""
+    sides = _sides(measured)
+    return [(a.logprobs.mean() - b.logprobs.mean()).item() for a, b in zip(*sides, strict=True)]
+
+
+def _sides(measured: Measured) -> tuple[list[Score], list[Score]]:
+    return (
+        measured.logprobs([str(item.positive) for item in measured.items]),
+        measured.logprobs([str(item.negative) for item in measured.items]),
+    )
+
+
+@metric(kind="rate", needs="choices", version=2)
+def accuracy(measured: Measured) -> Numbers:
+    """Questions whose correct choice has the largest ln p of all choices, whole texts."""
+    most = max(len(item.choices) for item in measured.items)
+    best: list[tuple[float, int]] = [(-math.inf, -1)] * len(measured.items)
+    for number in range(most):  # a question with fewer choices is asked its last one again
+        texts = [i.choices[min(number, len(i.choices) - 1)] for i in measured.items]
+        for at, score in enumerate(measured.logprobs(texts)):
+            if number < len(measured.items[at].choices):
+                best[at] = max(best[at], (score.logprobs.sum().item(), -number))
+    return [float(-b[1] == i.correct) for b, i in zip(best, measured.items, strict=True)]
+
+
+@metric(better="low", needs="continuation", unit="nats a token", version=2)
+def loss(measured: Measured) -> Numbers:
+    """Cross-entropy of the given continuation: on neutral text, what steering damages."""
+    scores = measured.logprobs([str(item.continuation) for item in measured.items])
+    return [_mean_loss(score) for score in scores]
+
+
+def _mean_loss(score: Score) -> float | None:
+    return -score.logprobs.mean().item() if len(score.logprobs) else None
+
+
+BUILT_IN = dict(METRICS)  # what a run from before manifests kept metrics may have had

@@ -1,0 +1,205 @@
+"""What a study will cost, before anything runs."""
+
+import math
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from interp_steer.engine.engine import Engine, working
+from interp_steer.engine.row import Row
+from interp_steer.engine.stepper import Admission
+from interp_steer.features.matched import matched_features
+from interp_steer.model.model import SteeringModel
+from interp_steer.prompts.file import numbered
+from interp_steer.prompts.item import Item
+from interp_steer.steering.contrast import Contrast
+from interp_steer.steering.direction import Direction
+from interp_steer.steering.scale import Scale
+from interp_steer.study import metrics as measures
+from interp_steer.study.chunk import Chunk, measure
+from interp_steer.study.study import Study
+
+BESIDE = 64 * 2**20  # bytes: the tokenizer, and what is small
+ADDS = ("add", "add_norm_kept")
+GENTLE = 0.02  # dose below which a coefficient was probably meant in another unit
+TRIED = (2, 16)  # new tokens of the two short runs that the time is extrapolated from
+
+
+def check(study: Study, model: SteeringModel) -> None:
+    """Whether every cell fits the model, the longest prompt its context, every answer its prompt,
+    and every feature has others to be matched with, before anything runs.
+
+    Raises:
+        RequestError: one that does not.
+    """
+    admission = Admission(model)
+    needs = {measures.find(name).needs for name in study.metrics}
+    for part in ("choose", "prove", "neutral"):
+        for number, item in enumerate(getattr(study, part), start=1):
+            with numbered(part, number):
+                model.encode(item.prompt)
+                for text in _read(item, needs):
+                    model.encode_after(item.prompt, text)
+    longest = _longest(study, model)
+    rewritten = [item for _, item in study.items() if not model.encode(item.prompt).located][:1]
+    unit = Scale((1.0,) * 10_000)  # more layers than there are: the model says which is too many
+    new = study.sampling.max_new_tokens if study.generates else 0
+    for setting in study.settings:
+        cell = study.cell(setting, unit)
+        for item in (longest, *rewritten):
+            admission.take(0, Row(item.prompt, cell.steer, study.sampling), (), new)
+    if study.choose or len(study.settings) == 1:  # else nothing is proved
+        for one in study.vectors.values():
+            if isinstance(one, Direction) and one.is_feature:
+                matched_features(one, study.controls.features)
+
+
+def _read(item: Item, needs: Collection[str]) -> list[str]:
+    """What metrics with these needs read after an item's prompt."""
+    texts = {
+        "pair": (item.positive, item.negative),
+        "choices": item.choices,
+        "continuation": (item.continuation,),
+    }
+    return [text for need in needs for text in texts.get(need, ()) if text is not None]
+
+
+def forecast(study: Study) -> dict[str, int]:
+    """Rows of each stage, at most."""
+    seeds = len(study.seeds)
+    items = len(study.choose) + len(study.prove) + len(study.neutral)
+    controls = study.controls
+    made = study.directions.values()
+    contrastive = any(isinstance(one, Contrast) for one in made)
+    features = sum(isinstance(one, Direction) and one.is_feature for one in made)
+    cells = 1 + controls.flip + controls.wrong_layer + controls.random + study.selected
+    cells += controls.shuffled * contrastive + controls.features * features
+    found = {"unsteered": items * seeds}
+    if study.choose:
+        found["grid"] = len(study.settings) * (1 + study.selected) * len(study.choose) * seeds
+    elif len(study.settings) > 1:
+        return {**found, "grid": len(study.settings) * len(study.prove) * seeds}
+    found["prove"] = (cells * len(study.prove) + 2 * len(study.neutral)) * seeds
+    return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows, chunks, memory and time of a study.
+
+    Attributes:
+        rows: of each stage, at most.
+        chunks: of each stage.
+        weights, memory: bytes: of the weights, and of everything at the peak.
+        seconds: expected for all rows if none stops early; None if it was not measured.
+        notes: what the study should say of itself.
+    """
+
+    rows: dict[str, int]
+    chunks: dict[str, int]
+    weights: int
+    memory: int
+    seconds: float | None
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, study: Study, model: SteeringModel, timed: bool = True) -> "Plan":
+        """Plans a study for a model, after checking that it fits.
+
+        Args:
+            timed: whether to time two short runs of one chunk, for `seconds`.
+
+        Raises:
+            RequestError: a cell does not fit the model, or a prompt its context.
+        """
+        study = study.bound(model)
+        check(study, model)
+        rows = forecast(study)
+        chunks = {name: math.ceil(n / study.chunk) for name, n in rows.items()}
+        largest = min(study.chunk, max(rows.values()))
+        weights = sum(w.numel() * w.element_size() for w in model.hf.parameters())
+        seconds = _seconds(study, model, largest) if timed else None
+        if seconds is not None:
+            seconds *= sum(rows.values()) / largest
+        notes = (*study.notes(), *gentle(study, model))
+        memory = weights + _working(study, model, largest)
+        return cls(rows, chunks, weights, memory, seconds, notes)
+
+
+def gentle(study: Study, model: SteeringModel) -> list[str]:
+    """What should be said of coefficients that hardly move the stream."""
+    steps = [
+        one
+        for setting in study.settings
+        for one in study.steps(setting)
+        if one.operator in ADDS and one.unit in ("", "raw") and one.value
+    ]
+    scale = study.scale(model) if steps else None
+    found: dict[str, float] = {}
+    for one in steps:
+        told = f"{one.value:g} {one.unit}".strip()
+        doses = [abs(float(str(s["dose"] or 0))) for s in one.strengths(scale)]
+        found[told] = max(found.get(told, 0.0), *doses)
+    small = {told: dose for told, dose in found.items() if 0 < dose < GENTLE}
+    if not small:
+        return []
+    shown = ", ".join(f"{told} is {dose:.2%}" for told, dose in small.items())
+    return [
+        f"coefficients below {GENTLE:.0%} of the median residual norm hardly steer ({shown} at "
+        "most); '0.4 dose' is a share of that norm, '2 raw' a multiple of the direction's own "
+        "length"
+    ]
+
+
+def _longest(study: Study, model: SteeringModel) -> Item:
+    return max((i for _, i in study.items()), key=lambda i: len(model.encode(i.prompt).ids))
+
+
+def _working(study: Study, model: SteeringModel, rows: int) -> int:
+    """Bytes beside the weights while so many rows decode, and while what they say is scored."""
+    prompt = len(model.encode(_longest(study, model).prompt).ids)
+    new = study.sampling.max_new_tokens
+    scored = rows * working(model, prompt + new, 0)
+    scored += 3 * 4 * model.d_vocab * new  # logits, a row at a time
+    return max(rows * working(model, prompt, prompt + new), scored) + BESIDE
+
+
+def typical(study: Study, model: SteeringModel, rows: int, new: int | None = None) -> Chunk:
+    """A chunk of real cells, with made-up unsteered answers of full length.
+
+    Args:
+        new: tokens to generate; None for as many as the study's.
+    """
+    items = [item for split, item in study.items() if split == "choose"] or list(study.prove)
+    scale = study.scale(model)
+    cells = [study.cell(setting, scale) for setting in study.settings[:rows]]
+    pairs = [(item, cell) for item in items for cell in cells]
+    pairs = (pairs * math.ceil(rows / len(pairs)))[:rows]
+    sampling = replace(study.sampling, **({"max_new_tokens": new} if new else {}))
+    return Chunk(
+        keys=tuple(map(str, range(rows))),
+        rows=tuple(Row(item.prompt, cell.steer, sampling, study.seeds[0]) for item, cell in pairs),
+        items=tuple(item for item, _ in pairs),
+        about=({},) * rows,
+        unsteered=(tuple(range(sampling.max_new_tokens)),) * rows,
+        metrics=tuple(study.metrics),
+        concept=tuple(study.concept),
+    )
+
+
+def _seconds(study: Study, model: SteeringModel, rows: int) -> float:
+    """Of one chunk of so many rows: two short runs, extrapolated over new tokens."""
+    engine = Engine(model)
+
+    def seconds(new: int | None) -> float:
+        chunk = typical(study, model, rows, new)
+        start = time.perf_counter()
+        measure(engine, chunk)
+        return time.perf_counter() - start
+
+    if study.sampling.max_new_tokens <= max(TRIED):
+        return seconds(None)
+    seconds(TRIED[0])  # a first run is slower, which would make the slope too flat
+    took = [seconds(new) for new in TRIED]
+    slope = max(0.0, took[1] - took[0]) / (TRIED[1] - TRIED[0])
+    return took[0] + slope * (study.sampling.max_new_tokens - TRIED[0])

@@ -1,0 +1,39 @@
+"""How values show themselves in a notebook: small HTML tables, escaped, without styles."""
+
+import html
+from collections.abc import Mapping, Sequence
+
+from interp_steer.util.console import safe
+
+
+def table(rows: Sequence[Mapping[str, object]], caption: str = "") -> str:
+    """Rows as an HTML table; the first row names the columns."""
+    head = "".join(f"<th>{shown(name)}</th>" for name in rows[0]) if rows else ""
+    body = "".join(
+        "<tr>" + "".join(f"<td>{shown(value)}</td>" for value in row.values()) + "</tr>"
+        for row in rows
+    )
+    title = f"<caption>{shown(caption)}</caption>" if caption else ""
+    return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def shown(value: object) -> str:
+    """One value as escaped text."""
+    if value is None:
+        return ""
+    return html.escape(safe(f"{value:.4g}" if isinstance(value, float) else str(value)))
+
+
+def bars(values: Mapping[object, float], what: str) -> str:
+    """A bar for each value, in SVG."""
+    top = max([*values.values(), 1e-12])
+    wide, high = 12, 60
+    drawn = "".join(
+        f'<rect x="{i * wide}" y="{high - high * value / top:.1f}" width="{wide - 2}" '
+        f'height="{high * value / top:.1f}" fill="currentColor" opacity="0.6">'
+        f"<title>{shown(key)}: {shown(value)}</title></rect>"
+        for i, (key, value) in enumerate(values.items())
+    )
+    label = f'<text x="0" y="{high + 14}" font-size="11" fill="currentColor">{shown(what)}</text>'
+    size = f'width="{max(len(values) * wide, 220)}" height="{high + 18}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{drawn}{label}</svg>'
