@@ -71,11 +71,11 @@ def test_the_smoke_script_tells_folded_activations_from_others(kind):
 
 def test_the_smoke_script_reads_a_dashboard(tiny, tiny_folder, tmp_path, monkeypatch):
     """A feature as the server gives it, its values by SAELens after folding, or before."""
-    from labels.server import Neuronpedia, neuron
     from sae_lens import SAE
 
     from interp_steer.labels import Client, registry
     from interp_steer.labels.label import Source
+    from tests.labels.server import Neuronpedia, neuron
 
     settings = {"architecture": "jumprelu", "d_in": 64, "d_sae": 32, "dtype": "float32"}
     sae = SAE.from_dict({**settings, "metadata": {"hook_name": "blocks.3.hook_resid_post"}})

@@ -86,8 +86,8 @@ def test_help_is_quick():
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys\nfrom interp_steer import cli\nsys.argv = ['interp-steer', '--help']\n"
-        "try:\n    cli.main()\nexcept SystemExit: pass\n"
+        "import sys\nfrom interp_steer.cli import main\nsys.argv = ['interp-steer', '--help']\n"
+        "try:\n    main.main()\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'transformer_lens', 'sae_lens', 'pandas', 'requests'}\n"
         "print('LOADED', sorted(heavy & set(sys.modules)))"
     )

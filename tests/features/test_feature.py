@@ -1075,7 +1075,7 @@ def test_reading_a_row_loads_no_model_library(tmp_path):
     for code in (
         f"import interp_steer.features.feature; interp_steer.features.feature({str(folder)!r}, 3)\n"
         f"assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)",
-        "from interp_steer import registry; registry.entry('starter')\n"
+        "from interp_steer.labels import registry; registry.entry('starter')\n"
         "assert not {'torch', 'numpy', 'requests', 'huggingface_hub'} & set(sys.modules)",
     ):
         subprocess.run([sys.executable, "-c", f"import sys\n{code}"], check=True)

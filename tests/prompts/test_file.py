@@ -271,7 +271,7 @@ def test_missing_and_unreadable_files_are_one_clear_line(tmp_path, monkeypatch):
 
 
 def test_the_reader_imports_nothing_heavy():
-    code = "import sys, interp_steer.prompt_file; print('torch' in sys.modules)"
+    code = "import sys, interp_steer.prompts.file; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
 
