@@ -26,7 +26,7 @@ from interp_steer.labels import Label, Store, registry
 from interp_steer.labels.label import Source
 from interp_steer.labels.rows import Row
 from interp_steer.steering.direction import Direction, is_name, load
-from interp_steer.steering.intervention import steer
+from interp_steer.steering.grammar import steer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 D_IN, D_SAE = 8, 16
