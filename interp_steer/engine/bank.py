@@ -1,8 +1,8 @@
-"""Many rows' interventions at one hook, as stacked tensors that act on the whole batch.
+"""Steers a whole batch at one hook point, every row in its own way.
 
-Rows differ in layer, direction, coefficient, operator and scope; what the step costs does not grow
-with how many settings there are. Each row's operators at a hook are numbered in their order; the
-n-th operators of all rows that are of one kind form a stage.
+A row's operators at the hook point act one after the other. All first operators of one kind (say
+every `add`) are stacked into one stage, then all second ones, and so on. A stage is one operation on
+tensors, so that a step costs the same for two settings as for two hundred.
 """
 
 import math

@@ -1073,7 +1073,7 @@ def test_reading_a_row_loads_no_model_library(tmp_path):
     folder = saved(tmp_path / "mine")
     heavy = "{'sae_lens', 'transformer_lens', 'transformers', 'datasets', 'pandas', 'matplotlib'}"
     for code in (
-        f"import interp_steer.features.feature; interp_steer.features.feature({str(folder)!r}, 3)\n"
+        f"from interp_steer import feature; feature({str(folder)!r}, 3)\n"
         f"assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)",
         "from interp_steer.labels import registry; registry.entry('starter')\n"
         "assert not {'torch', 'numpy', 'requests', 'huggingface_hub'} & set(sys.modules)",
