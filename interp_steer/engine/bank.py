@@ -1,8 +1,8 @@
 """Steers a whole batch at one hook point, every row in its own way.
 
 A row's operators at the hook point act one after the other. All first operators of one kind (say
-every `add`) are stacked into one stage, then all second ones, and so on. A stage is one operation on
-tensors, so that a step costs the same for two settings as for two hundred.
+every `add`) are stacked into one stage, then all second ones, and so on. A stage is one operation
+on tensors, so that a step costs the same for two settings as for two hundred.
 """
 
 import math

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from interp_steer.errors import RequestError, RunError
 from interp_steer.steering.direction import Direction, DirectionSet, is_name, load
-from interp_steer.steering.file import FORMAT
 from interp_steer.steering.directions import Directions
+from interp_steer.steering.file import FORMAT
 from interp_steer.steering.grammar import parse
 
 HOME = "blocks.3.hook_resid_post"
