@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from interp_steer.model.site import Site
     from interp_steer.prompts.file import PromptFile, read_items, read_prompts
     from interp_steer.prompts.item import Item
+    from interp_steer.prompts.parts import split_items
     from interp_steer.prompts.prompt import Encoded, chat
     from interp_steer.report.run import Run
     from interp_steer.results.words import names
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from interp_steer.steering.scale import Scale
     from interp_steer.study.cell import Controls
     from interp_steer.study.metrics import Measured, metric, rep3, surprise
-    from interp_steer.study.parts import split_items
     from interp_steer.study.study import Study
 
 _HOME = {
@@ -50,7 +50,7 @@ _HOME = {
     "prompts.item": ("Item",),
     "study.metrics": ("Measured", "metric", "rep3", "surprise"),
     "model.model": ("SteeringModel",),
-    "study.parts": ("split_items",),
+    "prompts.parts": ("split_items",),
     "prompts.prompt": ("Encoded", "chat"),
     "prompts.file": ("PromptFile", "read_items", "read_prompts"),
     "engine.row": ("Result", "Row", "Sampling", "Score", "record"),

@@ -16,7 +16,8 @@ from interp_steer.causal.trace import Prompts
 from interp_steer.errors import RequestError
 from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
-from interp_steer.prompts.item import Item, asked, digests
+from interp_steer.prompts.item import Item, digests
+from interp_steer.prompts.parts import check_apart
 from interp_steer.steering import operators
 from interp_steer.steering.direction import Direction
 from interp_steer.util.console import Report
@@ -99,7 +100,10 @@ def select_direction(
     check_names("rank", [by], RANKED)
     parts = {"build": build, "choose": choose, "prove": prove}
     items = {part: [[Item.of(one) for one in side] for side in parts[part]] for part in parts}
-    _check_apart(items)
+    for part, sides in items.items():
+        if len(sides) != 2 or not all(sides):
+            raise RequestError(f"{part} needs prompts on both sides, (positive, negative)")
+    check_apart({part: [item for side in sides for item in side] for part, sides in items.items()})
     numbers = check_range("layer", layers, model.n_layers, model.name)
     positions, vectors = _differences(model, items["build"], positions)
     candidates = [(layer, n) for layer in numbers for n in range(len(positions))]
@@ -148,20 +152,6 @@ def select_direction(
     direction = Direction.of(vectors[layer, n], hook_point, name, source)
     proof, _ = measured("prove", [best])
     return Selection(direction, layer, positions[n], table, proof)
-
-
-def _check_apart(items: dict[str, list[list[Item]]]) -> None:
-    seen: dict[str, str] = {}
-    for part, sides in items.items():
-        if len(sides) != 2 or not all(sides):
-            raise RequestError(f"{part} needs prompts on both sides, (positive, negative)")
-        for item in (one for side in sides for one in side):
-            other = seen.setdefault(asked(item.prompt), part)
-            if other != part:
-                raise RequestError(
-                    f"{item.text[:60]!r} is asked both in {other} and in {part}: what proves "
-                    "or chooses must not have been seen before"
-                )
 
 
 def _differences(

@@ -177,10 +177,17 @@ def same_date(folder: Path, date: datetime.date | None) -> None:
         )
 
 
-def known(folder: Path, about: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
-    """Rows of all files of a folder, by key."""
+def known(
+    folder: Path, about: Mapping[str, str], opened: Results | None = None
+) -> dict[str, Mapping[str, Any]]:
+    """Rows of all files of a folder, by key.
+
+    Args:
+        opened: one of these files, if it was read already.
+    """
     rows: dict[str, Mapping[str, Any]] = {}
     for path in sorted(folder.glob(ROWS)):
-        for key, row in Results(path, about).rows.items():
+        file = opened if opened is not None and opened.path == path else Results(path, about)
+        for key, row in file.rows.items():
             rows[key] = joined(rows.get(key), row)
     return rows

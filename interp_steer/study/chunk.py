@@ -1,43 +1,45 @@
-"""A chunk: rows that are run together, and where that is done.
+"""A chunk: rows that are run together, and the mapper that runs chunks.
 
-A mapper takes chunks and gives back each with its records, or with what went wrong. `Local` is this
-process; `ray.py` has the other one. Nothing here knows what a study asks.
+A mapper takes chunks and gives each back with its records, or with the error. `Local` runs them in
+this process; `on_ray` runs them on other machines. Nothing here knows what a study asks.
 """
 
 import hashlib
 import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 from interp_steer.engine.bank import steps_at
 from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Row
-from interp_steer.errors import RequestError, RunError, SteerError
+from interp_steer.errors import RunError
 from interp_steer.prompts.item import Item
 from interp_steer.study import metrics as measures
 from interp_steer.study.metrics import Measured
 from interp_steer.util.console import Report
 
 Record = dict[str, Any]
+Outcome = list[Record] | Exception
+"""A record for each row of a chunk, or why it has none."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows of one kind of item, in an order that is fixed by the plan.
+    """Rows of one kind of item, in the plan's order.
 
     Attributes:
-        keys: of the rows' content.
+        keys: a hash of each row's content.
         rows, items: what is run.
-        about: what else each row's record says.
-        unsteered: token ids of the unsteered answers, for metrics that need them.
+        about: further fields of each row's record.
+        unsteered: token ids of the unsteered answers, for metrics that need them; None of a row
+            whose unsteered answer is not known.
         metrics: names.
         concept: words of the concept.
-        meanings: of the metrics, as the keys have them; none are not compared.
-        whole: whether it is as planned; parts of one that failed are not.
+        meanings: (version, source) of each metric where the chunk was made; `measure` refuses other
+            ones. Empty: not compared.
+        whole: False of a part of a chunk that failed.
     """
 
     keys: tuple[str, ...]
@@ -56,11 +58,11 @@ class Chunk:
     @property
     def id(self) -> str:
         """A hash of its rows in their order."""
-        told = json.dumps([*self.keys, *self.metrics])
-        return hashlib.sha256(told.encode()).hexdigest()[:12]
+        content = json.dumps([*self.keys, *self.metrics])
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def halves(self) -> list["Chunk"]:
-        """Two chunks of half its rows, to find one that cannot be run."""
+        """Two chunks of half its rows each, to find a row that cannot be run."""
         middle = (len(self) + 1) // 2
         return [self.part(0, middle), self.part(middle, len(self))]
 
@@ -72,16 +74,16 @@ class Chunk:
 
 
 def kind(item: Item) -> tuple[bool, bool, bool]:
-    """Items of one kind can be asked the same metrics, and share a chunk."""
+    """What decides which metrics apply to an item; only items of one kind share a chunk."""
     return item.continuation is not None, item.positive is not None, bool(item.choices)
 
 
 def measure(engine: Engine, chunk: Chunk, report: Report | None = None) -> list[Record]:
-    """Runs a chunk: generates if a metric needs text, measures, and gives a record a row.
+    """Runs a chunk and gives a record for each row. Text is generated only if a metric needs it.
 
     Raises:
-        RunError: a metric is here another one than where the chunk was made, as its file on
-            another machine may be.
+        RunError: a metric differs from the one where the chunk was made: its file may be another
+            one on this machine.
     """
     for name, meaning in zip(chunk.metrics, chunk.meanings, strict=False):
         if measures.find(name).meaning != meaning:
@@ -100,7 +102,7 @@ def measure(engine: Engine, chunk: Chunk, report: Report | None = None) -> list[
     measured.unsteered = [ids or () for ids in forced]
     numbers = {
         metric.name: [
-            # a row whose unsteered answer could not be had misses what is read on it
+            # without an unsteered answer there is nothing to read
             value if ids is not None or metric.needs != "unsteered" else None
             for value, ids in zip(metric(measured), forced, strict=True)
         ]
@@ -128,8 +130,11 @@ def measure(engine: Engine, chunk: Chunk, report: Report | None = None) -> list[
 
 
 def _step_lengths(engine: Engine, chunk: Chunk) -> list[float | None]:
-    """Length of what is added at each row's first site: the coefficient where it is an addition,
-    else the mean over the steered positions of the prompt, read from a pass with and one without.
+    """How far each row moves the residual stream at its first site: the norm of what is added.
+
+    A single addition moves it by its own length. Of any other operator it is the mean over the
+    prompt's steered positions, from one pass with the steering and one without. None at a single
+    head's output, unless it is an addition.
     """
     lengths: list[float | None] = [0.0 if not row.steer else None for row in chunk.rows]
     todo: dict[Any, list[int]] = {}
@@ -143,8 +148,7 @@ def _step_lengths(engine: Engine, chunk: Chunk) -> list[float | None]:
         elif site.head is None:
             todo.setdefault(site, []).append(i)
     for site, members in todo.items():
-        plain = {chunk.rows[i].prompt: n for n, i in enumerate(members)}
-        prompts = list(plain)
+        prompts = list(dict.fromkeys(chunk.rows[i].prompt for i in members))
         rows = [*(chunk.rows[i] for i in members), *(Row(prompt) for prompt in prompts)]
         scores = engine.score(rows, [()] * len(rows), taps=[site], batch=len(chunk))
         before = dict(zip(prompts, scores[len(members) :], strict=True))
@@ -159,11 +163,13 @@ def _step_lengths(engine: Engine, chunk: Chunk) -> list[float | None]:
 
 
 class Mapper(Protocol):
-    """Gives chunks back, in any order, with their records or with what went wrong."""
+    """Gives chunks back, in any order, each with its records or with the error."""
 
-    def __call__(
-        self, chunks: Sequence[Chunk]
-    ) -> Iterator[tuple[Chunk, list[Record] | Exception]]: ...
+    def __call__(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, Outcome]]: ...
+
+
+Start = Callable[[Mapping[str, Any]], AbstractContextManager[Mapper]]
+"""Starts a mapper, given the run's manifest; leaving the context stops it."""
 
 
 class Local:
@@ -172,51 +178,10 @@ class Local:
     def __init__(self, engine: Engine, report: Report | None = None) -> None:
         self.engine, self.report = engine, report
 
-    def __call__(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, list[Record] | Exception]]:
+    def __call__(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, Outcome]]:
         for chunk in chunks:
             try:
-                made: list[Record] | Exception = measure(self.engine, chunk, self.report)
+                outcome: Outcome = measure(self.engine, chunk, self.report)
             except Exception as error:  # any row may fail; the others go on
-                made = error
-            yield chunk, made
-
-
-_LOADED: dict[str, dict[str, measures.Metric]] = {}
-
-
-def load_modules(paths: Sequence[str | Path]) -> None:
-    """Runs Python files that define metrics, each once, and once more when it has changed. Where
-    two define a metric of one name, that of the last one counts.
-
-    Raises:
-        RequestError: a file does not exist or cannot be run.
-    """
-    for path in map(Path, paths):
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise RequestError(f"no Python file {path}") from error
-        told = str(path.resolve()).encode() + content
-        name = f"interp_steer_module_{hashlib.sha256(told).hexdigest()[:8]}"
-        if name not in _LOADED:
-            before = dict(measures.METRICS)
-            _run(path, content, name)
-            now = measures.METRICS.items()
-            _LOADED[name] = {key: one for key, one in now if before.get(key) is not one}
-        measures.METRICS.update(_LOADED[name])
-
-
-def _run(path: Path, content: bytes, name: str) -> None:
-    """Not by import: compiled files beside it may be of an earlier content with the same length."""
-    module = ModuleType(name)
-    module.__file__ = str(path)
-    sys.modules[name] = module
-    try:
-        text = content.decode(errors="replace").replace("\r\n", "\n")
-        vars(module)[measures.CONTENT] = text
-        exec(compile(content, str(path), "exec"), vars(module))
-    except Exception as error:
-        del sys.modules[name]
-        if isinstance(error, SteerError):
-            raise
-        raise RequestError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+                outcome = error
+            yield chunk, outcome

@@ -1,4 +1,4 @@
-"""A study as a YAML file, and back.
+"""A study as a YAML file.
 
     question: Does the direction make the model name the tower?
     model: starter                                         # with dtype, revision, date if need be
@@ -13,13 +13,12 @@
     metrics: [concept, rep3, surprise]
     controls: {random: 50}
 
-The other fields are those of `Study`. Files are looked for beside the YAML file first.
+The other fields are those of `Study`. A file's name is looked for beside the YAML file first.
 """
 
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +29,22 @@ from interp_steer.model.model import SteeringModel
 from interp_steer.prompts.entry import SIDES
 from interp_steer.prompts.file import PromptFile, is_file
 from interp_steer.prompts.item import Item
+from interp_steer.prompts.parts import split_items
 from interp_steer.prompts.template import read_date
 from interp_steer.steering.contrast import POSITIONS, Contrast
-from interp_steer.steering.direction import Direction, DirectionSet, is_name
+from interp_steer.steering.direction import is_name
 from interp_steer.steering.directions import Directions
 from interp_steer.steering.intervention import Vector
 from interp_steer.study.cell import Controls
+from interp_steer.study.description import OWN
+from interp_steer.study.design import PARTS
 from interp_steer.study.metrics import BUILT_IN
-from interp_steer.study.parts import split_items
 from interp_steer.study.study import Study
-from interp_steer.util.files import read_text, whole
+from interp_steer.util.files import read_text
 from interp_steer.util.typed import expect, expect_fields
 
-PARTS = ("choose", "prove", "neutral", "build")
 MODEL = ("model", "dtype", "revision", "date")
-_OWN = {f.name for f in fields(Study)} - {*PARTS, "directions"}
-FIELDS = (*MODEL, "directions", "prompts", *sorted(_OWN))
+FIELDS = (*MODEL, "directions", "prompts", *OWN)
 TYPES = {  # of the fields of one value
     **dict.fromkeys(("model", "dtype", "revision", "question", "system"), "text"),
     **dict.fromkeys(("method", "choose_by"), "text"),
@@ -67,11 +66,11 @@ KINDS = {
 
 @dataclass(frozen=True)
 class StudyFile:
-    """A YAML file that was read; `study` makes it a study of a model.
+    """What a YAML file says; `study` makes a study of it.
 
     Attributes:
         spec: its fields.
-        folder: where it lies.
+        folder: the folder of the file.
     """
 
     spec: Mapping[str, Any]
@@ -79,10 +78,10 @@ class StudyFile:
 
     @classmethod
     def read(cls, path: str | Path) -> "StudyFile":
-        """Reads and checks all that can be checked without a model.
+        """Reads a file and checks all that needs no model.
 
         Raises:
-            RequestError: no such file, no YAML, an unknown field, a prompt file that is not there.
+            RequestError: no such file, no YAML, an unknown field, a missing prompt file.
         """
         from interp_steer.util.yaml_text import parse_yaml
 
@@ -135,34 +134,35 @@ class StudyFile:
         return {name: self.spec[name] for name in MODEL if self.spec.get(name) is not None}
 
     def told(self, date: str | None) -> "StudyFile":
-        """The same with another date for the chat template; None leaves the file's."""
+        """The same with another date for the chat template. None keeps the file's own."""
         return self if date is None else replace(self, spec={**self.spec, "date": read_date(date)})
 
     def without_metrics(self) -> "StudyFile":
-        """The same without metrics of its own and what they decide, so that no file of theirs is
-        run: for its prompts, directions and cells.
+        """The same with built-in metrics alone, so that no Python file is run.
+
+        It has the same prompts, directions and cells; what its own metrics decide is left out.
         """
         left = {n: v for n, v in self.spec.items() if n not in ("modules", "choose_by", "limits")}
         left["metrics"] = [n for n in _listed(left.get("metrics")) if n in BUILT_IN]
         return replace(self, spec=left)
 
     def parts(self) -> dict[str, list[Item]]:
-        """The prompts, by the part that they play."""
+        """The prompts of each part."""
         given = self.spec["prompts"]
-        found = {part: self._file(given[part], part).items() for part in PARTS if part in given}
+        parts = {part: self._file(given[part], part).items() for part in PARTS if part in given}
         if "all" in given:
-            if "choose" in found or "prove" in found:
+            if "choose" in parts or "prove" in parts:
                 raise RequestError("prompts: give `all`, or `choose` and `prove`")
             share = 0.5 if given.get("share") is None else given["share"]
             seed = 16 if given.get("seed") is None else given["seed"]
             expect("prompts: share", share, "a number")
             expect("prompts: seed", seed, "a whole number")
             both = split_items(self._file(given["all"], "all").items(), share, seed)
-            found |= dict(zip(("choose", "prove"), both, strict=True))
-        return found
+            parts |= dict(zip(("choose", "prove"), both, strict=True))
+        return parts
 
     def study(self, model: SteeringModel) -> Study:
-        """The study, its directions made with the model, whose `date` becomes the file's.
+        """The study. The model makes its directions, and takes over the file's `date`.
 
         Raises:
             RequestError: as `Study` does, and for a direction that cannot be made.
@@ -170,33 +170,26 @@ class StudyFile:
         spec = self.spec
         if spec.get("date") is not None:
             model.date = spec["date"]
-        parts: dict[str, Any] = {**self.parts()}
-        given = {name: spec[name] for name in _OWN if spec.get(name) is not None}
+        parts: dict[str, Any] = {"choose": [], "prove": [], **self.parts()}
+        given = {name: spec[name] for name in OWN if spec.get(name) is not None}
         for name, kind in (("controls", Controls), ("sampling", Sampling)):
             if name in given:
                 given[name] = kind(**given[name])
         given["modules"] = [str(self._path(m)) for m in _listed(spec.get("modules"))]
         build = list(parts.pop("build", []))
         directions = {}
-        for name, told in spec["directions"].items():
-            directions[name], used = self._direction(name, told, model)
+        for name, declared in spec["directions"].items():
+            directions[name], used = self._direction(name, declared, model)
             build += [item for item in used if item not in build]
-        return Study(
-            choose=parts.pop("choose", []),
-            prove=parts.pop("prove", []),
-            directions=directions,
-            build=build,
-            **parts,
-            **given,
-        )
+        return Study(directions=directions, build=build, **parts, **given)
 
     def _path(self, name: object) -> Path:
-        """A file beside this one, else as it is."""
+        """A path beside this file if there is one, else the path as it is."""
         beside = self.folder / str(name)
         return beside if os.path.exists(beside) or is_file(beside) else Path(str(name))
 
     def _file(self, given: object, name: str) -> PromptFile:
-        """The entries of a prompt file, or of a list in this one."""
+        """The entries of a prompt file, or of a list that stands in this file."""
         if isinstance(given, str):
             return PromptFile.read(self._path(given))
         if not isinstance(given, list) or not given:
@@ -206,80 +199,31 @@ class StudyFile:
         return PromptFile.of(name, given)
 
     def _direction(
-        self, name: str, told: Any, model: SteeringModel
+        self, name: str, declared: Any, model: SteeringModel
     ) -> tuple[Vector | Contrast, list[Item]]:
-        if isinstance(told, str):
+        """A direction as declared, and the prompts that it was made from here."""
+        if isinstance(declared, str):
             known = Directions(beside=self.folder)
-            found: Direction | DirectionSet
             try:
-                found = known[told]
+                return known[declared].named(name), []
             except KeyError:
                 raise RequestError(
-                    f"direction {name!r}: {told!r} is no file and no stored direction"
-                    f"{nearest(told, known)}"
+                    f"direction {name!r}: {declared!r} is no file and no stored direction"
+                    f"{nearest(declared, known)}"
                 ) from None
-            return found.named(name), []
-        if "feature" in told:
-            sae_id = told.get("sae_id")
-            args = [a for a in (sae_id, told.get("index")) if a is not None]
-            return feature(told["feature"], *args, name=name), []
-        if "contrast" in told:
-            return Contrast.load(self._path(told["contrast"])), []
-        as_chat = told.get("as_chat", None if model.is_chat else False)
-        files = {side: self._file(told[side], side) for side in SIDES}
-        up, down = (file.side(side, as_chat) for side, file in files.items())
+        if "feature" in declared:
+            place = [declared.get(field) for field in ("sae_id", "index")]
+            given = [value for value in place if value is not None]
+            return feature(declared["feature"], *given, name=name), []
+        if "contrast" in declared:
+            return Contrast.load(self._path(declared["contrast"])), []
+        as_chat = declared.get("as_chat", None if model.is_chat else False)
+        files = {side: self._file(declared[side], side) for side in SIDES}
+        positive, negative = (file.side(side, as_chat) for side, file in files.items())
         asked = [prompt for side, file in files.items() for prompt in file.asked(side)]
-        made = Contrast.measure(model, up, down, told.get("position", "mean"), asked=asked)
-        return made, list(dict.fromkeys(map(Item.of, asked)))
-
-
-def declared(study: Study, model: SteeringModel) -> dict[str, Any]:
-    """The fields of the file that repeats a study from a folder with its directions."""
-    directions: dict[str, Any] = {}
-    for name, given in study.directions.items():
-        told = str(stored(name))
-        directions[name] = {"contrast": told} if isinstance(given, Contrast) else told
-    spec: dict[str, Any] = {
-        "question": study.question,
-        "model": model.name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        **({"revision": model.revision} if model.revision else {}),
-        **({"date": str(model.date)} if model.date else {}),
-        "directions": directions,
-        "prompts": {
-            part: [item.as_mapping() for item in getattr(study, part)]
-            for part in PARTS
-            if getattr(study, part)
-        },
-    }
-    for name in sorted(_OWN - {"question"}):
-        value = getattr(study, name)
-        if name in ("controls", "sampling"):
-            value = asdict(value)
-        spec[name] = list(value) if isinstance(value, tuple) else value
-    spec["limits"] = dict(study.limits)
-    return spec
-
-
-def write(study: Study, model: SteeringModel, folder: Path) -> Path:
-    """`study.yaml` in a folder, with the directions beside it: what repeats the study.
-
-    All files are there in full before the first of them takes its name.
-    """
-    import yaml
-
-    path = folder / "study.yaml"
-    text = yaml.safe_dump(declared(study, model), sort_keys=False, allow_unicode=True, width=100)
-    with ExitStack() as parts:
-        parts.enter_context(whole(path)).write_text(text, encoding="utf-8")
-        for name, given in study.directions.items():
-            given.save(parts.enter_context(whole(folder / stored(name))))
-    return path
-
-
-def stored(name: str) -> Path:
-    """Where a direction lies in a run's folder."""
-    return Path("directions") / f"{name}.safetensors"
+        position = declared.get("position", "mean")
+        contrast = Contrast.measure(model, positive, negative, position, asked=asked)
+        return contrast, list(dict.fromkeys(map(Item.of, asked)))
 
 
 def _listed(given: object) -> list[Any]:

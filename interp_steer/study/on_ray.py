@@ -1,18 +1,18 @@
 """Chunks on Ray actors, on this machine or a cluster: `pip install 'interp-steer[ray]'`.
 
-The only file that imports Ray. The study keeps the plan, the keys and the one file that is written;
-Ray turns chunks into records. Each actor holds one model, loaded from its own disk, and one chunk
-at a time. A killed worker is restarted and its chunk run again; a chunk that kills its worker three
-times is given back as failed.
+Only this file imports Ray. Ray turns chunks into records; the process that started the run keeps
+the plan and writes the rows. Each actor loads a model from its own disk and runs one chunk at a
+time. A worker that dies is restarted, and its chunk runs again. A chunk whose worker dies three
+times has failed.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.study.chunk import Chunk, Mapper, Record
+from interp_steer.study.chunk import Chunk, Mapper, Outcome, Record, Start
 
 TRIES = 3
 
@@ -25,7 +25,7 @@ class _Worker:
 
         from interp_steer.engine.engine import Engine
         from interp_steer.model.model import SteeringModel
-        from interp_steer.study.chunk import load_modules
+        from interp_steer.study.modules import load_modules
 
         torch.set_num_threads(threads)
         load_modules(modules)
@@ -43,8 +43,8 @@ def on_ray(
     workers: int = 1,
     gpus: float = 0.0,
     address: str | None = None,
-) -> Callable[[Mapping[str, Any]], AbstractContextManager[Mapper]]:
-    """A mapper for `runs.run`.
+) -> Start:
+    """A mapper for `Study.run`.
 
     Args:
         load: arguments of `SteeringModel.load`, which every worker calls.
@@ -93,20 +93,20 @@ def on_ray(
 
 
 def gpus_each(
-    told: float | None, workers: int, device: str | None, kind: str, here: int | None
+    asked: float | None, workers: int, device: str | None, kind: str, here: int | None
 ) -> float:
-    """GPUs of each worker: as told, else one where the model is on a GPU.
+    """GPUs of each worker: as many as asked for, else one if the model is on a GPU.
 
     Args:
-        told: what was asked for; None if nothing was.
+        asked: the number asked for, or None.
         device: what the workers load the model on; None leaves it to them.
-        kind: of the device that the model is on here: "cpu" or "cuda".
-        here: GPUs of this machine; None for a cluster, whose machines are not known here.
+        kind: "cpu" or "cuda": the device that the model is on in this process.
+        here: GPUs of this machine. None for a cluster: its machines are not known here.
 
     Raises:
-        RequestError: so many cannot be had, or the model would not be on them.
+        RequestError: there are not so many, or the model would not be on them.
     """
-    gpus = float(kind == "cuda") if told is None else told
+    gpus = float(kind == "cuda") if asked is None else asked
     if not 0 <= gpus < math.inf or (gpus > 1 and gpus != int(gpus)):
         raise RequestError(
             f"--gpus-per-worker is {gpus:g}, expected 0, a share of one such as 0.5, or 1, 2, ..."
@@ -125,15 +125,13 @@ def gpus_each(
                 f"{workers} workers of {gpus:g} GPUs each do not fit on this machine's {here}; "
                 f"at most {fit} do"
             )
-    if told is not None and not gpus and kind == "cuda":
+    if asked is not None and not gpus and kind == "cuda":
         raise RequestError("--gpus-per-worker is 0, but the model is on a GPU here: --device cpu")
     return gpus
 
 
-def _map(
-    ray: Any, pool: Sequence[Any], chunks: Sequence[Chunk]
-) -> Iterator[tuple[Chunk, list[Record] | Exception]]:
-    """One chunk in flight an actor, so that it is known which one failed."""
+def _map(ray: Any, pool: Sequence[Any], chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, Outcome]]:
+    """Each actor has one chunk at a time: if the actor dies, that chunk has failed."""
     free, waiting = list(pool), list(chunks)
     flying: dict[Any, tuple[Any, Chunk]] = {}
     while waiting or flying:
@@ -144,16 +142,16 @@ def _map(
         done, _ = ray.wait(list(flying), num_returns=1)
         worker, chunk = flying.pop(done[0])
         try:
-            made: list[Record] | Exception = ray.get(done[0])
+            outcome: Outcome = ray.get(done[0])
         except Exception as error:
             cause = getattr(error, "cause", None)
-            made = cause if isinstance(cause, Exception) else error
+            outcome = cause if isinstance(cause, Exception) else error
             if type(error).__name__ in ("ActorDiedError", "ActorUnavailableError"):
-                made = RunError(f"its worker died {_tries(chunk)} times")
+                outcome = RunError(f"its worker died {_tries(chunk)} times")
         free.append(worker)
-        yield chunk, made
+        yield chunk, outcome
 
 
 def _tries(chunk: Chunk) -> int:
-    """How often a chunk is tried: parts of a failed one are halved again, not tried again."""
+    """How often a chunk is tried. Part of a failed chunk is not tried again but halved again."""
     return TRIES if chunk.whole or len(chunk) == 1 else 1

@@ -17,7 +17,7 @@ from interp_steer.steering.direction import Direction
 from interp_steer.steering.scale import Scale
 from interp_steer.study import metrics as measures
 from interp_steer.study.chunk import Chunk, measure
-from interp_steer.study.study import Study
+from interp_steer.study.design import Design
 
 BESIDE = 64 * 2**20  # bytes: the tokenizer, and what is small
 ADDS = ("add", "add_norm_kept")
@@ -25,7 +25,7 @@ GENTLE = 0.02  # dose below which a coefficient was probably meant in another un
 TRIED = (2, 16)  # new tokens of the two short runs that the time is extrapolated from
 
 
-def check(study: Study, model: SteeringModel) -> None:
+def check(study: Design, model: SteeringModel) -> None:
     """Whether every cell fits the model, the longest prompt its context, every answer its prompt,
     and every feature has others to be matched with, before anything runs.
 
@@ -64,7 +64,7 @@ def _read(item: Item, needs: Collection[str]) -> list[str]:
     return [text for need in needs for text in texts.get(need, ()) if text is not None]
 
 
-def forecast(study: Study) -> dict[str, int]:
+def forecast(study: Design) -> dict[str, int]:
     """Rows of each stage, at most."""
     seeds = len(study.seeds)
     items = len(study.choose) + len(study.prove) + len(study.neutral)
@@ -103,7 +103,7 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, study: Study, model: SteeringModel, timed: bool = True) -> "Plan":
+    def of(cls, study: Design, model: SteeringModel, timed: bool = True) -> "Plan":
         """Plans a study for a model, after checking that it fits.
 
         Args:
@@ -126,7 +126,7 @@ class Plan:
         return cls(rows, chunks, weights, memory, seconds, notes)
 
 
-def gentle(study: Study, model: SteeringModel) -> list[str]:
+def gentle(study: Design, model: SteeringModel) -> list[str]:
     """What should be said of coefficients that hardly move the stream."""
     steps = [
         one
@@ -151,11 +151,11 @@ def gentle(study: Study, model: SteeringModel) -> list[str]:
     ]
 
 
-def _longest(study: Study, model: SteeringModel) -> Item:
+def _longest(study: Design, model: SteeringModel) -> Item:
     return max((i for _, i in study.items()), key=lambda i: len(model.encode(i.prompt).ids))
 
 
-def _working(study: Study, model: SteeringModel, rows: int) -> int:
+def _working(study: Design, model: SteeringModel, rows: int) -> int:
     """Bytes beside the weights while so many rows decode, and while what they say is scored."""
     prompt = len(model.encode(_longest(study, model).prompt).ids)
     new = study.sampling.max_new_tokens
@@ -164,7 +164,7 @@ def _working(study: Study, model: SteeringModel, rows: int) -> int:
     return max(rows * working(model, prompt, prompt + new), scored) + BESIDE
 
 
-def typical(study: Study, model: SteeringModel, rows: int, new: int | None = None) -> Chunk:
+def typical(study: Design, model: SteeringModel, rows: int, new: int | None = None) -> Chunk:
     """A chunk of real cells, with made-up unsteered answers of full length.
 
     Args:
@@ -187,7 +187,7 @@ def typical(study: Study, model: SteeringModel, rows: int, new: int | None = Non
     )
 
 
-def _seconds(study: Study, model: SteeringModel, rows: int) -> float:
+def _seconds(study: Design, model: SteeringModel, rows: int) -> float:
     """Of one chunk of so many rows: two short runs, extrapolated over new tokens."""
     engine = Engine(model)
 

@@ -17,7 +17,7 @@ from interp_steer.steering.intervention import Intervention, Vector, resolve
 from interp_steer.steering.scale import Scale
 from interp_steer.study import metrics as measures
 from interp_steer.study.cell import Cell, Planned, Setting
-from interp_steer.study.study import Study
+from interp_steer.study.design import Design
 
 FLIPPED = ("add", "add_norm_kept", "clamp")  # operators for which a negative coefficient is a flip
 
@@ -31,7 +31,7 @@ class Stage:
 
 
 def stages(
-    study: Study, model: SteeringModel, scale: Scale, known: Mapping[str, Mapping[str, Any]]
+    study: Design, model: SteeringModel, scale: Scale, known: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[Stage]:
     """The stages in order; `known` has the rows of the earlier ones when the next is asked for.
 
@@ -71,7 +71,7 @@ def stages(
 
 
 def choose(
-    study: Study,
+    study: Design,
     model: SteeringModel,
     cells: Sequence[Cell],
     known: Mapping[str, Mapping[str, Any]],
@@ -150,7 +150,7 @@ def _beyond(values: Sequence[float | None], name: str, limit: float) -> bool:
     return sign * sum(told) / len(told) < sign * limit
 
 
-def key_of(study: Study, model: SteeringModel, row: Planned) -> str:
+def key_of(study: Design, model: SteeringModel, row: Planned) -> str:
     """The key of a planned row: the content of the row, what its answer is judged by, and what the
     metrics mean that judge it, where that is not what it was at first.
     """
@@ -161,7 +161,7 @@ def key_of(study: Study, model: SteeringModel, row: Planned) -> str:
 
 
 def remeasured(
-    study: Study, model: SteeringModel, rows: Sequence[Planned], known: Mapping[str, Any]
+    study: Design, model: SteeringModel, rows: Sequence[Planned], known: Mapping[str, Any]
 ) -> list[str]:
     """Metrics of rows that are known, but by other meanings of these metrics."""
     before = {key.rpartition("-")[0] if key.count("-") > 1 else key: key for key in known}
@@ -178,7 +178,7 @@ def remeasured(
     return list(found)
 
 
-def controlled(study: Study, setting: Setting, scale: Scale, n_layers: int) -> list[Cell]:
+def controlled(study: Design, setting: Setting, scale: Scale, n_layers: int) -> list[Cell]:
     """The chosen cell and its controls; what cannot be controlled so is left out."""
     chosen = study.cell(setting, scale, "chosen")
     name, operator, site, level, scope = setting
@@ -225,6 +225,6 @@ def _elsewhere(chosen: Cell, vector: Vector, scale: Scale, n_layers: int) -> Cel
     return replace(chosen, role="wrong_layer", steer=resolve(steps, scale))
 
 
-def _crossed(study: Study, cells: Sequence[Cell], split: str) -> list[Planned]:
+def _crossed(study: Design, cells: Sequence[Cell], split: str) -> list[Planned]:
     items = getattr(study, split)
     return [Planned(c, i, split, s) for i in items for s in study.seeds for c in cells]

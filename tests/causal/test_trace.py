@@ -481,12 +481,12 @@ def test_selection_by_logit_differences_of_plain_texts(tiny):
 def test_selection_errors(tiny):
     options = {"build": BUILD, "choose": CHOOSE, "prove": PROVE, "words": ["fox"], "max_kl": 0.45}
     for changes, said in (
-        ({"prove": CHOOSE}, "'fox who' is asked both in choose and in prove"),
+        ({"prove": CHOOSE}, "'fox who' is asked in both choose and prove"),
         (
             {"prove": ([chat(CHOOSE[0][0].text, "Be kind.", "Yes")], PROVE[1])},
-            "is asked both in choose and in prove",
+            "is asked in both choose and prove",
         ),
-        ({"choose": (BUILD[1], CHOOSE[1])}, "'I hate rain' is asked both in build and in choose"),
+        ({"choose": (BUILD[1], CHOOSE[1])}, "'I hate rain' is asked in both build and choose"),
         ({"prove": (PROVE[0], [])}, "prove needs prompts on both sides"),
         ({"words": []}, "has no answers, positive and negative, to be scored by"),
         ({"by": "adding"}, "unknown rank 'adding'; nearest: add"),

@@ -9,14 +9,15 @@ import torch
 from interp_steer.engine.row import Sampling
 from interp_steer.errors import RequestError, RunError
 from interp_steer.prompts.item import Item
+from interp_steer.prompts.parts import split_items
 from interp_steer.prompts.prompt import chat
 from interp_steer.steering.contrast import Contrast
 from interp_steer.steering.direction import Direction, load
 from interp_steer.steering.intervention import line
 from interp_steer.steering.scale import Scale
 from interp_steer.study.cell import Controls
-from interp_steer.study.file import StudyFile, write
-from interp_steer.study.parts import split_items
+from interp_steer.study.description import write
+from interp_steer.study.file import StudyFile
 from interp_steer.study.plan import Plan
 from interp_steer.study.stages import controlled
 from interp_steer.study.study import Study
