@@ -30,15 +30,19 @@ class Controls:
     """How many of each control are run beside the chosen cell.
 
     Attributes:
-        random: random directions of matched norm.
-        features: features matched on density and largest activation, where the direction is one.
-        shuffled: directions from shuffled labels, where it is contrastive.
-        flip, wrong_layer: whether those are run.
-        selected: random directions that go through the whole grid and the choice as the direction
-            itself did. The best of many cells is good by luck: only these tell how good. None:
-            as many as `random` if no text is generated, else none, as they cost a grid each; p is
-            then Bonferroni's over the cells of the grid.
-        seed: another one draws other random and shuffled controls.
+        random: random directions of the same norm.
+        features: SAE features alike in density and largest activation, if the direction is one.
+        shuffled: directions from shuffled labels, if the direction is contrastive.
+        flip: whether the coefficient is run with its sign turned.
+        wrong_layer: whether the direction is run half the model away.
+        selected: random directions that go through the whole grid and the selection, as the
+            direction itself does. The best of many cells is good by luck, and only these
+            directions tell how good. Each costs a grid. None: as many as `random` if no text is
+            generated, else 0. With 0, p is Bonferroni's over the cells of the grid.
+        seed: of the random and the shuffled controls.
+
+    Raises:
+        RequestError: a number is out of range, or a value is of another type.
     """
 
     random: int = 50
@@ -69,9 +73,9 @@ class Cell:
 
     Attributes:
         role: a key of `ROLES`.
-        direction, operator, site, level, scope: as the study declares them; "" where there is none.
-        steer: the interventions, resolved to lengths.
-        null: the number of the null direction, from 0.
+        direction, operator, site, level, scope: its setting.
+        steer: the interventions, their coefficients resolved to lengths.
+        null: of a random control, its number from 0.
     """
 
     role: str
@@ -84,14 +88,14 @@ class Cell:
     null: int | None = None
 
     def strength(self, name: str, scale: Scale) -> float | None:
-        """Its "coefficient", "dose" or "max", the mean over its sites; None where one has none."""
-        strengths = [one[name] for step in self.steer for one in step.strengths(scale)]
-        told = [value for value in strengths if isinstance(value, (int, float))]
-        return sum(told) / len(told) if told and len(told) == len(strengths) else None
+        """Its "coefficient", "dose" or "max": the mean over its sites. None if a site has none."""
+        strengths = [site[name] for step in self.steer for site in step.strengths(scale)]
+        numbers = [value for value in strengths if isinstance(value, (int, float))]
+        return sum(numbers) / len(numbers) if numbers and len(numbers) == len(strengths) else None
 
     @property
     def setting(self) -> Setting:
-        """What tells it from the other cells of the grid."""
+        """Direction, operator, site, level and scope: no other cell of the grid has all five."""
         return self.direction, self.operator, self.site, self.level, self.scope
 
     def __str__(self) -> str:

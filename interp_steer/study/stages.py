@@ -1,6 +1,7 @@
-"""What a study runs, in which order: each stage builds on the rows of the ones before."""
+"""The stages of a study: which rows run first, and which rows their results call for."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ FLIPPED = ("add", "add_norm_kept", "clamp")  # operators for which a negative co
 
 @dataclass(frozen=True)
 class Stage:
-    """Rows that may run together; each stage builds on the ones before."""
+    """Rows that may run in any order. Which rows a stage has depends on the stages before it."""
 
     name: str
     rows: Sequence[Planned]
@@ -33,9 +34,13 @@ class Stage:
 def stages(
     study: Design, model: SteeringModel, scale: Scale, known: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[Stage]:
-    """The stages in order; `known` has the rows of the earlier ones when the next is asked for.
+    """The stages in order: `unsteered`, `grid`, `prove`.
 
-    Nothing is proved where no cell passes the limits.
+    There is no `prove` stage if no cell keeps the limits, or if a grid has no `choose` prompts.
+
+    Args:
+        scale: of the model, which makes lengths of doses.
+        known: rows by key; those of a stage have to be there when the next one is asked for.
     """
     unsteered = Cell("unsteered")
     rows = [Planned(unsteered, i, s, seed) for s, i in study.items() for seed in study.seeds]
@@ -46,20 +51,16 @@ def stages(
     chosen: Cell | None = grid[0]
     null_cells: list[Cell] = []
     if study.choose:
-        nulls: dict[int, list[Cell]] = {}
-        for number in range(study.selected):
-            vectors = study.null_vectors(number)
-            nulls[number] = [
-                study.cell(setting, scale, "null_grid", vectors, number)
-                for setting in study.settings
-            ]
-        cells = [*grid, *(cell for one in nulls.values() for cell in one)]
-        yield Stage("grid", _crossed(study, cells, "choose"))
+        null_grids = [
+            [study.cell(setting, scale, "null_grid", vectors, number) for setting in study.settings]
+            for number, vectors in enumerate(map(study.null_vectors, range(study.selected)))
+        ]
+        yield Stage("grid", _crossed(study, [*grid, *itertools.chain(*null_grids)], "choose"))
         chosen = choose(study, model, grid, known, scale)
-        picked = (choose(study, model, mine, known, scale) for mine in nulls.values())
+        picked = [choose(study, model, cells, known, scale) for cells in null_grids]
         null_cells = [replace(cell, role="null") for cell in picked if cell is not None]
     elif len(grid) > 1:
-        # nothing was chosen: the whole grid is shown on `prove`, and no cell of it is claimed
+        # without a selection the whole grid runs on `prove`, and no cell of it is claimed
         yield Stage("grid", _crossed(study, grid, "prove"))
         return
     if chosen is None:
@@ -77,11 +78,10 @@ def choose(
     known: Mapping[str, Mapping[str, Any]],
     scale: Scale,
 ) -> Cell | None:
-    """The cell with the largest mean effect on the `choose` prompts, of those within the limits.
+    """The cell with the largest mean effect on the `choose` prompts. None if none keeps the limits.
 
-    The effect is the difference from the unsteered answer in `choose_by`, in the direction that is
-    better; a missing value counts as none. Of equal ones the gentlest wins, then the first of the
-    grid.
+    The effect is the difference from the unsteered answer in `choose_by`; positive is better. A
+    missing value counts as no effect. Of equal cells the gentlest is chosen, then the first.
     """
     metric = measures.find(study.choose_by)
     unsteered = Cell("unsteered")
@@ -89,17 +89,17 @@ def choose(
     def rows(cell: Cell) -> list[Mapping[str, Any] | None]:
         return [known.get(key_of(study, model, row)) for row in _crossed(study, [cell], "choose")]
 
-    def values(found: Sequence[Mapping[str, Any] | None], name: str) -> list[float | None]:
-        return [row["metrics"].get(name) if row else None for row in found]
+    def values(records: Sequence[Mapping[str, Any] | None], name: str) -> list[float | None]:
+        return [row["metrics"].get(name) if row else None for row in records]
 
     before = values(rows(unsteered), metric.name)
     best: list[Cell] = []
     most = -math.inf
     for cell in cells:
-        found = rows(cell)
-        if any(_beyond(values(found, name), name, limit) for name, limit in study.limits.items()):
+        records = rows(cell)
+        if any(_beyond(values(records, name), name, limit) for name, limit in study.limits.items()):
             continue
-        pairs = zip(values(found, metric.name), before, strict=True)
+        pairs = zip(values(records, metric.name), before, strict=True)
         moved = [
             metric.sign * (a - b) if a is not None and b is not None else 0.0 for a, b in pairs
         ]
@@ -108,7 +108,7 @@ def choose(
         if effect >= most:
             best, most = [*(best if effect == most else []), cell], effect
     first = [next(filter(None, rows(cell)), {}) for cell in best]
-    # a row that another study has run has the dose that it was on that study's prompts
+    # not the dose of the record: another study may have run the row, with another scale
     doses = [cell.strength("dose", scale) for cell in best]
     return _gentlest(best, [{**r, "dose": d} for r, d in zip(first, doses, strict=True)], scale)
 
@@ -116,11 +116,15 @@ def choose(
 def _gentlest(
     cells: Sequence[Cell], rows: Sequence[Mapping[str, Any]], scale: Scale
 ) -> Cell | None:
-    """The cell that steers least, by strengths of one kind, as a row of each has them; the first
-    cell where there are none that all have.
+    """The cell that steers least, by the first kind of strength that all cells have; the first cell
+    if there is no such kind.
 
-    Of one operator the dose; of several (a clamp's dose is where it clamps to, and an ablation has
-    none) the length of what each adds, over the stream's median length there.
+    Cells of one operator are compared by dose, then by what they add relative to the median
+    residual norm there, then by coefficient. Of several operators only the second can be compared:
+    a clamp's dose is where it clamps to, and an ablation has none.
+
+    Args:
+        rows: a record of each cell.
     """
 
     def moved(row: Mapping[str, Any]) -> float | None:
@@ -133,26 +137,26 @@ def _gentlest(
         doses, lengths = ([row.get(name) for row in rows] for name in ("dose", "coefficient"))
         kinds = [doses, *kinds, lengths]
     for strengths in kinds:
-        told = [abs(one) for one in strengths if one is not None]
-        if told and len(told) == len(cells):
-            # rounded, as lengths of one dose differ in their last bits
-            rank = [round(one, 6) for one in told]
+        # rounded, as lengths of one dose differ in their last bits
+        rank = [round(abs(strength), 6) for strength in strengths if strength is not None]
+        if rank and len(rank) == len(cells):
             return cells[rank.index(min(rank))]
     return cells[0] if cells else None
 
 
 def _beyond(values: Sequence[float | None], name: str, limit: float) -> bool:
-    """Whether the mean of what is not missing is worse than a limit; nothing at all is too."""
-    told = [v for v in values if v is not None]
-    if not told:
+    """Whether the mean of the values is worse than a limit, missing ones left out; so is none."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
         return True
     sign = measures.find(name).sign
-    return sign * sum(told) / len(told) < sign * limit
+    return sign * sum(numbers) / len(numbers) < sign * limit
 
 
 def key_of(study: Design, model: SteeringModel, row: Planned) -> str:
-    """The key of a planned row: the content of the row, what its answer is judged by, and what the
-    metrics mean that judge it, where that is not what it was at first.
+    """The key of a planned row: hashes of what is run and of what its answer is judged by.
+
+    A third part follows if a metric of the row is not built in or not in its first version.
     """
     judged = f"{row.item.id} {list(study.concept)}"
     tail = hashlib.sha256(judged.encode(errors="surrogatepass")).hexdigest()[:8]
@@ -163,28 +167,31 @@ def key_of(study: Design, model: SteeringModel, row: Planned) -> str:
 def remeasured(
     study: Design, model: SteeringModel, rows: Sequence[Planned], known: Mapping[str, Any]
 ) -> list[str]:
-    """Metrics of rows that are known, but by other meanings of these metrics."""
+    """Names of metrics by which rows were measured when the metric meant something else."""
     before = {key.rpartition("-")[0] if key.count("-") > 1 else key: key for key in known}
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for row in rows:
         key = key_of(study, model, row)
         plain = "-".join(key.split("-")[:2])
         if key in known or plain not in before:
             continue
-        had = known[before[plain]]["metrics"]
-        mine = (name for name in study.metrics if measures.METRICS[name].applies(row.item))
-        changed = (n for n in mine if n in had and measures.METRICS[n].meaning != (1, ""))
-        found.update(dict.fromkeys(changed))
-    return list(found)
+        measured = known[before[plain]]["metrics"]
+        for name in study.metrics:
+            metric = measures.find(name)
+            if name in measured and metric.applies(row.item) and metric.meaning != (1, ""):
+                names[name] = None
+    return list(names)
 
 
 def controlled(study: Design, setting: Setting, scale: Scale, n_layers: int) -> list[Cell]:
-    """The chosen cell and its controls; what cannot be controlled so is left out."""
+    """The chosen cell and its controls. A control that makes no sense for the cell is left out:
+    another sign without a coefficient, shuffled labels without a contrast.
+    """
     chosen = study.cell(setting, scale, "chosen")
     name, operator, site, level, scope = setting
     cells = [chosen]
     if not operator:
-        named = {v.name for one in parse(name, study.vectors) for v in one.directions}
+        named = {v.name for step in parse(name, study.vectors) for v in step.directions}
     else:
         named = {name}
         value, unit = Reader(level or "0").only(Reader.coefficient)
@@ -195,8 +202,8 @@ def controlled(study: Design, setting: Setting, scale: Scale, n_layers: int) -> 
         if study.controls.wrong_layer and operator != "latent_clamp":
             cells.append(_elsewhere(chosen, study.vectors[name], scale, n_layers))
 
-    def put(role: str, made: Sequence[Mapping[str, Vector]]) -> None:
-        for number, vectors in enumerate(made):
+    def put(role: str, controls: Sequence[Mapping[str, Vector]]) -> None:
+        for number, vectors in enumerate(controls):
             cells.append(study.cell(setting, scale, role, {**study.vectors, **vectors}, number))
 
     if operator != "latent_clamp":
@@ -213,7 +220,9 @@ def controlled(study: Design, setting: Setting, scale: Scale, n_layers: int) -> 
 
 
 def _elsewhere(chosen: Cell, vector: Vector, scale: Scale, n_layers: int) -> Cell:
-    """The chosen cell with each direction half the model away from its layer, at the same level."""
+    """The chosen cell with its layers moved by half the model. Direction and level stay the same:
+    a dose becomes a length at the new layer.
+    """
     steps: list[Intervention] = []
     value, unit = Reader(chosen.level or "0").only(Reader.coefficient)
     for site in Reader(chosen.site).only(Reader.sites):
