@@ -15,7 +15,7 @@ from interp_steer.report.chosen import setting_of
 from interp_steer.report.run import Run
 from interp_steer.study.cell import Controls
 from tests.cli.test_study import error, said
-from tests.study.test_execution import WORDS, direction, study
+from tests.study.samples import WORDS, direction, study
 
 PAIRS = [
     {

@@ -9,7 +9,7 @@ import pytest
 from interp_steer.cli import main as cli
 from interp_steer.errors import RequestError
 from interp_steer.steering.direction import Direction
-from tests.study.test_execution import direction
+from tests.study.samples import direction
 
 STUDY = """
 question: Does it?

@@ -19,7 +19,7 @@ from interp_steer.study.chunk import Local
 from interp_steer.study.metrics import BUILT_IN, METRICS, meaning, metric
 from interp_steer.study.modules import load_modules
 from interp_steer.study.stages import key_of
-from tests.study.test_execution import contents, study
+from tests.study.samples import contents, study
 
 MODULE = '''
 from pathlib import Path

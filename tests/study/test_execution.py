@@ -19,57 +19,8 @@ from interp_steer.steering.contrast import Contrast
 from interp_steer.steering.direction import Direction
 from interp_steer.study.cell import Controls
 from interp_steer.study.metrics import METRICS, metric
-from interp_steer.study.plan import Plan, forecast
-from interp_steer.study.study import Study
-
-WORDS = [
-    "fox",
-    "dog",
-    "tower",
-    "rain",
-    "mountain",
-    "fruit",
-    "brown",
-    "lazy",
-    "quick",
-    "happy",
-    "sad",
-    "assistant",
-]
-
-
-def direction(seed=0, layer=2):
-    vector = torch.randn(64, generator=torch.Generator().manual_seed(seed))
-    return Direction.of(vector, f"blocks.{layer}.hook_resid_post", "d")
-
-
-def study(**changes):
-    given = {
-        "choose": [f"I love the {w}" for w in WORDS[:3]],
-        "prove": [f"Name the {w}, please" for w in WORDS[3:7]],
-        "directions": {"d": direction()},
-        "sites": "each 1-3",
-        "coefficients": ["0.3 dose", "0.6 dose"],
-        "metrics": ["rep3", "surprise", "kl_mean", "length"],
-        "choose_by": "kl_mean",
-        "sampling": Sampling(max_new_tokens=8),
-        "controls": Controls(random=3, features=0, shuffled=2),
-        "chunk": 7,
-    }
-    return Study(**{**given, **changes})
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Each row's record, to the bit."""
-    found: dict[str, str] = {}
-    for path in sorted(Path(folder).glob("rows*.jsonl")):
-        for text in path.read_text().splitlines()[1:]:
-            row = json.loads(text)
-            assert row["key"] not in found, "a row twice"
-            found[row["key"]] = json.dumps(
-                {k: v for k, v in row.items() if k not in ("chunk", "of")}
-            )
-    return found
+from interp_steer.study.plan import forecast
+from tests.study.samples import WORDS, contents, direction, study
 
 
 @pytest.fixture(scope="module")
@@ -126,20 +77,6 @@ def test_strengths_in_every_form(done):
     assert (unsteered["kl_mean"] == 0).all()
 
 
-def test_the_step_of_a_clamp_is_measured(tiny, tmp_path):
-    made = study(
-        operators=["clamp"], metrics=["length"], choose_by="length", coefficients=[5.0],
-        sites=[2], choose=[], controls=Controls(0, 0, 0, flip=False, wrong_layer=False),
-        prove=["Name the fox, please"], as_chat=False,
-    )  # fmt: skip
-    row = made.run(tiny, tmp_path / "r").table().query("role == 'chosen'").iloc[0]
-    ids = tiny.encode("Name the fox, please").ids
-    with torch.no_grad():
-        x = tiny.hf(torch.tensor([ids]), output_hidden_states=True).hidden_states[3][0]
-    steps = (5.0 - x @ direction().unit).abs()[1:]  # the first position is left alone
-    assert row["delta"] == pytest.approx(steps.mean().item(), rel=1e-4)
-
-
 def test_the_choice_is_the_best_mean_on_choose_within_the_limits(tiny, tmp_path, done):
     table = done.table()
     grid = table.query("role == 'grid'")
@@ -156,20 +93,6 @@ def test_the_choice_is_the_best_mean_on_choose_within_the_limits(tiny, tmp_path,
     none = study(limits={"kl_mean": -1.0}).run(tiny, tmp_path / "n")
     assert "chosen" not in set(none.table()["role"])
     assert none.findings().verdict.steers is None
-
-
-def test_nulls_through_the_choice_choose_for_themselves(tiny, tmp_path):
-    made = study(controls=Controls(2, 0, 0, selected=3))
-    table = made.run(tiny, tmp_path / "r").table()
-    nulls = table.query("role == 'null_grid'")
-    assert len(nulls) == 3 * 6 * 3
-    for number in range(3):
-        mine = nulls[nulls["null"] == number].groupby(["site", "level"])["kl_mean"].mean()
-        then = table[(table["role"] == "null") & (table["null"] == number)]
-        assert len(then) == 4 and set(zip(then["site"], then["level"], strict=True)) == {
-            mine.idxmin()
-        }
-    assert sum(forecast(made).values()) == len(table)
 
 
 def test_a_second_start_runs_nothing_and_a_larger_grid_only_what_is_new(tiny, tmp_path):
@@ -339,33 +262,6 @@ def test_each_shard_lists_its_own_failures(tiny, tmp_path):
     assert json.loads((tmp_path / "failures.json").read_text()) == []
 
 
-def test_controls_that_cannot_be_had_are_told_before_anything_runs(tiny, tmp_path):
-    source = {"release": "r", "sae_id": "s", "index": "5", "neuronpedia": "nobody/3-res/5"}
-    vector = direction().vector
-    one = Direction.of(vector, "blocks.2.hook_resid_post", "f", source)
-    with pytest.raises(RequestError, match=r"nothing is known of the density.*features: 0"):
-        study(directions={"f": one}, controls=Controls(1, 2, 0)).run(tiny, tmp_path / "a")
-    assert not (tmp_path / "a").exists()
-
-
-def test_fewer_known_features_than_controls_are_told(monkeypatch, tmp_path):
-    from interp_steer.features.matched import matched_features
-    from interp_steer.labels.label import Source
-    from interp_steer.labels.rows import Row
-    from interp_steer.labels.store import Store
-
-    monkeypatch.setenv("INTERP_STEER_CACHE", str(tmp_path))
-    with Store(write=True) as store:
-        rows = [
-            Row("m", "3-res", i, f"e{i}", "x", density=0.1, max_activation=1.0) for i in range(4)
-        ]
-        store.commit(Source("m", "3-res"), "a", "1", rows)
-    source = {"release": "r", "sae_id": "s", "index": "1", "neuronpedia": "m/3-res/1"}
-    one = Direction.of(direction().vector, "blocks.2.hook_resid_post", "f", source)
-    with pytest.raises(RequestError, match=r"known of 3 other features.*expected 4.*features: 3"):
-        matched_features(one, 4)
-
-
 def test_shards_together_are_the_whole(tiny, tmp_path):
     study().run(tiny, tmp_path / "whole")
     for _ in range(2):  # the array, and once more: the choice waits for all shards
@@ -407,14 +303,6 @@ def test_the_table_goes_to_parquet_and_csv(done, tmp_path):
         assert back["kl_mean"].to_list() == pytest.approx(table["kl_mean"].to_list())
     with pytest.raises(RequestError, match=r"written as \.parquet or \.csv"):
         done.save(tmp_path / "t.xlsx")
-
-
-def test_the_plan_tells_rows_and_time(tiny):
-    made = Plan.of(study(), tiny)
-    assert made.rows == {"unsteered": 7, "grid": 18, "prove": 24}
-    assert made.chunks == {"unsteered": 1, "grid": 3, "prove": 4}
-    assert made.seconds is not None and made.seconds > 0
-    assert made.memory > made.weights > 0
 
 
 def test_the_manifest_repeats_the_run(done, tiny, tmp_path):
@@ -512,3 +400,19 @@ def test_contrasts_and_pairs_run_without_text(tiny, tmp_path):
     assert made.selected == 3  # cheap rows: nulls go through the choice of themselves
     assert set(run.table()["text"]) == {None}
     assert "shuffled" in set(run.table()["role"])
+
+
+def test_a_run_that_goes_on_reads_each_file_of_rows_once(tiny, tmp_path, monkeypatch):
+    made = study(choose=[], sites=[2], coefficients=["0.3 dose"], chunk=2)
+    for i in (1, 2):
+        made.run(tiny, tmp_path, shard=(i, 2))
+    opened = []
+    real = Path.open
+
+    def counted(path, *given, **options):
+        opened.append(path.name)
+        return real(path, *given, **options)
+
+    monkeypatch.setattr(Path, "open", counted)
+    made.run(tiny, tmp_path, shard=(1, 2))
+    assert opened.count("rows-1-of-2.jsonl") == opened.count("rows-2-of-2.jsonl") == 1

@@ -12,7 +12,7 @@ import torch
 from interp_steer.errors import RunError
 from interp_steer.report.run import Run
 from interp_steer.study.on_ray import on_ray
-from tests.study.test_execution import contents, study
+from tests.study.samples import contents, study
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("ray", reason="pip install 'interp-steer[ray]'")

@@ -1,16 +1,19 @@
-"""The choice among cells: of equal ones the gentlest, by strengths of one kind; what nulls find."""
+"""The choice among cells, of equal ones the gentlest; the controls; what random directions find."""
 
 import pytest
+import torch
 
 from interp_steer.engine.row import Sampling
 from interp_steer.prompts.item import Item
+from interp_steer.steering.contrast import Contrast
 from interp_steer.steering.scale import Scale
 from interp_steer.study.cell import Cell, Controls
 from interp_steer.study.metrics import METRICS, metric
-from interp_steer.study.stages import _gentlest, choose
-from tests.study.test_execution import study
+from interp_steer.study.plan import forecast
+from interp_steer.study.stages import _gentlest, choose, controlled
+from tests.study.samples import SCALE, four_cells, study
 
-SCALE = Scale((10.0, 10.0, 20.0, 40.0))
+SHORT = Scale((10.0, 10.0, 20.0, 40.0))
 
 
 def row(dose=None, coefficient=1.0, delta=1.0, layer=0, component="resid_post"):
@@ -45,8 +48,8 @@ def row(dose=None, coefficient=1.0, delta=1.0, layer=0, component="resid_post"):
 def test_of_equal_cells_the_gentlest_wins_by_strengths_of_one_kind(operators, rows, wins):
     every = operators.split() * 3
     cells = [Cell("grid", "d", every[i], level=str(i)) for i in range(len(rows))]
-    assert _gentlest(cells, rows, SCALE) is cells[wins]
-    assert _gentlest([], [], SCALE) is None
+    assert _gentlest(cells, rows, SHORT) is cells[wins]
+    assert _gentlest([], [], SHORT) is None
 
 
 @pytest.fixture
@@ -104,3 +107,70 @@ def test_null_directions_that_all_break_the_limits_were_run(tiny, tmp_path, mark
     verdict = run.findings().verdict
     assert verdict.p == pytest.approx(1 / 5)
     assert "4 random directions made the same choice among 2 cells, of which none" in verdict.text
+
+
+def test_nulls_through_the_choice_choose_for_themselves(tiny, tmp_path):
+    made = study(controls=Controls(2, 0, 0, selected=3))
+    table = made.run(tiny, tmp_path / "r").table()
+    nulls = table.query("role == 'null_grid'")
+    assert len(nulls) == 3 * 6 * 3
+    for number in range(3):
+        mine = nulls[nulls["null"] == number].groupby(["site", "level"])["kl_mean"].mean()
+        then = table[(table["role"] == "null") & (table["null"] == number)]
+        assert len(then) == 4 and set(zip(then["site"], then["level"], strict=True)) == {
+            mine.idxmin()
+        }
+    assert sum(forecast(made).values()) == len(table)
+
+
+def test_controls_of_a_contrastive_direction():
+    g = torch.Generator().manual_seed(1)
+    contrast = Contrast(torch.randn(6, 4, 64, generator=g), torch.randn(6, 4, 64, generator=g))
+    made = four_cells(directions={"d": contrast}, controls=Controls(random=3, shuffled=2))
+    cells = controlled(made, ("d", "add", "resid_post 1", "0.5 dose", "all"), SCALE, 6)
+    assert [c.role for c in cells] == [
+        "chosen", "flip", "wrong_layer", *["random"] * 3, *["shuffled"] * 2,
+    ]  # fmt: skip
+    own = cells[0].steer[0]
+    assert cells[1].steer[0].value == -own.value
+    assert cells[1].steer[0].directions == own.directions
+    wrong = cells[2].steer[0]
+    assert wrong.sites[0].layer == 4 and wrong.value == 0.5 * 15.0  # the same dose, there
+    assert torch.equal(wrong.directions[0].unit, own.directions[0][1].unit)  # layer 1's own vector
+    vectors = [c.steer[0].directions[0][1] for c in cells[3:]]
+    assert all(c.steer[0].value == own.value for c in cells[3:])
+    assert len({v.sha for v in vectors}) == 5
+    for vector in vectors[:3]:
+        assert vector.norm == own.directions[0][1].norm
+    expected = contrast.shuffled(1).directions()[1].unit
+    assert torch.equal(vectors[4].unit, expected)
+
+
+def test_raw_coefficients_are_caas_own_and_the_controls_are_as_long():
+    g = torch.Generator().manual_seed(3)
+    positive, negative = torch.randn(6, 5, 64, generator=g) + 1, torch.randn(6, 5, 64, generator=g)
+    made = four_cells(
+        directions={"caa": Contrast(positive, negative, {})},
+        sites="each 1-3",
+        coefficients=["-2 raw", "1 raw"],
+        controls=Controls(random=1, features=0, shuffled=2),
+    )
+    lengths = (positive.mean(1) - negative.mean(1)).norm(dim=-1)
+    wanted = [c * lengths[layer].item() for layer in (1, 2, 3) for c in (-2, 1)]
+    assert [cell.steer[0].value for cell in made.grid(SCALE)] == pytest.approx(wanted, rel=1e-5)
+    assert [s[3] for s in made.settings[:2]] == ["-2.0 raw", "1.0 raw"]
+    cells = controlled(made, made.settings[0], SCALE, n_layers=6)
+    values = {}
+    for cell in cells:
+        values.setdefault(cell.role, set()).add(cell.steer[0].value)
+    own = made.grid(SCALE)[0].steer[0].value
+    # shuffled differences are shorter: a multiple of their own length would be no control
+    shuffled = made.shuffled({"caa": made.directions["caa"]}, 0)["caa"]
+    assert shuffled[1].norm < 0.9 * lengths[1]
+    assert values == {
+        "chosen": {own}, "flip": {-own}, "wrong_layer": {own}, "random": {own}, "shuffled": {own},
+    }  # fmt: skip
+    line = f"add(caa, 1 raw) at 2-3; add(caa, {own}) at 1"
+    lined = four_cells(directions=made.directions, lines=[line], sites=())
+    first = lined.grid(SCALE)[0].steer
+    assert [one.value for one in first] == pytest.approx([*lengths[2:4].tolist(), own], rel=1e-5)

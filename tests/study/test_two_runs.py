@@ -19,7 +19,7 @@ from interp_steer.study.cell import Controls
 from interp_steer.study.metrics import METRICS, metric
 from interp_steer.study.study import Study
 from interp_steer.util.locking import running
-from tests.study.test_execution import contents, direction, study
+from tests.study.samples import contents, direction, study
 
 FILES = ("study.yaml", "manifest.json", "plan.jsonl", "directions/d.safetensors")
 
