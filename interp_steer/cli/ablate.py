@@ -201,7 +201,7 @@ def _traced(request: Request) -> _Found:
     of = {**run.manifest, **read.model}
     model = _model(request, str(of["model"]), of.get("dtype"), of.get("revision"))
     if not {"model", "dtype"} & set(request.given):
-        check_model(run, model)
+        check_model(run, model.name, model.fingerprint)
     from interp_steer.causal import trace as tracing
     from interp_steer.report import patching_plot
 

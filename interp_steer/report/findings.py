@@ -13,10 +13,10 @@ import pandas as pd
 
 from interp_steer.errors import RequestError
 from interp_steer.report.evidence import Evidence
+from interp_steer.results.built_in import BUILT_IN
 from interp_steer.results.declared import UNKNOWN, Declared, of_manifest
+from interp_steer.results.roles import SETTING
 from interp_steer.stats import intervals
-from interp_steer.study.cell import SETTING
-from interp_steer.study.metrics import BUILT_IN
 
 if TYPE_CHECKING:
     from interp_steer.report.run import Run

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from interp_steer.errors import RequestError
-from interp_steer.study.cell import SETTING
-from interp_steer.study.metrics import BUILT_IN
+from interp_steer.results.built_in import BUILT_IN
+from interp_steer.results.roles import SETTING
 from interp_steer.util.console import safe
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from interp_steer.report.page import (
     table,
 )
 from interp_steer.report.plots import as_records
-from interp_steer.study.cell import ROLES, SETTING
+from interp_steer.results.roles import ROLES, SETTING
 from interp_steer.util.files import explained, whole
 
 if TYPE_CHECKING:

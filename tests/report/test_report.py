@@ -12,8 +12,8 @@ from interp_steer.errors import RequestError, RunError
 from interp_steer.report import page as pieces
 from interp_steer.report import report
 from interp_steer.report.findings import Findings
-from interp_steer.report.heat import SETTING
 from interp_steer.report.run import Run
+from interp_steer.results.roles import SETTING
 from interp_steer.results.rows import FORMAT
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\x00\u202etxet \U0001f5fc سلام &amp; \"'\x1b[31m"
