@@ -1,4 +1,4 @@
-"""Which cell a run chose, or why it has none."""
+"""Which setting a run chose, or why it has none."""
 
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ def setting_of(run: "Run") -> Setting:
         if planned["role"] == "chosen":
             direction, operator, site, level, scope = (str(planned[part]) for part in SETTING)
             return direction, operator, site, level, scope
-    raise RequestError(f"{run.folder} has no chosen cell: {_why(run)}")
+    raise RequestError(f"{run.folder} has no chosen setting: {_why(run)}")
 
 
 def check_model(run: "Run", name: str, fingerprint: str) -> None:

@@ -17,7 +17,7 @@ import pandas as pd
 from interp_steer.errors import RequestError
 from interp_steer.report import heat, plots
 from interp_steer.report.heat import SMALL, TEXT
-from interp_steer.report.plots import as_records
+from interp_steer.report.page import as_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

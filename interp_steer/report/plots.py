@@ -17,6 +17,7 @@ import pandas as pd
 from interp_steer.errors import RequestError
 from interp_steer.report import heat
 from interp_steer.report.heat import RED, SMALL, TEXT, UNITS, Record, Spot, axis_name, number
+from interp_steer.report.page import as_records
 from interp_steer.util.files import whole
 
 if TYPE_CHECKING:
@@ -43,11 +44,6 @@ def save(figure: "Figure", path: Path) -> Path:
     with whole(path) as part:
         figure.savefig(part, format=kind, dpi=150, **dated)
     return path
-
-
-def as_records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a table as mappings."""
-    return [{str(k): v for k, v in r.items()} for r in table.to_dict("records")]
 
 
 # --- lines ----------------------------------------------------------------------------------------

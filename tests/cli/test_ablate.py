@@ -288,9 +288,9 @@ def test_a_run_is_traced_without_its_own_metrics(tiny, tmp_path, capsys):
         ({}, 0, "no steered row was run yet; `interp-steer study run`"),
         ({}, 7, "no steered row was run yet; `interp-steer study run`"),
         ({}, 9, "no steered row was run yet; `interp-steer study run`"),
-        ({"choose": []}, None, "no prompts chose, so no cell is claimed"),
-        ({"limits": {"length": 99.0}}, None, "no cell stayed within the limits (length 99)"),
-        ({}, 10, "the chosen cell was not run yet; `interp-steer study run`"),
+        ({"choose": []}, None, "there are no selection prompts, so no setting is claimed"),
+        ({"limits": {"length": 99.0}}, None, "no setting stayed within the limits (length 99)"),
+        ({}, 10, "the chosen setting was not run yet; `interp-steer study run`"),
         ({}, None, None),
     ],
 )
