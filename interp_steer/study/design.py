@@ -20,6 +20,7 @@ from interp_steer.prompts.item import Item, digest
 from interp_steer.prompts.parts import check_apart, questions
 from interp_steer.prompts.prompt import chat
 from interp_steer.results.declared import NEEDS
+from interp_steer.results.roles import Setting
 from interp_steer.results.words import middle
 from interp_steer.steering.contrast import Contrast
 from interp_steer.steering.direction import Direction, DirectionSet
@@ -27,7 +28,7 @@ from interp_steer.steering.grammar import Reader, parse, steer
 from interp_steer.steering.intervention import OPERATORS, Intervention, Vector, resolve, sites_text
 from interp_steer.steering.scale import Scale
 from interp_steer.study import metrics as measures
-from interp_steer.study.cell import Cell, Controls, Planned, Setting
+from interp_steer.study.cell import Cell, Controls, Planned
 from interp_steer.study.modules import load_modules
 from interp_steer.util.typed import expect
 
@@ -124,18 +125,21 @@ class Design:
             expect("as_chat", self.as_chat, "true or false")
         for name in ("question", "method"):
             expect(name, getattr(self, name), "text")
-        if not self.sites and not self.lines:
-            raise RequestError("the study has no sites")
+        for present, what in (
+            (self.sites or self.lines, "sites"),
+            (self.prove, "prompts to prove with"),
+            (self.directions, "directions"),
+            (self.operators or not self.sites, "operators"),
+            (self.seeds, "seeds"),
+        ):
+            if not present:
+                raise RequestError(f"the study has no {what}")
         for name in ("sites", "coefficients", "operators", "scopes", "seeds", "lines", "metrics"):
             values = getattr(self, name)
             if twice := [v for i, v in enumerate(values) if v in values[:i]]:
                 raise RequestError(f"{name} hold {twice[0]!r} twice")
         if not isinstance(self.system, (str, type(None))):
             raise RequestError(f"system is {self.system!r}, expected text")
-        if not self.prove:
-            raise RequestError("the study has no prompts to prove with")
-        if not self.directions:
-            raise RequestError("the study has no directions")
         if any(not str(line).strip() for line in self.lines):
             raise RequestError("a line of interventions is empty")
         for operator in self.operators:
@@ -150,10 +154,6 @@ class Design:
                 raise RequestError(f"{operator} needs coefficients, and the study has none")
         for scope in self.scopes:
             Reader(str(scope)).only(Reader.scope)
-        if self.sites and not self.operators:
-            raise RequestError("the study has no operators")
-        if not self.seeds:
-            raise RequestError("the study has no seeds")
         expect("seeds", list(self.seeds), "a whole number", several=True)
         if type(self.chunk) is not int or self.chunk < 1:
             raise RequestError(f"chunk is {self.chunk!r}, expected at least 1")
@@ -293,7 +293,7 @@ class Design:
 
         Args:
             scale: of the model, which makes lengths of doses.
-            role: a key of `ROLES`.
+            role: a key of `roles.ROLES`.
             vectors: name -> what takes the place of the design's direction of that name.
             null: the number of the null direction, if it is one.
         """

@@ -14,6 +14,7 @@ from interp_steer.engine.engine import Engine
 from interp_steer.errors import RunError
 from interp_steer.model.model import SteeringModel
 from interp_steer.report.run import Run, known, same_date
+from interp_steer.results.roles import SETTING
 from interp_steer.results.rows import Results, joined
 from interp_steer.steering.intervention import line
 from interp_steer.steering.scale import Scale
@@ -285,26 +286,18 @@ class _Work:
                 doses[id(cell)] = cell.strength("dose", self.scale)
             dose, had = doses[id(cell)], self.known.get(key, {}).get("dose")
             other = dose is not None and had is not None and not math.isclose(dose, had)
-            self._plan[
-                json.dumps(
-                    {
-                        "stage": stage.name,
-                        "role": cell.role,
-                        "null": cell.null,
-                        "direction": cell.direction,
-                        "operator": cell.operator,
-                        "site": cell.site,
-                        "level": cell.level,
-                        "scope": cell.scope,
-                        "split": row.split,
-                        "item": row.item.id,
-                        "seed": row.seed,
-                        "key": key,
-                        **({"dose": dose} if other else {}),
-                    },
-                    ensure_ascii=False,
-                )
-            ] = None
+            planned = {
+                "stage": stage.name,
+                "role": cell.role,
+                "null": cell.null,
+                **dict(zip(SETTING, cell.setting, strict=True)),
+                "split": row.split,
+                "item": row.item.id,
+                "seed": row.seed,
+                "key": key,
+                **({"dose": dose} if other else {}),
+            }
+            self._plan[json.dumps(planned, ensure_ascii=False)] = None
         self.description.plan(self._plan)
 
 

@@ -31,6 +31,7 @@ from interp_steer.prompts.file import PromptFile, is_file
 from interp_steer.prompts.item import Item
 from interp_steer.prompts.parts import split_items
 from interp_steer.prompts.template import read_date
+from interp_steer.results.built_in import BUILT_IN
 from interp_steer.steering.contrast import POSITIONS, Contrast
 from interp_steer.steering.direction import is_name
 from interp_steer.steering.directions import Directions
@@ -38,7 +39,6 @@ from interp_steer.steering.intervention import Vector
 from interp_steer.study.cell import Controls
 from interp_steer.study.description import OWN
 from interp_steer.study.design import PARTS
-from interp_steer.study.metrics import BUILT_IN
 from interp_steer.study.study import Study
 from interp_steer.util.files import read_text
 from interp_steer.util.typed import expect, expect_fields

@@ -1,12 +1,14 @@
 """A study: a design, and the call that carries it out.
 
-study = Study(
-    choose=["Describe a walk.", ...], prove=["Tell me about your day.", ...],
-    directions={"eiffel": contrast}, sites=["each 10-16"],
-    coefficients=["0.4 dose", "0.6 dose"], concept=["Eiffel", "Paris"],
-)
-run = study.run(model, "runs/eiffel")
-run.findings()
+    study = Study(
+        choose=["Describe a walk.", ...], prove=["Tell me about your day.", ...],
+        directions={"eiffel": contrast}, sites=["each 10-16"],
+        coefficients=["0.4 dose", "0.6 dose"], concept=["Eiffel", "Paris"],
+    )
+    run = study.run(model, "runs/eiffel")
+    run.findings()
+
+`Design` declares the fields.
 """
 
 from dataclasses import dataclass
