@@ -32,7 +32,7 @@ def _opened(
     """(study, model, what loads the model again) of a file; typos are told before a model loads."""
     from interp_steer.study.file import StudyFile
 
-    read = StudyFile.read(file).told(date)
+    read = StudyFile.read(file).dated(date)
     name = str(read.model.get("model", "starter"))
     revision = read.model.get("revision") if model in (None, name) else None
     loaded = load(model or name, dtype or read.model.get("dtype"), device, revision)

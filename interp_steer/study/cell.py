@@ -7,6 +7,7 @@ from interp_steer.prompts.item import Item
 from interp_steer.results.roles import Setting
 from interp_steer.steering.intervention import Intervention
 from interp_steer.steering.scale import Scale
+from interp_steer.util.typed import expect
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,8 @@ class Controls:
             if value is not None and (type(value) is not int or not 0 <= value <= 10_000):
                 raise RequestError(f"controls: {name} is {value!r}, expected 0 to 10000")
         for name in ("flip", "wrong_layer"):
-            if not isinstance(getattr(self, name), bool):
-                raise RequestError(
-                    f"controls: {name} is {getattr(self, name)!r}, expected true or false"
-                )
-        if type(self.seed) is not int:
-            raise RequestError(f"controls: seed is {self.seed!r}, expected a whole number")
+            expect(f"controls: {name}", getattr(self, name), "true or false")
+        expect("controls: seed", self.seed, "a whole number")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,9 @@ def run(
         results = Results(folder / f"rows{part}.jsonl", about)
         rows = known(folder, about, results)
         with _pinned(description.manifest["threads"]), results.writing():
-            work = _Work(study, model, study.scale(model), description, results, rows, shard)
+            work = _Work(
+                study, model, study.scale(model), description, results, rows, shard or (1, 1)
+            )
             try:
                 work.run(mapper)
             finally:
@@ -113,30 +115,25 @@ def chunks(study: Design, model: SteeringModel, stage: Stage) -> list[list[tuple
     return parts
 
 
+@dataclass
 class _Work:
     """A run in progress: which rows are there, which are missing, which have failed."""
 
-    def __init__(
-        self,
-        study: Design,
-        model: SteeringModel,
-        scale: Scale,
-        description: Description,
-        results: Results,
-        known: dict[str, Mapping[str, Any]],
-        shard: tuple[int, int] | None,
-    ) -> None:
-        self.study, self.model, self.scale = study, model, scale
-        self.description, self.results, self.known = description, results, known
-        self.shard, self.shards = shard or (1, 1)
-        self.mapper: Mapper
-        self.report: Report = lambda done, note="": None
-        self.failures: list[Failure] = []
-        self.complete = False  # whether every stage is finished
-        self.done = 0
-        self._in_row = 0  # rows that failed since one succeeded
-        self._sound: Chunk | None = None  # a row of the stage that has succeeded
-        self._plan: dict[str, None] = {}  # its lines, each once
+    study: Design
+    model: SteeringModel
+    scale: Scale
+    description: Description
+    results: Results
+    known: dict[str, Mapping[str, Any]]
+    shard: tuple[int, int]
+    mapper: Mapper = field(init=False)
+    report: Report = field(init=False)
+    failures: list[Failure] = field(default_factory=list)
+    complete: bool = False  # whether every stage is finished
+    done: int = 0
+    failed_in_row: int = 0  # rows that failed since one succeeded
+    sound: Chunk | None = None  # a row of the stage that has succeeded
+    lines: dict[str, None] = field(default_factory=dict)  # of the plan, each once
 
     def run(self, mapper: Start | None) -> None:
         """Goes through the stages, as far as this shard can."""
@@ -153,8 +150,8 @@ class _Work:
                     return
         self.complete = True
         if not self.description.same and not self.failures:
-            self.description.begin(self._plan)  # all its rows were there already
-        self.description.plan(self._plan, done=True)
+            self.description.begin(self.lines)  # all its rows were there already
+        self.description.plan(self.lines, done=True)
 
     def finish(self, stage: Stage) -> bool:
         """Runs the rows of a stage that are missing; of a shard its own ones alone.
@@ -166,16 +163,16 @@ class _Work:
         parts = chunks(self.study, self.model, stage)
         self._write_plan(stage, {id(row): key for part in parts for key, row in part})
         todo = []
-        self._sound = None
+        self.sound = None
         for number, part in enumerate(parts):
             # every shard runs the unsteered rows: they are few, and all of its other rows need them
-            own = stage.name == "unsteered" or number % self.shards == self.shard - 1
+            own = stage.name == "unsteered" or number % self.shard[1] == self.shard[0] - 1
             missing = [(key, row) for key, row in part if not self._has(key)]
             self.done += len(part) - len(missing)
             if missing and own:
                 todo.append(self._chunk(missing))
             if present := [pair for pair in part if self._has(pair[0])]:
-                self._sound = self._chunk(present[:1])
+                self.sound = self._chunk(present[:1])
         self.report(self.done)
         while todo:
             again: list[Chunk] = []
@@ -193,12 +190,12 @@ class _Work:
         self.report(self.done + done)
 
     def _succeeded(self, chunk: Chunk, records: list[Record]) -> None:
-        self.description.begin(self._plan)
+        self.description.begin(self.lines)
         self.results.append(records, chunk.id)
         for row in records:
             self.known[row["key"]] = joined(self.known.get(row["key"]), row)
         self.done += len(chunk)
-        self._in_row, self._sound = 0, chunk.part(0, 1)
+        self.failed_in_row, self.sound = 0, chunk.part(0, 1)
         self.report(self.done)
 
     def _has(self, key: str) -> bool:
@@ -217,21 +214,21 @@ class _Work:
         what = f"{about['steer'] or 'unsteered'} on {about['prompt'][:40]!r}, seed {about['seed']}"
         why = str(error).strip().splitlines()
         self.failures.append(Failure(chunk.keys[0], what, why[-1] if why else repr(error)))
-        self._in_row += 1
-        if self._in_row == MOST_FAILURES:
+        self.failed_in_row += 1
+        if self.failed_in_row == MOST_FAILURES:
             # these may share a reason, such as their prompt, and others may still succeed
-            again = self.mapper([self._sound]) if self._sound else ()
+            again = self.mapper([self.sound]) if self.sound else ()
             if all(isinstance(outcome, Exception) for _, outcome in again):
                 raise self._stopped()
-            self._in_row = 0
+            self.failed_in_row = 0
         return []
 
     def _stopped(self) -> RunError:
         last = self.failures[-1]
-        so = "so does one that had succeeded" if self._sound else "none of this stage has succeeded"
+        so = "so does one that had succeeded" if self.sound else "none of this stage has succeeded"
         return RunError(
-            f"{len(self.failures)} rows failed, the last {self._in_row} one after the other, and "
-            f"{so}; the run stopped there with {len(self.known)} rows in "
+            f"{len(self.failures)} rows failed, the last {self.failed_in_row} one after the other, "
+            f"and {so}; the run stopped there with {len(self.known)} rows in "
             f"{self.description.folder}; the last that failed: {last.what}: {last.why}"
         )
 
@@ -297,8 +294,8 @@ class _Work:
                 "key": key,
                 **({"dose": dose} if other else {}),
             }
-            self._plan[json.dumps(planned, ensure_ascii=False)] = None
-        self.description.plan(self._plan)
+            self.lines[json.dumps(planned, ensure_ascii=False)] = None
+        self.description.plan(self.lines)
 
 
 @contextmanager

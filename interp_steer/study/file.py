@@ -133,7 +133,7 @@ class StudyFile:
         """What the file says of the model: name, dtype, revision, date."""
         return {name: self.spec[name] for name in MODEL if self.spec.get(name) is not None}
 
-    def told(self, date: str | None) -> "StudyFile":
+    def dated(self, date: str | None) -> "StudyFile":
         """The same with another date for the chat template. None keeps the file's own."""
         return self if date is None else replace(self, spec={**self.spec, "date": read_date(date)})
 

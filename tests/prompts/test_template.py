@@ -357,7 +357,7 @@ def test_a_run_goes_on_the_next_day_and_says_if_its_date_is_another(
     assert (folder / "rows.jsonl").read_text() == before
     other = study.run(model, tmp_path / "other")
     assert not set(other.rows) & set(done.rows)
-    assert str(dated.told("2024-07-26").study(model) and model.date) == "2024-07-26"
+    assert str(dated.dated("2024-07-26").study(model) and model.date) == "2024-07-26"
 
     # a run from before dates were fixed, begun on a day of its own
     manifest = json.loads((tmp_path / "other" / "manifest.json").read_text())
