@@ -185,7 +185,9 @@ def _patched(request: Request) -> _Found:
         return maps.patching(summary, made.table)
 
     title = _effect(summary, made.table, "corrupt", "clean", "share of it brought back")
-    return _Found(made.table, summary, draw, title, _doubts(made.warning), largest_first=True)
+    return _Found(
+        made.table, summary, draw, title, _doubts(made.doubt(summary)), largest_first=True
+    )
 
 
 def _traced(request: Request) -> _Found:
@@ -231,7 +233,7 @@ def _traced(request: Request) -> _Found:
     title = _effect(summary, made.table, "unsteered", "steered", "share of it that goes")
     return _Found(
         made.table, summary, lambda: maps.mediation(summary), f"{cell}\n{title}",
-        _doubts(made.warning),
+        _doubts(made.doubt(summary)),
     )  # fmt: skip
 
 
