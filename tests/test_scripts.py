@@ -13,6 +13,7 @@ from interp_steer.model.site import Site
 from interp_steer.steering.direction import Direction
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+EIFFEL_TOWER_8B = str(SCRIPTS / "studies" / "eiffel_tower_8b.py")
 
 
 def test_eiffel_tower_8b_on_a_tiny_llama(tiny_folder, tmp_path):
@@ -22,7 +23,7 @@ def test_eiffel_tower_8b_on_a_tiny_llama(tiny_folder, tmp_path):
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps([{"instruction": "Name three fruits."}, {"instruction": "Why?"}]))
     done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "eiffel_tower_8b.py"), "--model", str(tiny_folder),
+        [sys.executable, EIFFEL_TOWER_8B, "--model", str(tiny_folder),
          "--direction", str(file), "--layer", "3", "--prompts", str(prompts),
          "--max-new-tokens", "8", "--out", str(tmp_path / "out.json")],
         capture_output=True, text=True,
@@ -37,7 +38,7 @@ def test_eiffel_tower_8b_without_network_is_one_line(tmp_path):
     prompts = tmp_path / "p.txt"
     prompts.write_text("Why?\n")
     done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "eiffel_tower_8b.py"), "--prompts", str(prompts)],
+        [sys.executable, EIFFEL_TOWER_8B, "--prompts", str(prompts)],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1
@@ -49,7 +50,7 @@ def test_the_smoke_script_tells_folded_activations_from_others(kind):
     """On SAEs of SAELens's own, with rows of 0.25, of 1, and numbers of something else."""
     from sae_lens import SAE
 
-    which_fits = runpy.run_path(str(SCRIPTS / "smoke_neuronpedia.py"))["which_fits"]
+    which_fits = runpy.run_path(str(SCRIPTS / "benchmarks" / "smoke_neuronpedia.py"))["which_fits"]
     torch.manual_seed(0)
     x = torch.randn(40, 16) * 2
     for length in (0.25, 1.0):
@@ -91,7 +92,7 @@ def test_the_smoke_script_reads_a_dashboard(tiny, tiny_folder, tmp_path, monkeyp
     values = sae.encode(x[0].float())[:, 5].detach()
     assert values[1:].max() > 0
     source = Source.parse(str(registry.entry("starter").neuronpedia))
-    folding = runpy.run_path(str(SCRIPTS / "smoke_neuronpedia.py"))["folding"]
+    folding = runpy.run_path(str(SCRIPTS / "benchmarks" / "smoke_neuronpedia.py"))["folding"]
     server = Neuronpedia()
     for length in (0.25, 1):
         text = {"tokens": [tiny.decode_token(i) for i in encoded.ids],
@@ -115,7 +116,7 @@ def test_studies_run_at_small_size(name, tiny_folder, tmp_path, monkeypatch, cap
     for key, value in texts.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(sys, "argv", [name, "--small"])
-    runpy.run_path(str(SCRIPTS / f"{name}.py"))
+    runpy.run_path(str(SCRIPTS / "studies" / f"{name}.py"))
     wrote = tmp_path / ("profile.png" if name == "layer_ablation" else "report.html")
     assert wrote.stat().st_size > 5000 and str(wrote) in capsys.readouterr().out
 
@@ -124,7 +125,7 @@ def test_studies_run_at_small_size(name, tiny_folder, tmp_path, monkeypatch, cap
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peaks as Linux does")
 def test_memory_is_as_planned():
     done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "benchmark_memory.py"), "--rows", "64", "--json"],
+        [sys.executable, str(SCRIPTS / "benchmarks" / "memory.py"), "--rows", "64", "--json"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -46,7 +46,7 @@ def linear(x: Float[Tensor, "*rows d_in"], module: torch.nn.Linear) -> Float[Ten
     """x W' without a bias.
 
     torch gives float32 products on a CPU to MKL; oneDNN, which it carries too, is 1.1 to 3 times as
-    fast on an AMD processor, most at a few rows (`scripts/benchmark.py products`).
+    fast on an AMD processor, most at a few rows (`scripts/benchmarks/speed.py products`).
     """
     weight = module.weight
     if (

@@ -1,9 +1,9 @@
 """How sure a number is, when the prompt is what was drawn.
 
 Every interval is over prompts: all seeds of a prompt are averaged first (`by_unit`). Below
-`MINIMUM` prompts only the point is told. `scripts/coverage.py` measures what is promised. Every
-function raises RequestError without values, for one that is NaN or infinite, and for a level that
-is no share.
+`MINIMUM` prompts only the point is told. `scripts/benchmarks/intervals.py` measures how often
+the intervals hold the truth. Every function raises RequestError without values, for one that is
+NaN or infinite, and for a level that is no share.
 """
 
 import math
