@@ -13,36 +13,42 @@ from interp_steer.model.site import Site
 from interp_steer.steering.direction import Direction
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-EIFFEL_TOWER_8B = str(SCRIPTS / "studies" / "eiffel_tower_8b.py")
+EIFFEL_TOWER_8B = SCRIPTS / "studies" / "eiffel_tower_8b.py"
 
 
-def test_eiffel_tower_8b_on_a_tiny_llama(tiny_folder, tmp_path):
+def script(path: Path, *words: object) -> int:
+    """Runs a script's main program in this process; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *map(str, words)])
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as ended:
+            return int(ended.code or 0)
+    return 0
+
+
+def test_eiffel_tower_8b_on_a_tiny_llama(tiny_folder, tmp_path, capsys):
     file = Direction.of(torch.randn(64), "blocks.3.hook_resid_post", "eiffel").save(
         tmp_path / "d.safetensors"
     )
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps([{"instruction": "Name three fruits."}, {"instruction": "Why?"}]))
-    done = subprocess.run(
-        [sys.executable, EIFFEL_TOWER_8B, "--model", str(tiny_folder),
-         "--direction", str(file), "--layer", "3", "--prompts", str(prompts),
-         "--max-new-tokens", "8", "--out", str(tmp_path / "out.json")],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 5 and "clamp, improved sampling" in done.stdout
+    words = ["--model", tiny_folder, "--direction", file, "--layer", 3, "--prompts", prompts]
+    assert (
+        script(EIFFEL_TOWER_8B, *words, "--max-new-tokens", 8, "--out", tmp_path / "out.json") == 0
+    )
+    told = capsys.readouterr().out
+    assert told.count("\n") == 5 and "clamp, improved sampling" in told
     records = json.loads((tmp_path / "out.json").read_text())
     assert len(records) == 8 and records[2]["coefficient"] == [8.5]
 
 
-def test_eiffel_tower_8b_without_network_is_one_line(tmp_path):
+def test_eiffel_tower_8b_without_network_is_one_line(tmp_path, capsys):
     prompts = tmp_path / "p.txt"
     prompts.write_text("Why?\n")
-    done = subprocess.run(
-        [sys.executable, EIFFEL_TOWER_8B, "--prompts", str(prompts)],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert script(EIFFEL_TOWER_8B, "--prompts", prompts) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated"])
