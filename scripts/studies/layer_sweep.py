@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see docs/studies.md
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 
 from interp_steer import Contrast, Controls, Sampling, SteeringModel, Study, read_items
 
