@@ -6,6 +6,8 @@ The public names, imported when first used, so that `import interp_steer` costs 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from interp_steer.steering import encoder as _encoder
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -24,16 +26,10 @@ if TYPE_CHECKING:
     from interp_steer.report.run import Run
     from interp_steer.results.words import names
     from interp_steer.steering.contrast import Contrast, act_add
-    from interp_steer.steering.direction import Direction, Directions, DirectionSet, load
-    from interp_steer.steering.intervention import (
-        Gate,
-        Intervention,
-        Scope,
-        line,
-        parse,
-        resolve,
-        steer,
-    )
+    from interp_steer.steering.direction import Direction, DirectionSet, load
+    from interp_steer.steering.directions import Directions
+    from interp_steer.steering.grammar import parse, steer
+    from interp_steer.steering.intervention import Gate, Intervention, Scope, line, resolve
     from interp_steer.steering.scale import Scale
     from interp_steer.study.cell import Controls
     from interp_steer.study.metrics import Measured, metric, rep3, surprise
@@ -43,12 +39,14 @@ if TYPE_CHECKING:
 _HOME = {
     "study.cell": ("Controls",),
     "steering.contrast": ("Contrast", "act_add"),
-    "steering.direction": ("Direction", "DirectionSet", "Directions", "load"),
+    "steering.direction": ("Direction", "DirectionSet", "load"),
+    "steering.directions": ("Directions",),
+    "steering.grammar": ("parse", "steer"),
     "engine.engine": ("Engine",),
     "errors": ("RequestError", "RunError", "SteerError", "SteerWarning"),
     "features.feature": ("feature",),
     "engine.hooks": ("fwd_hooks", "run_with_cache"),
-    "steering.intervention": ("Gate", "Intervention", "Scope", "line", "parse", "resolve", "steer"),
+    "steering.intervention": ("Gate", "Intervention", "Scope", "line", "resolve"),
     "prompts.item": ("Item",),
     "study.metrics": ("Measured", "metric", "rep3", "surprise"),
     "model.model": ("SteeringModel",),
@@ -115,6 +113,16 @@ __all__ = [
     "steer",
     "surprise",
 ]
+
+
+def _features() -> _encoder.Features:
+    """What is known of SAEs: steering and the engine ask for it and do not import it."""
+    from interp_steer.features import at_hand
+
+    return at_hand
+
+
+_encoder.features = _features
 
 
 def __getattr__(name: str) -> Any:

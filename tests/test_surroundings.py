@@ -13,7 +13,7 @@ from interp_steer.engine.row import Row, Sampling
 from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
 from interp_steer.steering.direction import Direction
-from interp_steer.steering.intervention import parse
+from interp_steer.steering.grammar import parse
 
 LINES = ("", "add(way, 4) at 2", "clamp(way, 2) at 3; ablate(way) at mlp_out 1",
          "rotate(way, other, 40 deg) at 2 if cos(way, 1) > -1")  # fmt: skip

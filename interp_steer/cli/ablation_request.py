@@ -186,7 +186,7 @@ def _writable(option: str, path: Path, suffixes: Sequence[str]) -> None:
 def _vector(name: str | None) -> "Vector | None":
     if name is None:
         return None
-    from interp_steer.steering.direction import Directions
+    from interp_steer.steering.directions import Directions
 
     known = Directions([])
     try:

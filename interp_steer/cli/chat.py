@@ -8,7 +8,8 @@ from interp_steer.engine.row import Row, Sampling
 from interp_steer.errors import RequestError, SteerError
 from interp_steer.model.model import SteeringModel
 from interp_steer.prompts.prompt import Message
-from interp_steer.steering.intervention import Intervention, Vector, parse, resolve
+from interp_steer.steering.grammar import parse
+from interp_steer.steering.intervention import Intervention, Vector, resolve
 from interp_steer.steering.scale import Scale
 from interp_steer.util.console import safe, side_by_side
 

@@ -28,7 +28,8 @@ from interp_steer.report.plots import dose_response
 from interp_steer.results.words import names
 from interp_steer.steering.contrast import Contrast
 from interp_steer.steering.direction import Direction
-from interp_steer.steering.intervention import Intervention, Vector, steer
+from interp_steer.steering.grammar import steer
+from interp_steer.steering.intervention import Intervention, Vector
 from interp_steer.steering.scale import Scale
 from interp_steer.study.metrics import rep3, surprise
 from interp_steer.util.console import progress, safe

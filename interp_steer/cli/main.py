@@ -201,8 +201,9 @@ def generate(
     from interp_steer.engine.engine import Engine
     from interp_steer.engine.row import Row, Sampling, record
     from interp_steer.prompts.item import Item
-    from interp_steer.steering.direction import Directions
-    from interp_steer.steering.intervention import parse, resolve
+    from interp_steer.steering.directions import Directions
+    from interp_steer.steering.grammar import parse
+    from interp_steer.steering.intervention import resolve
     from interp_steer.steering.scale import Scale
     from interp_steer.util.files import whole
 
@@ -273,7 +274,7 @@ def chat(
     loaded = load(model, dtype, device, date=date)
     from interp_steer.cli import chat as conversation
     from interp_steer.engine.row import Sampling
-    from interp_steer.steering.direction import Directions
+    from interp_steer.steering.directions import Directions
 
     sampling = Sampling(temperature, top_p, 0, repetition_penalty, max_new_tokens)
     conversation.hold(loaded, steer, Directions(named or []), system, sampling, seed)
@@ -394,7 +395,8 @@ def show(
     as_json: Json = False,
 ) -> None:
     """What a direction file holds, and where it came from."""
-    from interp_steer.steering.direction import Direction, Directions
+    from interp_steer.steering.direction import Direction
+    from interp_steer.steering.directions import Directions
 
     known = Directions()
     try:

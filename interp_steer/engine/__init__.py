@@ -1,1 +1,14 @@
-"""engine"""
+"""The engine: rows in, rows out, in one batch whose every row is steered in its own way.
+
+    row        Row: one prompt under interventions, with one seed; Result and Score come back
+    engine     Engine: generate, stream and score rows
+    stepper    Stepper: a decoding step at a time, for rows that come and go
+    forward    forward passes of a batch whose rows are steered differently
+    bank       the interventions of a batch at one hook point, as stacked tensors
+    sampler    the next token of many rows, each with its own setting and seed
+    hooks      the same rows as hooks of TransformerLens
+    verify     the contract, checked on a user's own model
+    bench      the prompts, rows and references that these checks share
+
+Start at `Engine.generate`.
+"""

@@ -1,8 +1,8 @@
-"""Many rows' interventions at one hook, as stacked tensors that act on the whole batch.
+"""Steers a whole batch at one hook point, every row in its own way.
 
-Rows differ in layer, direction, coefficient, operator and scope; what the step costs does not grow
-with how many settings there are. Each row's operators at a hook are numbered in their order; the
-n-th operators of all rows that are of one kind form a stage.
+A row's operators at the hook point act one after the other. All first operators of one kind (say
+every `add`) are stacked into one stage, then all second ones, and so on. A stage is one operation
+on tensors, so that a step costs the same for two settings as for two hundred.
 """
 
 import math
@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp_steer.errors import RequestError
-from interp_steer.features.sae import Sae
 from interp_steer.model.site import Site
 from interp_steer.prompts.prompt import Encoded
-from interp_steer.steering import operators
+from interp_steer.steering import encoder, operators
+from interp_steer.steering.encoder import Encoder
 from interp_steer.steering.intervention import CLAMPS, Intervention, Scope
 
 Hook = tuple[str, int]
@@ -32,7 +32,7 @@ class Step:
     kind: str
     scope: Scope
     operands: tuple[Tensor, ...]
-    sae: Sae | None = None
+    sae: Encoder | None = None
 
 
 def steps_at(interventions: Sequence[Intervention], site: Site) -> list[Step]:
@@ -103,7 +103,7 @@ def _one_scope(clamps: list[Intervention], site: Site) -> None:
 def _latents(clamps: list[Intervention], site: Site) -> Step:
     _one_scope(clamps, site)
     features = [one.at(site)[0] for one in clamps]
-    saes = [Sae.of(feature) for feature in features]
+    saes = [encoder.features().encoder(feature.source) for feature in features]
     sae = saes[0]
     if any(other is not sae for other in saes):
         raise RequestError(
@@ -139,7 +139,7 @@ class Stage:
     in_prompt: Bool[Tensor, "n prompt_pos"]
     begin: Float[Tensor, "n 1"]
     end: Float[Tensor, "n 1"]
-    sae: Sae | None = None
+    sae: Encoder | None = None
 
     def steered(self, positions: Int[Tensor, "n pos"]) -> Bool[Tensor, "n pos"]:
         """Whether each absolute position is in scope; negative positions are padding."""

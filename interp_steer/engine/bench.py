@@ -13,7 +13,8 @@ from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
 from interp_steer.prompts.prompt import Prompt, chat
 from interp_steer.steering.direction import Direction
-from interp_steer.steering.intervention import Intervention, steer
+from interp_steer.steering.grammar import steer
+from interp_steer.steering.intervention import Intervention
 from interp_steer.steering.scale import Scale
 
 QUESTIONS = ("Name three fruits.", "What is the tallest mountain, and who climbed it first?")

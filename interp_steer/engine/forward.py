@@ -139,12 +139,12 @@ class Layout:
         return mask[:, None]
 
 
-class _Together:
-    """Trunks and the rows that have left them, as one batch that changes from block to block.
+class SharedPrefill:
+    """One batch in which rows share what is equal among them.
 
-    Rows with one token sequence follow one trunk, which is computed unsteered. A row leaves its
-    trunk before its first steered block; a trunk ends when nobody follows it any more. Rows that
-    are steered alike as well, such as a sweep's seeds, stand where the first of them stands.
+    Rows with the same tokens start as one unsteered entry, their trunk. A row becomes an entry of
+    its own just before its first steered block. A trunk is dropped once no row is left on it. Rows
+    that are steered alike too, such as a sweep's seeds, stay one entry throughout.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ def run(
         The stream after the last block, right-aligned.
     """
     banks = compile_banks(rows, model.device)
-    batch = _Together(model, rows, sequences)
+    batch = SharedPrefill(model, rows, sequences)
     slots = batch.x.shape[1]
 
     def at(hook: Hook, x: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ class Stepper:
     @property
     @_alone
     def share(self) -> float:
-        """How much of the rows in work is done, in rows, if none stops early."""
+        """Progress of the running rows: the sum over them of tokens generated / most allowed."""
         going = (live for live in self._live if live.finish is None)
         return sum(len(live.tokens) / live.row.sampling.max_new_tokens for live in going)
 

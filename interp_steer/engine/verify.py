@@ -19,7 +19,7 @@ from interp_steer.engine.bench import NEW_TOKENS, Bench
 from interp_steer.engine.forward import Stream
 from interp_steer.engine.row import Row, Sampling
 from interp_steer.model.model import SteeringModel
-from interp_steer.steering.intervention import steer
+from interp_steer.steering.grammar import steer
 from interp_steer.util.console import Report
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from interp_steer.errors import RequestError, RunError, SteerError, nearest, note
+from interp_steer.errors import RequestError, RunError, SteerError, nearest
 from interp_steer.features.decoder import (
     LAYOUTS,
-    ONE_KIND,
     DecoderRow,
     OutOfRange,
     check_index,
@@ -227,9 +226,9 @@ def _split(
     if isinstance(where, Label):
         if sae_id is not None or index is not None:
             raise RequestError("feature(label) takes no SAE and no index: the label names both")
-        return locate(where), _index(where.index)
+        return locate(where), as_index(where.index)
     if index is None and sae_id is not None and not isinstance(sae_id, str):
-        return locate(where), _index(sae_id)  # feature(where, index)
+        return locate(where), as_index(sae_id)  # feature(where, index)
     if index is None and sae_id is None and isinstance(where, str):
         head, _, last = _plain(where).rpartition("/")
         if head and NUMBER.fullmatch(last):
@@ -240,11 +239,11 @@ def _split(
             f"which feature of {told}? expected feature(release, sae_id, index), "
             'feature("model/source/index") or feature(folder, index)'
         )
-    at = _index(index)
+    at = as_index(index)
     return locate(where, None if sae_id is None else str(sae_id)), at
 
 
-def _index(given: object) -> int:
+def as_index(given: object) -> int:
     if not isinstance(given, bool):
         with suppress(TypeError):
             number = operator.index(given)  # type: ignore[arg-type]
@@ -322,57 +321,10 @@ def _labelled(made: Direction, label: Label) -> Direction:
         source["label"] = label.label
     if label.density is not None:
         source["density"] = repr(label.density)
-    made = replace(made, source=source)
-    return made if label.max_activation is None else _with_maximum(made, label.max_activation)
-
-
-def _with_maximum(made: Direction, number: float) -> Direction:
-    """A feature with its largest activation, out of the number that its label has."""
-    if "normalize_activations" in made.source:  # no activation of it has a fixed length
-        return made
-    source = {**made.source, "label_max_activation": repr(number)}
-    kind = source.get("architecture", "")
-    if folds(kind, "rescale_acts_by_decoder_norm" in source):
-        source["label_max_activation_is"] = "contribution" if kind else "contribution (assumed)"
-        return replace(made, source=source, max_activation=number)
-    source["label_max_activation_is"] = "activation"
-    return replace(made, source=source, max_activation=number * made.activation_unit)
-
-
-def with_present_maximum(stored: Direction) -> Direction:
-    """A feature that an earlier version stored, its largest activation by today's rule.
-
-    It multiplied the label's number by the row's norm, whatever the SAE. The norm is taken out
-    again, and what was stored is noted as `max_activation_was`. Any other direction is unchanged.
-    """
-    known, source = stored.max_activation, stored.source
-    if known is None or not stored.is_feature or "label" not in source:
-        return stored
-    if "label_max_activation" in source or "normalize_activations" in source:
-        return stored
-    if kind := source.get("architecture") or _kind_of(source):
-        stored = replace(stored, source={**source, "architecture": kind})
-    read = _with_maximum(stored, known / stored.activation_unit)
-    now = read.max_activation or 0.0
-    if abs(now - known) <= 1e-5 * abs(known):
-        return replace(read, max_activation=known)
-    note(
-        f"{stored.label}: the largest activation was stored as {known:.4g}, the label's number "
-        f"times the row's norm; that norm is in the number already, so it is read as {now:.4g}"
-    )
-    return replace(read, source={**read.source, "max_activation_was": repr(known)})
-
-
-def _kind_of(source: Mapping[str, str]) -> str:
-    """The architecture of a stored feature's SAE from what is on this machine, or ''."""
-    with suppress(SteerError):
-        found = locate(source["release"], source.get("sae_id") or None)
-        loader = found.entry.loader if found.entry else "sae_lens"
-        if loader in ONE_KIND:
-            return ONE_KIND[loader]
-        if found.folder or loader in LAYOUTS:  # any other would be loaded whole
-            return found.row(_index(int(source["index"])), offline=True).architecture
-    return ""
+    if label.max_activation is None:
+        return replace(made, source=source)
+    counted, maximum = largest(source, made.norm, label.max_activation)
+    return replace(made, source=counted, max_activation=maximum)
 
 
 def _with_numbers(label: Label | None, found: Located, index: int) -> Label | None:
@@ -414,3 +366,21 @@ def _kept(found: Located, index: int) -> Direction | None:
 def _factor(entry: Entry) -> str | None:
     factor = entry.norm_scaling_factor
     return None if factor is None else repr(factor)
+
+
+def largest(
+    source: Mapping[str, str], norm: float, number: float
+) -> tuple[Mapping[str, str], float | None]:
+    """(source, largest activation in residual units) of a row of that norm, of a label's number."""
+    if "normalize_activations" in source:  # no activation of it has a fixed length
+        return source, None
+    rescaled = "rescale_acts_by_decoder_norm" in source
+    kind = source.get("architecture", "")
+    contributes = folds(kind, rescaled)
+    unit = "contribution" if kind else "contribution (assumed)"
+    source = {
+        **source,
+        "label_max_activation": repr(number),
+        "label_max_activation_is": unit if contributes else "activation",
+    }
+    return source, number if contributes or rescaled else number * norm

@@ -5,8 +5,7 @@ import math
 import numbers
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -15,12 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_steer.errors import RequestError, SteerError
+from interp_steer.errors import RequestError, note
 from interp_steer.model.site import Site
-from interp_steer.util.files import cache_dir
-
-FORMAT = "interp-steer/1"
-SUFFIX = ".safetensors"
+from interp_steer.steering import encoder, file
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,15 +319,37 @@ def load(path: str | Path) -> Direction | DirectionSet:
         RequestError: there is no such file, or it is none of ours.
         RunError: the file is damaged.
     """
-    from interp_steer.steering import file as direction_file
+    return file.read(Path(path), _made)
 
-    return direction_file.read(Path(path))
+
+def _made(kind: str, name: str, members: list[file.Values]) -> Direction | DirectionSet:
+    """What a file's values are."""
+    directions = [
+        _by_todays_rule(Direction(unit, hook, norm, name, source, maximum))
+        for unit, hook, norm, source, maximum in members
+    ]
+    if kind == "direction" and len(directions) == 1:
+        return directions[0]
+    return DirectionSet(directions, name)
 
 
 def _save(path: Path, name: str, members: list[Direction], kind: str) -> Path:
-    from interp_steer.steering import file as direction_file
+    values = [(m.unit, m.hook_point, m.norm, m.source, m.max_activation) for m in members]
+    return file.write(path, name, values, kind)
 
-    return direction_file.write(path, name, members, kind)
+
+def _by_todays_rule(stored: Direction) -> Direction:
+    """A feature that an earlier version stored, with its largest activation as it is read now."""
+    known = stored.max_activation
+    if known is None or not stored.is_feature or "label" not in stored.source:
+        return stored
+    source, now = encoder.features().maximum(stored.source, stored.norm, known)
+    if now != known:
+        note(
+            f"{stored.label}: the largest activation was stored as {known:.4g}, the label's number "
+            f"times the row's norm; that norm is in the number already, so it is read as {now:.4g}"
+        )
+    return replace(stored, source=source, max_activation=now)
 
 
 def is_name(text: str) -> bool:
@@ -346,76 +364,3 @@ def _check_name(name: str) -> None:
             f"{name!r} cannot name a direction: use letters, digits, '_', '.', '+' and '-', "
             "and not a number"
         )
-
-
-class Directions(Mapping[str, Direction | DirectionSet]):
-    """Directions by name, for `parse`: given as `NAME=FILE`, else a file, else a stored one.
-
-    What has a slash or ends in `.safetensors` is a path. Any other name is that of a direction in
-    the cache's `directions/`; only where none is stored, that of a file in the working directory.
-    """
-
-    def __init__(self, given: Sequence[str] = (), beside: Path | None = None) -> None:
-        """Files are looked for in the folder `beside` first, then in the working directory.
-
-        Raises RequestError if an entry is not of the form NAME=FILE.
-        """
-        self._beside = beside or Path()
-        self._files: dict[str, Path] = {}
-        for entry in given:
-            name, sign, file = entry.partition("=")
-            if not sign or not is_name(name) or not file:
-                raise RequestError(f"--direction {entry!r}: expected NAME=FILE")
-            self._files[name] = Path(file)
-
-    def __getitem__(self, name: str) -> Direction | DirectionSet:
-        """Raises KeyError where nothing has the name, RequestError where two things have it, and
-        whatever `load` does of the one that has: no other takes a damaged file's place.
-        """
-        return load(self.path(name))
-
-    def path(self, name: str) -> Path:
-        """The file of a name; raises as `directions[name]` does."""
-        if name in self._files:
-            return self._files[name]
-        if "/" in name or "\\" in name or name.lower().endswith(SUFFIX):
-            if file := self._here(name):
-                return file
-            raise KeyError(name)
-        stored, file = cache_dir("directions") / f"{name}{SUFFIX}", self._here(f"{name}{SUFFIX}")
-        if _is_file(stored):
-            if file and not _equal(file, stored):
-                raise RequestError(
-                    f"{name!r} is the stored direction {stored} and another file, {file}: for "
-                    f"that one write ./{name}{SUFFIX}, or rename one of them"
-                )
-            return stored
-        if found := file or self._here(name):
-            return found
-        raise KeyError(name)
-
-    def _here(self, name: str) -> Path | None:
-        """A file of that path, relative to the folder beside or to the working directory."""
-        with suppress(OSError, RuntimeError):  # a name too long for a file, or an unknown ~user
-            path = Path(name).expanduser()
-            return next((p for p in (self._beside / path, path) if p.is_file()), None)
-        return None
-
-    def __iter__(self) -> Iterator[str]:
-        kept = {path.stem for path in cache_dir("directions").glob(f"*{SUFFIX}")}
-        return iter(sorted({*self._files, *kept}))
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))
-
-
-def _equal(file: Path, stored: Path) -> bool:
-    with suppress(SteerError):  # damaged, or no direction
-        return file.resolve() == stored.resolve() or load(file) == load(stored)
-    return False
-
-
-def _is_file(path: Path) -> bool:
-    with suppress(OSError):  # a name too long for a file
-        return path.is_file()
-    return False

@@ -12,7 +12,7 @@ gate          = "cos" "(" name "," [component] layer ")" ( ">" | "<" ) number
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 from interp_steer.errors import RequestError, nearest
@@ -172,3 +172,50 @@ class Reader:
         self.need(r"\)", "')'")
         sign = self.need("[<>]", "'>' or '<'")
         return Gate(direction, site[0], sign == ">", float(self.need(_NUMBER, "a threshold")))
+
+
+def steer(
+    operator: str,
+    *directions: Vector,
+    coefficient: float | str = 0.0,
+    at: int | str | Sequence[int | Site],
+    on: str = "all",
+    gate: Gate | None = None,
+) -> Intervention:
+    """An intervention from Python, with the texts of the line grammar for its parts.
+
+    Args:
+        operator: a key of `OPERATORS`.
+        directions: one; two for `rotate` and `angular`.
+        coefficient: a number, or text with a unit: `"0.35 dose"`, `"2 max"`, `"2 raw"`,
+            `"30 deg"`.
+        at: a layer, sites as text (`"14-16"`, `"z 15h3"`), or several layers or `Site`s.
+        on: the scope as text.
+        gate: a condition on the prompt.
+
+    Example:
+        `steer("add", eiffel, coefficient="0.35 dose", at=15, on="generated")`
+    """
+    value, unit = Reader(str(coefficient)).only(Reader.coefficient)
+    if isinstance(at, (int, str)):
+        sites = Reader(str(at)).only(Reader.sites)
+    else:
+        sites = tuple(s if isinstance(s, Site) else Site("resid_post", s) for s in at)
+    return Intervention(
+        operator, directions, value, unit, sites, Reader(on).only(Reader.scope), gate
+    )
+
+
+def parse(text: str, directions: Mapping[str, Vector]) -> tuple[Intervention, ...]:
+    """Reads interventions, separated by `;`, in order.
+
+    Args:
+        text: lines as in the module's examples; "" is no intervention.
+        directions: what the names mean. `name@sha8` must have that content.
+
+    Raises:
+        RequestError: the text cannot be read (it says where), or a name is unknown.
+    """
+    if not text.strip():
+        return ()
+    return Reader(text, directions).only(Reader.interventions)

@@ -20,15 +20,15 @@ the direction's own length, as CAA's multipliers of a mean difference. Ranges in
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from interp_steer.errors import RequestError, nearest
-from interp_steer.labels.registry import STARTER
 from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
+from interp_steer.steering import encoder
 from interp_steer.steering.direction import Direction, DirectionSet
 from interp_steer.steering.scale import Scale
 
@@ -296,72 +296,19 @@ class Intervention:
 
 def _no_maximum(direction: Direction) -> str:
     """Why a direction has no largest activation, and where that of a feature is found."""
-    source = direction.source
     if not direction.is_feature:
         return " has no maximum activation, as it is no feature of an SAE"
-    if scaling := source.get("normalize_activations"):
+    if scaling := direction.source.get("normalize_activations"):
         return f": its SAE rescales activations ({scaling}), so that they have no fixed length"
-    if not (place := source.get("neuronpedia", "").rpartition("/")[0]):
-        return ": no label says what the largest activation of this feature is"
-    from interp_steer.labels.sources import getting
-
-    get = getting(place + ("" if source["release"] == STARTER else " --numbers"))
-    return f": its largest activation is not known here: run {get} and make the feature again"
+    if command := encoder.features().how_to_get_maximum(direction.source):
+        return (
+            f": its largest activation is not known here: run {command} and make the feature again"
+        )
+    return ": no label says what the largest activation of this feature is"
 
 
 def _at(vector: Vector, site: Site) -> Direction:
     return vector[site.layer] if isinstance(vector, DirectionSet) else vector
-
-
-def steer(
-    operator: str,
-    *directions: Vector,
-    coefficient: float | str = 0.0,
-    at: int | str | Sequence[int | Site],
-    on: str = "all",
-    gate: Gate | None = None,
-) -> Intervention:
-    """An intervention from Python, with the texts of the line grammar for its parts.
-
-    Args:
-        operator: a key of `OPERATORS`.
-        directions: one; two for `rotate` and `angular`.
-        coefficient: a number, or text with a unit: `"0.35 dose"`, `"2 max"`, `"2 raw"`,
-            `"30 deg"`.
-        at: a layer, sites as text (`"14-16"`, `"z 15h3"`), or several layers or `Site`s.
-        on: the scope as text.
-        gate: a condition on the prompt.
-
-    Example:
-        `steer("add", eiffel, coefficient="0.35 dose", at=15, on="generated")`
-    """
-    from interp_steer.steering.grammar import Reader
-
-    value, unit = Reader(str(coefficient)).only(Reader.coefficient)
-    if isinstance(at, (int, str)):
-        sites = Reader(str(at)).only(Reader.sites)
-    else:
-        sites = tuple(s if isinstance(s, Site) else Site("resid_post", s) for s in at)
-    return Intervention(
-        operator, directions, value, unit, sites, Reader(on).only(Reader.scope), gate
-    )
-
-
-def parse(text: str, directions: Mapping[str, Vector]) -> tuple[Intervention, ...]:
-    """Reads interventions, separated by `;`, in order.
-
-    Args:
-        text: lines as in the module's examples; "" is no intervention.
-        directions: what the names mean. `name@sha8` must have that content.
-
-    Raises:
-        RequestError: the text cannot be read (it says where), or a name is unknown.
-    """
-    from interp_steer.steering.grammar import Reader
-
-    if not text.strip():
-        return ()
-    return Reader(text, directions).only(Reader.interventions)
 
 
 def resolve(

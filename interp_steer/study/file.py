@@ -32,7 +32,8 @@ from interp_steer.prompts.file import PromptFile, is_file
 from interp_steer.prompts.item import Item
 from interp_steer.prompts.template import read_date
 from interp_steer.steering.contrast import POSITIONS, Contrast
-from interp_steer.steering.direction import Direction, Directions, DirectionSet, is_name
+from interp_steer.steering.direction import Direction, DirectionSet, is_name
+from interp_steer.steering.directions import Directions
 from interp_steer.steering.intervention import Vector
 from interp_steer.study.cell import Controls
 from interp_steer.study.metrics import BUILT_IN

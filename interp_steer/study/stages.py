@@ -12,8 +12,8 @@ from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
 from interp_steer.steering.contrast import Contrast
 from interp_steer.steering.direction import Direction, DirectionSet
-from interp_steer.steering.grammar import Reader
-from interp_steer.steering.intervention import Intervention, Vector, parse, resolve
+from interp_steer.steering.grammar import Reader, parse
+from interp_steer.steering.intervention import Intervention, Vector, resolve
 from interp_steer.steering.scale import Scale
 from interp_steer.study import metrics as measures
 from interp_steer.study.cell import Cell, Planned, Setting

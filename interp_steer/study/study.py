@@ -29,16 +29,8 @@ from interp_steer.results.declared import NEEDS
 from interp_steer.results.words import middle
 from interp_steer.steering.contrast import Contrast
 from interp_steer.steering.direction import Direction, DirectionSet
-from interp_steer.steering.grammar import Reader
-from interp_steer.steering.intervention import (
-    OPERATORS,
-    Intervention,
-    Vector,
-    parse,
-    resolve,
-    sites_text,
-    steer,
-)
+from interp_steer.steering.grammar import Reader, parse, steer
+from interp_steer.steering.intervention import OPERATORS, Intervention, Vector, resolve, sites_text
 from interp_steer.steering.scale import Scale
 from interp_steer.study import metrics as measures
 from interp_steer.study.cell import Cell, Controls, Planned, Setting

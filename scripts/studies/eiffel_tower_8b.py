@@ -27,7 +27,7 @@ from interp_steer.prompts.file import read_prompts
 from interp_steer.prompts.prompt import chat
 from interp_steer.results.words import names
 from interp_steer.steering.direction import Direction, load
-from interp_steer.steering.intervention import parse
+from interp_steer.steering.grammar import parse
 from interp_steer.steering.scale import Scale
 from interp_steer.study.metrics import rep3, surprise
 from interp_steer.util.console import progress

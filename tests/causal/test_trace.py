@@ -17,7 +17,8 @@ from interp_steer.model.site import Site
 from interp_steer.prompts.item import Item
 from interp_steer.prompts.prompt import chat
 from interp_steer.steering.direction import Direction
-from interp_steer.steering.intervention import Gate, steer
+from interp_steer.steering.grammar import steer
+from interp_steer.steering.intervention import Gate
 from tests.causal.test_ablate import FOX, HOOKS, activations, ids_of, replacing, run, sequence
 from tests.conftest import hf_streams, state
 

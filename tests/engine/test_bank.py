@@ -11,7 +11,8 @@ from interp_steer.errors import RequestError
 from interp_steer.model.site import Site
 from interp_steer.prompts.prompt import Encoded
 from interp_steer.steering.direction import Direction, DirectionSet
-from interp_steer.steering.intervention import CLAMPS, OPERATORS, Intervention, Scope, parse, steer
+from interp_steer.steering.grammar import parse, steer
+from interp_steer.steering.intervention import CLAMPS, OPERATORS, Intervention, Scope
 
 WIDTH, HEADS, HEAD_WIDTH = 12, 3, 6
 PLAIN = [one for one in OPERATORS if one != "latent_clamp"]  # that needs an SAE: test_sae.py

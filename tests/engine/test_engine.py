@@ -17,7 +17,8 @@ from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
 from interp_steer.prompts.prompt import chat
 from interp_steer.steering.direction import Direction, DirectionSet
-from interp_steer.steering.intervention import line, parse, steer
+from interp_steer.steering.grammar import parse, steer
+from interp_steer.steering.intervention import line
 from tests.conftest import state
 
 PROMPTS = (

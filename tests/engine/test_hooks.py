@@ -8,7 +8,7 @@ from interp_steer.engine.bank import compile_banks
 from interp_steer.errors import RequestError
 from interp_steer.model.model import SteeringModel
 from interp_steer.steering.direction import Direction
-from interp_steer.steering.intervention import parse
+from interp_steer.steering.grammar import parse
 
 PROMPT = "The quick brown fox"
 

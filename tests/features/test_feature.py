@@ -26,7 +26,7 @@ from interp_steer.labels import Label, Store, registry
 from interp_steer.labels.label import Source
 from interp_steer.labels.rows import Row
 from interp_steer.steering.direction import Direction, is_name, load
-from interp_steer.steering.intervention import steer
+from interp_steer.steering.grammar import steer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 D_IN, D_SAE = 8, 16
@@ -1073,7 +1073,7 @@ def test_reading_a_row_loads_no_model_library(tmp_path):
     folder = saved(tmp_path / "mine")
     heavy = "{'sae_lens', 'transformer_lens', 'transformers', 'datasets', 'pandas', 'matplotlib'}"
     for code in (
-        f"import interp_steer.features.feature; interp_steer.features.feature({str(folder)!r}, 3)\n"
+        f"from interp_steer import feature; feature({str(folder)!r}, 3)\n"
         f"assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)",
         "from interp_steer.labels import registry; registry.entry('starter')\n"
         "assert not {'torch', 'numpy', 'requests', 'huggingface_hub'} & set(sys.modules)",

@@ -10,7 +10,7 @@ from interp_steer.engine.row import Row, Sampling
 from interp_steer.errors import RequestError
 from interp_steer.model.model import SteeringModel
 from interp_steer.steering.direction import Direction
-from interp_steer.steering.intervention import parse
+from interp_steer.steering.grammar import parse
 from interp_steer.study.study import Controls, Study
 
 

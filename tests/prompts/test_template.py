@@ -17,7 +17,7 @@ from interp_steer.prompts.prompt import chat
 from interp_steer.prompts.template import DATE, Template
 from interp_steer.steering.contrast import Contrast
 from interp_steer.steering.direction import Direction
-from interp_steer.steering.intervention import parse
+from interp_steer.steering.grammar import parse
 from tests.conftest import TEMPLATE
 from tests.prompts.tokenizers_at_hand import byte_level, small
 

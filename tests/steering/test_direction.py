@@ -16,15 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.steering.direction import (
-    FORMAT,
-    Direction,
-    Directions,
-    DirectionSet,
-    is_name,
-    load,
-)
-from interp_steer.steering.intervention import parse
+from interp_steer.steering.direction import Direction, DirectionSet, is_name, load
+from interp_steer.steering.directions import Directions
+from interp_steer.steering.file import FORMAT
+from interp_steer.steering.grammar import parse
 
 HOME = "blocks.3.hook_resid_post"
 WIDTH = 16

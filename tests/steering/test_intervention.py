@@ -7,6 +7,7 @@ import torch
 from interp_steer.errors import RequestError
 from interp_steer.model.site import COMPONENTS, Site
 from interp_steer.steering.direction import Direction, DirectionSet
+from interp_steer.steering.grammar import parse, steer
 from interp_steer.steering.intervention import (
     CLAMPS,
     OPERATORS,
@@ -15,8 +16,6 @@ from interp_steer.steering.intervention import (
     Intervention,
     Scope,
     line,
-    parse,
-    steer,
 )
 from interp_steer.steering.scale import Scale
 

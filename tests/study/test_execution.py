@@ -102,7 +102,7 @@ def test_rows_are_what_the_engine_gives(done, tiny):
     some = table[table["role"].isin(["grid", "random"])].sample(6, random_state=1)
     from interp_steer.engine.row import Row
     from interp_steer.prompts.prompt import chat
-    from interp_steer.steering.intervention import parse
+    from interp_steer.steering.grammar import parse
 
     known = {"d": direction(), **{f"d-random{k}": direction().random(k) for k in range(3)}}
     for row in some.to_dict("records"):

@@ -8,7 +8,7 @@ from interp_steer.engine.row import Row, Sampling
 from interp_steer.errors import RequestError
 from interp_steer.prompts.item import Item
 from interp_steer.steering.direction import Direction
-from interp_steer.steering.intervention import steer
+from interp_steer.steering.grammar import steer
 from interp_steer.study.metrics import METRICS, Measured, distinct, find, metric, rep3
 
 LAYER = 2
