@@ -267,11 +267,14 @@ for copy in (False, True):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_loading_both_views_peaks_at_one_set_of_weights(tmp_path, tiny_folder):
-    """In a process of its own, on a random model of 300 MB; a copy made on purpose is seen."""
-    folder = make_llama(
-        tmp_path / "large", torch.bfloat16, hidden_size=1024, intermediate_size=4096,
-        num_hidden_layers=10, num_attention_heads=16, num_key_value_heads=4, head_dim=64,
-    )  # fmt: skip
+    """In a process of its own, on a model of 300 MB; a copy made on purpose is seen."""
+    with pytest.MonkeyPatch.context() as patch:  # to draw 150 million numbers takes longest of all
+        for draw in ("normal_", "uniform_"):
+            patch.setattr(torch.Tensor, draw, lambda weight, *_, **__: weight.fill_(0.01))
+        folder = make_llama(
+            tmp_path / "large", torch.bfloat16, hidden_size=1024, intermediate_size=4096,
+            num_hidden_layers=10, num_attention_heads=16, num_key_value_heads=4, head_dim=64,
+        )  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(folder), str(tiny_folder)],
         capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
