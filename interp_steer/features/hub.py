@@ -4,14 +4,10 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
-from urllib.parse import urljoin, urlsplit
+from typing import Any, Protocol, runtime_checkable
 
 from interp_steer.errors import RunError
 from interp_steer.util.files import explained
-
-if TYPE_CHECKING:
-    import requests
 
 TRIES = 3
 PAUSE = 0.5  # seconds before the second try; twice that before each further one
@@ -63,11 +59,12 @@ class LocalFile:
 class RemoteFile:
     """Parts of a file on the hub, by HTTP Range requests; nothing else of it is fetched.
 
-    The token goes to the hub's own host alone, never along a redirect to another.
+    Over huggingface_hub's own connection, which sends no token along a redirect to another host.
+    Its file system is not used: it believes whatever part a server sends, and takes the whole file
+    where one ignores Range.
     """
 
     def __init__(self, repo: str, name: str) -> None:
-        import requests
         from huggingface_hub import get_token, hf_hub_url
 
         self.name = f"{repo}/{name}"
@@ -75,8 +72,10 @@ class RemoteFile:
         self.revision = ""
         self._etag = ""
         self._url = hf_hub_url(repo, name)
-        self._token = get_token()
-        self._session = requests.Session()
+        # parts of a compressed body are no parts of a file
+        self._headers = {"Accept-Encoding": "identity"}
+        if token := get_token():
+            self._headers["Authorization"] = f"Bearer {token}"
 
     def read(self, start: int, count: int) -> bytes:
         """See `Bytes.read`.
@@ -84,46 +83,27 @@ class RemoteFile:
         Raises:
             RunError: no such file, no permission, or no right answer within the tries.
         """
-        import requests
-        import urllib3
+        from huggingface_hub import get_session
 
+        headers = {**self._headers, "Range": f"bytes={start}-{start + count - 1}"}
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(PAUSE * 2 ** (attempt - 1))
             try:
-                return self._once(start, count)
+                with get_session().stream(
+                    "GET", self._url, headers=headers, timeout=TIMEOUT, follow_redirects=True
+                ) as response:
+                    return self._part(response, start, count)
             except _Broken as broken:
                 problem = str(broken)
-            except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+            except RunError:
+                raise
+            except Exception as error:  # of a dozen kinds of its HTTP library
                 slow = "timed out" in str(error).lower()
                 problem = "it does not answer" if slow else "the connection broke off"
         raise RunError(f"{self._said}: {problem} ({TRIES} tries)")
 
-    def _once(self, start: int, count: int) -> bytes:
-        url = self._url
-        for _ in range(6):  # by hand: requests would take our token along to another host
-            headers = {
-                "Range": f"bytes={start}-{start + count - 1}",
-                "Accept-Encoding": "identity",  # parts of a compressed body are no parts of a file
-            }
-            if self._token and urlsplit(url)[:2] == urlsplit(self._url)[:2]:
-                headers["Authorization"] = f"Bearer {self._token}"
-            with self._session.get(
-                url,
-                headers=headers,
-                timeout=TIMEOUT,
-                stream=True,
-                allow_redirects=False,
-                auth=lambda request: request,  # else a .netrc would replace our header
-            ) as response:
-                self.revision = self.revision or response.headers.get("X-Repo-Commit", "")
-                if response.is_redirect:
-                    url = urljoin(url, response.headers["Location"])
-                    continue
-                return self._body(response, start, count)
-        raise RunError(f"{self._said}: too many redirects")
-
-    def _body(self, response: "requests.Response", start: int, count: int) -> bytes:
+    def _part(self, response: Any, start: int, count: int) -> bytes:
         """The part that was asked for, checked to be that part of the same file."""
         status = response.status_code
         if status in _PASSING:
@@ -142,11 +122,13 @@ class RemoteFile:
             raise RunError(f"{self._said}: the file changed while it was read; try again")
         if response.headers.get("Content-Encoding", "identity") != "identity":
             raise RunError(f"{self._said}: the server sends the file compressed")
-        data: bytes = response.raw.read(end - start, decode_content=False)
+        data: bytes = response.read()
         if len(data) != end - start:
             raise _Broken(f"the answer ends after {len(data)} of {end - start} bytes")
         self.size, self._etag = int(total), etag
-        self.revision = self.revision or etag.strip('W/"')
+        answers = (*response.history, response)  # the hub names the commit before it redirects
+        commits = [answer.headers.get("X-Repo-Commit", "") for answer in answers]
+        self.revision = self.revision or next(filter(None, commits), etag.strip('W/"'))
         return data
 
     @property
