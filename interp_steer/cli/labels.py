@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from interp_steer.labels.label import Label
+    from interp_steer.labels.label import Coverage, Label
     from interp_steer.labels.searching import Mode
-    from interp_steer.labels.store import Coverage
 
 app = typer.Typer(
     help="Feature labels: sync them from Neuronpedia, search them offline.",
@@ -77,10 +76,9 @@ def pack_command(
     store: _Store = None,
 ) -> None:
     """Write the store, or some of its sources, as one file; open it elsewhere with --store."""
-    from interp_steer.labels import pack
-    from interp_steer.labels import sources as registry
+    from interp_steer.labels import naming, pack
 
-    path = pack(out, registry.chosen(sources or [], layers), store=store, force=force)
+    path = pack(out, naming.chosen(sources or [], layers), store=store, force=force)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -108,13 +106,12 @@ def search_command(
 ) -> None:
     """Find features by their labels, offline."""
     from interp_steer.errors import RequestError
-    from interp_steer.labels import Client, search
-    from interp_steer.labels import sources as registry
+    from interp_steer.labels import Client, naming, search
 
     if semantic + hybrid + remote > 1:
         raise RequestError("choose one of --semantic, --hybrid and --remote")
     if remote:
-        chosen = registry.chosen(source or [], layers)
+        chosen = naming.chosen(source or [], layers)
         found = Client(wait=wait).search(query, sources=chosen, model=model, limit=limit)
     else:
         if model or wait:
@@ -140,15 +137,14 @@ def show_command(
 ) -> None:
     """Print everything known of one feature."""
     from interp_steer.errors import RunError
-    from interp_steer.labels import fetch, show
-    from interp_steer.labels import sources as registry
+    from interp_steer.labels import fetch, naming, show
     from interp_steer.labels.client import Client
     from interp_steer.labels.label import State
 
     found = fetch(feature, store=store)[0] if fresh else show(feature, store=store)
     if found.state is State.UNKNOWN:
         raise RunError(
-            f"{found.id} was never fetched; run {registry.getting(str(found.source))}, "
+            f"{found.id} was never fetched; run {naming.getting(str(found.source))}, "
             "or add --fetch for this feature alone"
         )
     address = f"{Client(offline=True).url}/{found.id}"

@@ -9,8 +9,8 @@ from contextlib import suppress
 from interp_steer.errors import SteerError
 from interp_steer.features.decoder import LAYOUTS, ONE_KIND
 from interp_steer.features.feature import as_index, largest, locate
+from interp_steer.labels.naming import getting
 from interp_steer.labels.registry import STARTER
-from interp_steer.labels.sources import getting
 from interp_steer.steering.encoder import Encoder, Source
 
 

@@ -8,8 +8,8 @@ from interp_steer.errors import RequestError
 from interp_steer.features.feature import feature
 from interp_steer.labels import import_files
 from interp_steer.labels.label import Label, Source
+from interp_steer.labels.naming import getting
 from interp_steer.labels.registry import STARTER
-from interp_steer.labels.sources import getting
 from interp_steer.labels.store import Store, default_path
 from interp_steer.steering.direction import Direction
 

@@ -11,13 +11,13 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
-from xml.etree import ElementTree
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.labels import sources as registry
+from interp_steer.labels import naming
+from interp_steer.labels.exports import Batch, Export, check_size, listing, number
 from interp_steer.labels.http import (
     LARGEST,
     Answer,
@@ -28,34 +28,14 @@ from interp_steer.labels.http import (
     Unreachable,
 )
 from interp_steer.labels.label import Feature, Label, Source, parse_id
-from interp_steer.labels.packed import pieces
-from interp_steer.labels.rows import Row, read_feature, read_lines, read_row, to_feature
+from interp_steer.labels.rows import read_feature, read_lines, read_row, to_feature
+from interp_steer.util.packed import pieces
 
 URL = "https://www.neuronpedia.org"
 EXPORTS_URL = "https://neuronpedia-datasets.s3.us-east-1.amazonaws.com"
 T = TypeVar("T")
 _PAGE = 20  # the server's page of search results; it cannot be changed
 _MANY = 500  # features asked for at once: 5,000 were answered in 1.1 s, so this is gentle
-
-
-@dataclass(frozen=True, slots=True)
-class Export:
-    """One file of an export, as the bucket lists it; `key` is relative to the source's folder."""
-
-    source: Source
-    key: str
-    etag: str | None
-    size: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """A file's rows, all of them, with the ETag that it had."""
-
-    etag: str | None
-    rows: list[Row]
-    size: int
-    digest: bytes = b""
 
 
 class Client:
@@ -117,7 +97,7 @@ class Client:
         if answer.status == 404:
             data = answer.json()  # an HTML page here means that the address is not Neuronpedia's
             if isinstance(data, dict) and "message" in data:  # that is all that tells them apart
-                raise NotFound(f"Neuronpedia has no source {place}{registry.like(place)}")
+                raise NotFound(f"Neuronpedia has no source {place}{naming.like(place)}")
             raise NotFound(f"{place} has no feature {index} on Neuronpedia")
         rows = self._read(answer, lambda data: read_feature(data))
         if (rows[0].model, rows[0].source, rows[0].index) != (place.model, place.name, index):
@@ -216,7 +196,7 @@ class Client:
             found = self._ask("GET", f"/api/source-set/{quote(source.model)}/{quote(kind)}").json()
             names = _names(found)
             if found is None or (names and source.name not in names):
-                raise NotFound(f"Neuronpedia has no source {source}{registry.like(source)}")
+                raise NotFound(f"Neuronpedia has no source {source}{naming.like(source)}")
         hint = f"; perhaps it has no release {release!r}" if release else ""
         raise Unreachable(f"{answer.url}: {answer.said} (status {answer.status}){hint}")
 
@@ -246,12 +226,12 @@ class Client:
             url = f"{self.exports_url}/?{urlencode(ask)}"
             answer = self._transport.send("GET", url, clock=clock)
             _checked(answer)
-            page, following = _listing(answer, source, prefix)
+            page, following = listing(answer, source, prefix)
             for file in page:
                 if found.setdefault(file.key, file) != file:
                     raise BadAnswer(f"{answer.url}: the list has two files of name {file.key}")
             if following is None:
-                files = sorted(found.values(), key=lambda file: (_number(file.key), file.key))
+                files = sorted(found.values(), key=lambda file: (number(file.key), file.key))
                 first: dict[str, Export] = {}
                 for file in files:
                     first.setdefault(file.etag or file.key, file)
@@ -283,7 +263,7 @@ class Client:
                 return None
             _checked(answer)
             try:
-                _check_size(file, answer)
+                check_size(file, answer)
                 rows = read_lines(pieces(answer.body))
                 if not rows and len(answer.body) != file.size:
                     raise ValueError("it has no rows")
@@ -337,47 +317,6 @@ def _checked(answer: Answer) -> Answer:
     raise BadAnswer(said)
 
 
-def _check_size(file: Export, answer: Answer) -> None:
-    """Raises ValueError if a body is not as long as the bucket said that the file is.
-
-    A file that was replaced since it was listed is known by its ETag, and may have another length.
-    """
-    got, etag = len(answer.body), answer.headers.get("ETag")
-    if not got and (file.size or file.key.endswith(".gz")):
-        raise ValueError("the answer is empty")
-    replaced = etag is not None and file.etag is not None and etag != file.etag
-    if file.size is not None and got != file.size and not replaced:
-        raise ValueError(f"{got:,} bytes came, and the list says {file.size:,}")
-
-
-def _listing(answer: Answer, source: Source, prefix: str) -> tuple[list[Export], str | None]:
-    """One page of the bucket's list, and the token of the next page."""
-    try:
-        root = ElementTree.fromstring(answer.body)
-    except ElementTree.ParseError as error:
-        raise BadAnswer(f"{answer.url}: not a list of files") from error
-    space = root.tag.partition("}")[0] + "}" if root.tag.startswith("{") else ""
-    if root.tag != f"{space}ListBucketResult":
-        raise BadAnswer(f"{answer.url}: not a list of files")
-    found = []
-    entries = root.findall(f"{space}Contents")
-    count = root.findtext(f"{space}KeyCount", "").strip()
-    if count.isdecimal() and int(count[:18]) != len(entries):
-        raise BadAnswer(f"{answer.url}: the list has {len(entries)} files and speaks of {count}")
-    for entry in entries:
-        key = entry.findtext(f"{space}Key", "")
-        size = entry.findtext(f"{space}Size", "").strip()
-        if key.startswith(prefix) and re.search(r"\.jsonl(\.gz)?$", key):
-            etag = entry.findtext(f"{space}ETag")
-            known = int(size) if re.fullmatch(r"[0-9]{1,18}", size) else None
-            found.append(Export(source, key[len(prefix) :], etag, known))
-    if root.findtext(f"{space}IsTruncated", "false").strip().lower() != "true":
-        return found, None
-    if not (token := root.findtext(f"{space}NextContinuationToken")):
-        raise BadAnswer(f"{answer.url}: the list breaks off: it has no token for its next page")
-    return found, token
-
-
 def _result(result: Any) -> Label:
     """A search result as a label; its feature's row comes along, with the feature's numbers."""
     row = read_row(result)
@@ -397,12 +336,6 @@ def _names(found: Any) -> set[str]:
     sources = found.get("sources") if isinstance(found, dict) else None
     ids = {each.get("id") for each in sources or [] if isinstance(each, dict)}
     return {name for name in ids if isinstance(name, str)}
-
-
-def _number(key: str) -> int:
-    """The number in a batch's name."""
-    digits = re.search(r"(\d{1,18})\.jsonl", key)
-    return int(digits[1]) if digits else -1
 
 
 def _address(url: str) -> str:

@@ -17,7 +17,7 @@ import requests
 import urllib3
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.labels.packed import inflate
+from interp_steer.util.packed import inflate
 
 _PASSING = frozenset({500, 502, 503, 504})  # worth another try
 LIMITS = {"search": 200, "api": 25_000}  # requests an hour; the four searches share one count

@@ -152,3 +152,17 @@ def preference(explainer: str | None, type_name: str | None) -> int:
     if type_name == "np_max-act-logits":
         return 0
     return 1 if (type_name or "").startswith("np_") else 2
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """What the store holds of one source."""
+
+    source: Source
+    complete_at: str | None  # None: never synced to the end
+    batches: int = 0
+    labels: int = 0  # explanations; a feature may have several
+    labelled: int = 0  # features with a label
+    unlabelled: int = 0  # features known to have none
+    explainers: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()  # set by a sync: what could not be fetched, and why

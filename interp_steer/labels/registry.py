@@ -117,26 +117,16 @@ def releases() -> list[str]:
     return [*_releases(), STARTER]
 
 
-def version() -> str | None:
-    """The version of SAELens, or None where it is not installed."""
-    try:
-        return metadata.version("sae-lens")
-    except metadata.PackageNotFoundError:
-        return None
-
-
+@cache
 def sources() -> dict[str, dict[str, str]]:
-    """The Neuronpedia source of every SAE of SAELens that has one, as
-    `{release: {sae_id: "model/source"}}`.
+    """Which SAE has which source on Neuronpedia: `{release: {sae_id: "model/source"}}`.
+
+    SAEs without one are left out; where SAELens is not installed only the starter's is there.
     """
-    return {
+    known = {
         release: {sae_id: sae[1] for sae_id, sae in about["saes"].items() if sae[1]}
         for release, about in _releases().items()
     }
-
-
-def with_starter(known: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    """`sources()`, or what a cache kept of it, with the starter's SAE."""
     return {**known, STARTER: {_STARTER.sae_id: str(_STARTER.neuronpedia)}}
 
 
@@ -167,7 +157,7 @@ def _by_source() -> dict[str, tuple[str, str]]:
     """Release and sae_id of every source."""
     return {
         source: (release, sae_id)
-        for release, saes in with_starter(sources()).items()
+        for release, saes in sources().items()
         for sae_id, source in saes.items()
     }
 
@@ -175,10 +165,10 @@ def _by_source() -> dict[str, tuple[str, str]]:
 @cache
 def _releases() -> dict[str, dict[str, Any]]:
     """What is needed of the YAML file, from the cache if it is there."""
-    number = version()
-    if number is None:
+    try:
+        name = f"sae-lens-{metadata.version('sae-lens')}.json"
+    except metadata.PackageNotFoundError:
         return {}
-    name = f"sae-lens-{number}.json"
     try:
         kept: dict[str, dict[str, Any]] = json.loads((cache_dir("registry") / name).read_text())
         return kept

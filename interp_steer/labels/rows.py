@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from interp_steer.labels.label import NAME, NUMBER, Feature, Label, Source, State, preference
-from interp_steer.labels.packed import lines
+from interp_steer.util.packed import lines
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]+")
 _PAIRS = {'"': '"', "'": "'", "“": "”", "‘": "’", "`": "`"}

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.labels import sources as registry
-from interp_steer.labels.label import Feature, Label, Labels, Source, parse_id
-from interp_steer.labels.store import Coverage, Store
+from interp_steer.labels import naming, registry
+from interp_steer.labels.label import Coverage, Feature, Label, Labels, Source, parse_id
+from interp_steer.labels.store import Store
 
 Mode = Literal["keyword", "semantic", "hybrid"]
 Note = Callable[[str], None]
@@ -142,7 +142,7 @@ def coverage(
         RequestError: a source or layer is unknown.
     """
     with Store(store) as here:
-        wanted = registry.chosen(list(names), layers) if names else _ordered(here.sources())
+        wanted = naming.chosen(list(names), layers) if names else _ordered(here.sources())
         return [here.coverage(source) for source in wanted]
 
 
@@ -155,24 +155,24 @@ def _scope(here: Store, names: Sequence[str], layers: str | None, note: Note) ->
             "that ship, or `interp-steer labels sync SOURCE`"
         )
     if names:
-        wanted = registry.chosen(list(names), layers)
+        wanted = naming.chosen(list(names), layers)
     else:
         wanted = [source for source, *_ in known.values()]
         if layers:
-            chosen = registry.parse_layers(layers) or set()
+            chosen = naming.parse_layers(layers) or set()
             wanted = [source for source in wanted if source.layer in chosen]
             if gone := chosen - {source.layer for source in wanted}:
                 note(f"not synced: layers {_ranges(gone)}")
     present = [source for source in wanted if str(source) in known]
     if not present:
         what = " ".join(names or ["SOURCE"]) + (f" --layers {layers}" if layers else "")
-        raise RunError(f"none of these labels here yet; run {registry.getting(what)}")
+        raise RunError(f"none of these labels here yet; run {naming.getting(what)}")
     # Of a release that is here in part, the reader must know what was not looked at.
     siblings = {str(source): source for source in wanted}
     if not names and not layers:
         for release in {source.release for source in present if source.release}:
-            if release in registry.releases():
-                siblings |= {str(source): source for source in registry.of_release(release)}
+            if release in registry.sources():
+                siblings |= {str(source): source for source in naming.of_release(release)}
     absent: dict[tuple[str, str], list[int]] = {}
     for text, source in siblings.items():
         if source.layer is not None and not (text in known and known[text][2]):

@@ -8,13 +8,12 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
 from interp_steer.errors import RunError
-from interp_steer.labels.label import Feature, Label, Source, State, preference
+from interp_steer.labels.label import Coverage, Feature, Label, Source, State, preference
 from interp_steer.labels.rows import Row
 from interp_steer.labels.schema import TOKENS, connect, told
 from interp_steer.util.files import cache_dir, explained
@@ -45,20 +44,6 @@ def default_path() -> Path:
 _ETAG = """
 CASE WHEN EXISTS (SELECT 1 FROM explanation WHERE object_id = object.id)
     OR id IN (SELECT object_id FROM feature WHERE source_id = ?1) THEN etag END"""
-
-
-@dataclass(frozen=True, slots=True)
-class Coverage:
-    """What the store holds of one source."""
-
-    source: Source
-    complete_at: str | None  # None: never synced to the end
-    batches: int = 0
-    labels: int = 0  # explanations; a feature may have several
-    labelled: int = 0  # features with a label
-    unlabelled: int = 0  # features known to have none
-    explainers: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()  # set by a sync: what could not be fetched, and why
 
 
 class Store:

@@ -8,17 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from interp_steer.errors import RequestError, RunError, SteerError
-from interp_steer.labels import sources as registry
-from interp_steer.labels.client import Batch, Client, Export
+from interp_steer.labels import naming
+from interp_steer.labels.client import Client
+from interp_steer.labels.exports import Batch, Export
 from interp_steer.labels.http import Clock, NotFound
-from interp_steer.labels.label import Feature, Source, parse_id
-from interp_steer.labels.packed import PIECE
+from interp_steer.labels.label import Coverage, Feature, Source, parse_id
 from interp_steer.labels.registry import STARTER, STARTER_LABELS
 from interp_steer.labels.rows import Row, read_lines
 from interp_steer.labels.schema import is_store, told
-from interp_steer.labels.store import Coverage, Store
+from interp_steer.labels.store import Store
 from interp_steer.util.console import progress
 from interp_steer.util.files import explained, whole
+from interp_steer.util.packed import PIECE
 
 
 def sync(
@@ -48,11 +49,11 @@ def sync(
     """
     if not names:
         raise RequestError("name at least one source to sync")
-    sources = registry.chosen(names, layers)
+    sources = naming.chosen(names, layers)
     if ours := [str(source) for source in sources if source.release == STARTER]:
         raise RequestError(
             f"{ours[0]} is not on Neuronpedia: its labels ship with this package, run "
-            f"{registry.getting(STARTER)}"
+            f"{naming.getting(STARTER)}"
         )
     client = client or Client()
     clock = Clock(client.patience)
@@ -105,7 +106,7 @@ def _list(
                 missing[source].append(str(error))
                 continue
             if not files and not source.release:
-                raise RequestError(f"Neuronpedia has no labels of {source}{registry.like(source)}")
+                raise RequestError(f"Neuronpedia has no labels of {source}{naming.like(source)}")
             listed[source] = files  # of a known SAE: nobody has explained it yet
         return listed
     finally:
@@ -167,7 +168,7 @@ def fetch(
         RequestError: an id is not one, or Neuronpedia does not have the feature.
     """
     asked = [parse_id(text) for text in ids]
-    asked = [(registry.resolve(str(source))[0], index) for source, index in asked]
+    asked = [(naming.resolve(str(source))[0], index) for source, index in asked]
     found = (client or Client()).features(asked)
     for source, index in asked:
         if (source, index) not in found:
@@ -234,11 +235,11 @@ def import_files(paths: Iterable[str | Path], *, store: str | Path | None = None
             for row in rows:
                 split.setdefault(Source(row.model, row.source), []).append(row)
             for plain, part in split.items():
-                source = registry.resolve(str(plain))[0]
+                source = naming.resolve(str(plain))[0]
                 to.commit(source, key, None, part)
                 touched[str(source)] = source
         if ships:  # all that there are of it
-            to.finish(registry.of_release(STARTER)[0], complete=True)
+            to.finish(naming.of_release(STARTER)[0], complete=True)
         return [to.coverage(source) for source in touched.values()]
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from interp_steer.labels import Client
-from interp_steer.labels import sources as registry
+from interp_steer.labels import Client, registry
 
 from .server import Neuronpedia
 
@@ -19,17 +18,17 @@ def kept_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("registry")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("INTERP_STEER_CACHE", str(folder))
-        registry.releases.cache_clear()
-        assert registry.releases()
-    return next((folder / "labels").iterdir())
+        registry._releases.cache_clear()
+        assert registry._releases()
+    return next((folder / "registry").iterdir())
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_registry: Path) -> Path:
     """The cache of this test alone, and no key or address from outside."""
     monkeypatch.setenv("INTERP_STEER_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "cache" / "labels").mkdir(parents=True)
-    shutil.copy(kept_registry, tmp_path / "cache" / "labels")
+    (tmp_path / "cache" / "registry").mkdir(parents=True)
+    shutil.copy(kept_registry, tmp_path / "cache" / "registry")
     for name in ("NEURONPEDIA_URL", "NEURONPEDIA_EXPORTS_URL", "NEURONPEDIA_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "cache"

@@ -3,8 +3,7 @@
 import pytest
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.labels import Store, import_files, search, sync
-from interp_steer.labels import sources as registry
+from interp_steer.labels import Store, import_files, naming, search, sync
 from interp_steer.labels.label import Source
 from interp_steer.labels.rows import Row
 
@@ -87,7 +86,7 @@ def test_says_which_layers_of_a_release_are_not_synced():
     release = "llama_scope_lxr_8x"
     with Store(write=True) as store:
         for layer in (12, 13, 20):
-            source = next(s for s in registry.of_release(release) if s.layer == layer)
+            source = next(s for s in naming.of_release(release) if s.layer == layer)
             store.commit(source, "a", "1", [Row(source.model, source.name, 1, "e", "a dog")])
             store.finish(source, complete=layer != 20)
     for sources in ((), (release,)):

@@ -172,7 +172,7 @@ def test_hostile_labels_are_stored_and_found(cache: Path):
     assert len(show("m/3-res/4").labels[0].label) == 99_999
     assert {p.name.partition("-")[0] for p in cache.rglob("*") if p.is_file()} == {
         "labels.db",
-        "registry",
+        "sae",  # the registry of sae-lens
     }
 
 

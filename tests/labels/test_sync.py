@@ -14,8 +14,7 @@ import zlib
 import pytest
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.labels import Client, coverage, fetch, import_files, show, sync
-from interp_steer.labels import sources as registry
+from interp_steer.labels import Client, coverage, fetch, import_files, registry, show, sync
 from interp_steer.labels.label import Source, State
 from interp_steer.labels.store import Store, default_path
 
@@ -369,7 +368,7 @@ def test_unknown_names_are_the_users_mistake(server):
 
 
 def test_a_release_is_synced_layer_by_layer_as_the_registry_says(server):
-    saes = registry.releases()["llama_scope_lxr_8x"]
+    saes = registry.sources()["llama_scope_lxr_8x"]
     assert saes["l15r_8x"] == NAME and len(saes) == 32
     for layer in (12, 13):
         name = saes[f"l{layer}r_8x"]

@@ -1,37 +1,12 @@
-"""The Neuronpedia sources of SAELens's registry, and the names that people give them.
-
-A label search must not wait for the whole registry, so the sources alone are kept apart as JSON in
-the cache, by version of SAELens.
+"""The names that people give sources of Neuronpedia: a SAELens release, one of its SAEs, or
+model/source.
 """
 
-import json
-from contextlib import suppress
 from functools import cache
 
-from interp_steer.errors import RequestError, RunError, nearest
+from interp_steer.errors import RequestError, nearest
 from interp_steer.labels import registry
 from interp_steer.labels.label import Source
-from interp_steer.util.files import cache_dir, whole
-
-
-@cache
-def releases() -> dict[str, dict[str, str]]:
-    """The Neuronpedia source of every SAE that has one: `{release: {sae_id: "model/source"}}`.
-
-    The starter's alone where SAELens is not installed: sources can still be named as model/source.
-    """
-    version = registry.version()
-    if version is None:
-        return registry.with_starter({})
-    kept = cache_dir("labels") / f"registry-sae-lens-{version}.json"
-    try:
-        return registry.with_starter(dict(json.loads(kept.read_text())))
-    except (OSError, ValueError, TypeError, RecursionError):
-        pass  # not there yet, or damaged: make it again
-    found = registry.sources()
-    with suppress(RunError), whole(kept) as part:  # a cache that cannot be written costs time only
-        part.write_text(json.dumps(found))
-    return registry.with_starter(found)
 
 
 def of_release(release: str) -> list[Source]:
@@ -40,7 +15,7 @@ def of_release(release: str) -> list[Source]:
     Raises:
         RequestError: the release has no source on Neuronpedia.
     """
-    saes = releases()[release]
+    saes = registry.sources()[release]
     found = [_known(text, release, sae_id) for sae_id, text in saes.items()]
     if not found:
         raise RequestError(
@@ -57,7 +32,7 @@ def resolve(text: str) -> list[Source]:
     Raises:
         RequestError: it is none of these; the message gives the nearest names.
     """
-    known = releases()
+    known = registry.sources()
     if text in known:
         return of_release(text)
     release, _, rest = text.partition("/")
@@ -91,7 +66,7 @@ def like(source: Source) -> str:
 def _all() -> list[Source]:
     return [
         _known(text, release, sae_id)
-        for release, saes in releases().items()
+        for release, saes in registry.sources().items()
         for sae_id, text in saes.items()
     ]
 
