@@ -136,11 +136,11 @@ def ablate(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Take parts of the model out, layer by layer, and measure what that changes.
+    """Find which parts of the model matter, and where steering acts.
 
-    Without a run it ablates: --prompts says on what, --component what is taken out. --patch does
-    the reverse and puts activations in. --mediate and --propagate ask where the steering of a
-    study's run acts.
+    Without a run, parts are taken out, layer by layer: --prompts says on what prompts, --component
+    which parts. With --patch, activations of clean prompts are put in instead. With a study's run,
+    --mediate and --propagate ask where its steering acts.
 
     A score is a mean over prompts with a 95 % interval, compared prompt by prompt with the
     unchanged model. A share of an effect is a ratio of two such means.
@@ -348,6 +348,6 @@ def _show(outcome: _Outcome, notes: list[str]) -> None:
     elif "low" in shown and shown["low"].notna().all():  # how each was formed is in --json
         dull.append("interval")
     shown = shown.drop(columns=dict.fromkeys(dull)).astype(object)
-    table([*map(str, shown)], shown.where(shown.notna(), None).to_numpy())
+    table([*map(str, shown)], shown.where(shown.notna(), None).values.tolist())
     if more > 0:
         print(f"... and {more} more; --out FILE.csv has every row, --json this table")

@@ -4,6 +4,7 @@ Each of the two has its own history.
 """
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,9 +27,10 @@ from interp_steer.errors import RequestError, SteerError
 from interp_steer.util.console import progress, safe, side_by_side
 
 if TYPE_CHECKING:
+    from interp_steer.engine.row import Sampling
     from interp_steer.model.model import SteeringModel
     from interp_steer.prompts.prompt import Message
-    from interp_steer.steering.intervention import Intervention
+    from interp_steer.steering.intervention import Intervention, Vector
 
 
 def chat(
@@ -53,30 +55,48 @@ def chat(
     begins a new conversation, `/quit` ends the command.
     """
     with progress("starting", every=5):
-        from interp_steer.engine.engine import Engine
-        from interp_steer.engine.row import Row, Sampling
+        from interp_steer.engine.row import Sampling
         from interp_steer.steering.directions import Directions
         from interp_steer.steering.grammar import parse
-        from interp_steer.steering.intervention import resolve
-        from interp_steer.steering.scale import Scale
 
     known = Directions(named or [])
     interventions = parse(steer, known)
     sampling = Sampling(temperature, top_p, 0, repetition_penalty, max_new_tokens)
     loaded = load(model, dtype, device, date=date)
-    if not loaded.is_chat:
-        raise RequestError(
-            f"{loaded.name} has no chat template; use `interp-steer generate --text`"
-        )
-    _check(interventions, loaded)
-    engine = Engine(loaded)
+    hold(loaded, interventions, known, system, sampling, seed)
+
+
+def hold(
+    model: "SteeringModel",
+    interventions: "tuple[Intervention, ...]",
+    known: "Mapping[str, Vector]",
+    system: str | None,
+    sampling: "Sampling",
+    seed: int,
+) -> None:
+    """Answers the lines of stdin until they end or one is `/quit`.
+
+    Raises:
+        RequestError: the model is no chat model, or the interventions do not fit it. A mistake in a
+            later line is told, and the conversation goes on.
+    """
+    from interp_steer.engine.engine import Engine
+    from interp_steer.engine.row import Row
+    from interp_steer.steering.grammar import parse
+    from interp_steer.steering.intervention import resolve
+    from interp_steer.steering.scale import Scale
+
+    if not model.is_chat:
+        raise RequestError(f"{model.name} has no chat template; use `interp-steer generate --text`")
+    _check(interventions, model)
+    engine = Engine(model)
     begin: tuple[Message, ...] = () if system is None else (("system", system),)
     histories = [begin, begin]
     while (line := _read()) is not None:
         try:
             if line.startswith("/steer"):
                 changed = parse(line.removeprefix("/steer"), known)
-                _check(changed, loaded)
+                _check(changed, model)
                 interventions = changed
                 continue
             if line == "/reset":
@@ -86,7 +106,7 @@ def chat(
                 raise RequestError(f"unknown {line.split()[0]}; known are /steer, /reset and /quit")
             asked = [(*history, ("user", line)) for history in histories]
             # a dose is measured on the conversation so far
-            scale = Scale.of(loaded, [loaded.encode(messages) for messages in asked])
+            scale = Scale.of(model, [model.encode(messages) for messages in asked])
             resolved = resolve(interventions, scale)
             rows = [Row(asked[0], (), sampling, seed)]
             rows += [Row(asked[1], resolved, sampling, seed)] if resolved else []
@@ -96,7 +116,7 @@ def chat(
                 (*messages, ("assistant", text))
                 for messages, text in zip(asked, [texts[0], texts[-1]], strict=True)
             ]
-        except SteerError as error:  # is told, and the conversation goes on
+        except SteerError as error:
             print(f"error: {safe(str(error))}", file=sys.stderr)
 
 
