@@ -16,7 +16,7 @@ import numpy as np
 
 from interp_steer import Contrast, SteeringModel, read_items
 from interp_steer.causal.ablate import ablate
-from interp_steer.report import plots
+from interp_steer.report import marks, plots
 from interp_steer.stats import intervals
 
 SMALL = "--small" in sys.argv
@@ -45,7 +45,7 @@ print(
     .round(2)
     .to_string(index=False)
 )
-print("wrote", plots.save(plots.profile(profile), RUN / "profile.png"))
+print("wrote", marks.save(plots.profile(profile), RUN / "profile.png"))
 
 # %% which block matters most? a set: all that cannot be excluded from it
 for score, sign in (("loss", 1), (SCORE, -1)):

@@ -176,9 +176,9 @@ class _Outcome:
                 self.table.to_parquet(part, index=False)
 
     def picture(self, path: Path) -> None:
-        from interp_steer.report import plots
+        from interp_steer.report import marks
 
-        plots.save(self.draw(), path)
+        marks.save(self.draw(), path)
 
 
 def _model(request: Request, name: str, dtype: str | None, revision: str | None) -> "SteeringModel":
@@ -228,9 +228,9 @@ def _patched(request: Request) -> _Outcome:
     summary = effects.summary()
 
     def draw() -> "Figure":
-        from interp_steer.report import patching_plot
+        from interp_steer.report import maps
 
-        return patching_plot.patching(summary, effects.table)
+        return maps.patching(summary, effects.table)
 
     title = _effect(summary, effects.table, "corrupt", "clean", "share of it brought back")
     return _Outcome(
@@ -251,9 +251,9 @@ def _traced(request: Request) -> _Outcome:
     of = {**run.manifest, **read.model}
     model = _model(request, str(of["model"]), of.get("dtype"), of.get("revision"))
     if not {"model", "dtype"} & set(request.given):
-        check_model(run, model)
+        check_model(run, model.name, model.fingerprint)
     from interp_steer.causal import trace as tracing
-    from interp_steer.report import patching_plot
+    from interp_steer.report import maps
 
     study = read.study(model).bound(model)
     cell = study.cell(setting, study.scale(model), "chosen")
@@ -265,8 +265,8 @@ def _traced(request: Request) -> _Outcome:
         summary = moved.summary("last_relative")
         risen = moved.risen[moved.risen["rank"] <= 3].groupby("layer")["token"].apply(" ".join)
         summary = summary.assign(rises=summary["layer"].map(risen))
-        title = f"{cell}\nlast_relative: {patching_plot.MOVED['last_relative']}"
-        return _Outcome(moved.table, summary, lambda: patching_plot.propagation(summary), title)
+        title = f"{cell}\nlast_relative: {maps.MOVED['last_relative']}"
+        return _Outcome(moved.table, summary, lambda: maps.propagation(summary), title)
     words = request.many("word", study.concept)
     pairs = all(item.positive is not None and item.negative is not None for item in items)
     default = "logit_difference" if pairs else "words" if words else "kl_last"
@@ -280,7 +280,7 @@ def _traced(request: Request) -> _Outcome:
     summary = effects.summary()
     title = _effect(summary, effects.table, "unsteered", "steered", "share of it that goes")
     return _Outcome(
-        effects.table, summary, lambda: patching_plot.mediation(summary), f"{cell}\n{title}",
+        effects.table, summary, lambda: maps.mediation(summary), f"{cell}\n{title}",
         _doubts(effects.warning),
     )  # fmt: skip
 

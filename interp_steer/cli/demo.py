@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from interp_steer.model.model import SteeringModel
-    from interp_steer.study.cell import Setting
+    from interp_steer.results.roles import Setting
     from interp_steer.study.study import Study
 
 FILE = Path(__file__).parents[1] / "data" / "demo.yaml"
@@ -48,14 +48,13 @@ def demo(
 
     from interp_steer.report.plots import dose_response
     from interp_steer.results.words import names
-    from interp_steer.study.execution import run
     from interp_steer.study.file import StudyFile
     from interp_steer.util.files import cache_dir
 
     folder = out or cache_dir("runs", "demo")
     study = StudyFile.read(FILE).study(model)
     _screen(model, study)
-    tried = run(replace(study, choose=(), prove=study.choose), model, folder / "choose").table()
+    tried = replace(study, choose=(), prove=study.choose).run(model, folder / "choose").table()
     tried["works"] = _works(tried)
     columns = ["works", *PANELS, "coefficient"]
     means = tried.groupby("direction", sort=False)[columns].mean()
@@ -77,7 +76,7 @@ def demo(
     longer = replace(study.sampling, max_new_tokens=LENGTH)
     lines = [s["steer"] for s in chosen]
     last = replace(study, choose=(), lines=lines, sampling=longer)
-    shown = run(last, model, folder / "show").table()
+    shown = last.run(model, folder / "show").table()
     shown["works"] = _works(shown)
     answers = {(row["prompt"], row["direction"]): row for row in shown.to_dict("records")}
     prompts = [item.text for item in study.prove]

@@ -98,9 +98,9 @@ def run(words: Sequence[str]) -> int:
     if name == "--help":
         print(HELP + "\n".join(f"  {n:<9}  {about}" for n, (_, about) in COMMANDS.items()))
     elif name == "--version":
-        from interp_steer import __version__
+        from importlib.metadata import version
 
-        print(f"interp-steer {__version__}")
+        print(f"interp-steer {version('interp-steer')}")
     elif name not in COMMANDS:
         if name.startswith("-"):
             raise RequestError(f"No such option: {name}")

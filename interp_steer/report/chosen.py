@@ -1,10 +1,13 @@
-"""Which cell a run chose, or why it has none."""
+"""Which setting a run chose, or why it has none."""
 
 from typing import TYPE_CHECKING
 
 from interp_steer.errors import RequestError
-from interp_steer.model.model import SteeringModel
-from interp_steer.study.cell import SETTING, Setting
+from interp_steer.report.evidence import Evidence
+from interp_steer.report.findings import STATES
+from interp_steer.results.built_in import BUILT_IN
+from interp_steer.results.declared import of_manifest
+from interp_steer.results.roles import SETTING, Setting
 
 if TYPE_CHECKING:
     from interp_steer.report.run import Run
@@ -20,26 +23,21 @@ def setting_of(run: "Run") -> Setting:
         if planned["role"] == "chosen":
             direction, operator, site, level, scope = (str(planned[part]) for part in SETTING)
             return direction, operator, site, level, scope
-    raise RequestError(f"{run.folder} has no chosen cell: {_why(run)}")
+    raise RequestError(f"{run.folder} has no chosen setting: {_why(run)}")
 
 
-def check_model(run: "Run", model: SteeringModel) -> None:
+def check_model(run: "Run", name: str, fingerprint: str) -> None:
     """Raises RequestError for a model other than the one that the run was made with."""
     was = run.manifest["about"]["model"]
-    if model.fingerprint != was:
+    if fingerprint != was:
         raise RequestError(
-            f"{model.name} is not what {run.folder} was run on: its fingerprint is "
-            f"{model.fingerprint}, the run's {was}; --model NAME uses a model all the same"
+            f"{name} is not what {run.folder} was run on: its fingerprint is {fingerprint}, the "
+            f"run's {was}; --model NAME uses a model all the same"
         )
 
 
 def _why(run: "Run") -> str:
     """How far the run has come, as its findings have it."""
-    from interp_steer.report.evidence import Evidence
-    from interp_steer.report.findings import STATES
-    from interp_steer.results.declared import of_manifest
-    from interp_steer.study.metrics import BUILT_IN
-
     measures, _ = of_manifest(run.manifest, BUILT_IN)
     state = Evidence(run.table(), run.manifest, run.plan, measures, 0.95).state
     if state == "open":

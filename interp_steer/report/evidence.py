@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from interp_steer.results.declared import UNKNOWN, Declared
+from interp_steer.results.roles import SETTING
 from interp_steer.stats import intervals
 from interp_steer.stats.intervals import Interval
-from interp_steer.study.cell import SETTING
 
 NULLS = ("random", "features", "shuffled", "null")
 

@@ -5,41 +5,38 @@ its seeds are averaged first. Below ten prompts there are points and no interval
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
-from interp_steer.errors import RequestError
+from interp_steer.report.brief import brief
 from interp_steer.report.evidence import Evidence
+from interp_steer.results.built_in import BUILT_IN
 from interp_steer.results.declared import UNKNOWN, Declared, of_manifest
+from interp_steer.results.roles import SETTING
 from interp_steer.stats import intervals
-from interp_steer.study.cell import SETTING
-from interp_steer.study.metrics import BUILT_IN
-
-if TYPE_CHECKING:
-    from interp_steer.report.run import Run
 
 ALPHA = 0.05
 STATES = {
     "chosen": "",
-    "open": "no prompts chose, so no cell is claimed",
+    "open": "there are no selection prompts, so no setting is claimed",
     "begun": "no steered row was run yet",
     "unfinished": "rows of the grid are missing",
-    "beyond": "no cell stayed within the limits",
-    "waiting": "the chosen cell was not run yet",
+    "beyond": "no setting stayed within the limits",
+    "waiting": "the chosen setting was not run yet",
 }
 """How far a run has come, and why nothing is declared there."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the chosen cell steers, by the metric that chose it.
+    """Whether the chosen setting steers, by the metric that chose it.
 
     Attributes:
-        steers: None where nothing can be declared: too few prompts, no null directions, or none
-            that made the same choice while those in the chosen cell do less.
+        steers: True if the interval of the effect lies on the better side of 0 and p <= 0.05;
+            False if not; None if this cannot be told, and `text` says why.
         p: one-sided p against random directions, the choice among cells accounted for; None
             without random directions.
         how: how the choice was accounted for.
@@ -95,17 +92,16 @@ class Findings:
     notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, run: "Run", level: float = 0.95) -> "Findings":
-        """Computes all of them from a run.
-
-        Raises:
-            RequestError: the run has no unsteered rows yet.
-        """
-        table, manifest = run.table(), run.manifest
-        if not (table["role"] == "unsteered").any():
-            raise RequestError(f"{run.folder} has no rows yet; run its study first")
+    def of(
+        cls,
+        table: pd.DataFrame,
+        manifest: Mapping[str, Any],
+        plan: Sequence[Mapping[str, Any]],
+        level: float = 0.95,
+    ) -> "Findings":
+        """Computes all of them from what `Run` reads; there are unsteered rows in the table."""
         measures, notes = of_manifest(manifest, BUILT_IN)
-        reader = Evidence(table, manifest, run.plan, measures, level)
+        reader = Evidence(table, manifest, plan, measures, level)
         grid, best = reader.grid()
         claims, nulls = reader.claims(), reader.nulls()
         p = reader.p(claims, nulls)
@@ -148,10 +144,25 @@ class Findings:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
-        from interp_steer.report.report import body
+        return brief(
+            self.verdict.text,
+            self.manifest["choose_by"],
+            self.grid,
+            self.claims,
+            self.nulls,
+            self.p,
+            self.chosen,
+            self.notes,
+        )
 
-        html: str = body(self)
-        return html
+
+def setting_text(setting: Mapping[str, str]) -> str:
+    """A setting as a line of interventions has it, without the direction's hash."""
+    if not setting["operator"]:
+        return setting["direction"]
+    level = f", {setting['level']}" if setting["level"] else ""
+    scope = f" on {setting['scope']}" if setting["scope"] not in ("", "all") else ""
+    return f"{setting['operator']}({setting['direction']}{level}) at {setting['site']}{scope}"
 
 
 def _verdict(
@@ -160,41 +171,48 @@ def _verdict(
     decides = evidence.decides
     if chosen is None:
         return Verdict(None, None, "", f"Nothing is declared: {STATES[evidence.state]}.")
-    name = decides.name
-    where = ", ".join(v for v in chosen.values() if v)
-    mine = claims[claims["metric"] == name] if len(claims) else claims
-    mine = mine[mine["role"] == "chosen"] if len(mine) else mine
-    if mine.empty or math.isnan(mine.iloc[0]["effect"]):
+    name, setting = decides.name, setting_text(chosen)
+    rows = claims[claims["metric"] == name] if len(claims) else claims
+    rows = rows[rows["role"] == "chosen"] if len(rows) else rows
+    if rows.empty or math.isnan(rows.iloc[0]["effect"]):
         how = f"no prompt has a value of {name}, steered and unsteered"
-        return Verdict(None, None, how, f"Nothing is declared, as {how}: {where}.")
-    one = mine.iloc[0]
+        return Verdict(None, None, how, f"Nothing is declared for {setting}, as {how}.")
+    claim = rows.iloc[0]
     against = {r["control"]: r for r in p[p["metric"] == name].to_dict("records")}
     value, how = _accounted(evidence, against)
-    said = f"{name} {one['unsteered']:.3f} -> {one['mean']:.3f} on {int(one['n'])} new prompts"
-    if one["low"] is None or math.isnan(one["low"]):
-        few = int(one["n"]) < intervals.MINIMUM
-        why = f"on fewer than {intervals.MINIMUM} prompts" if few else f"({one['method']})"
-        return Verdict(None, value, how, f"Nothing is declared {why}: {where}: {said}.")
-    said += f", effect {one['effect']:+.3f} {_span(one['low'], one['high'])}"
+    interval = claim["low"] is not None and not math.isnan(claim["low"])
+    span = f" {_span(claim['low'], claim['high'])}" if interval else ""
+    result = (
+        f"{setting} moves {name} from {claim['unsteered']:.3f} to {claim['mean']:.3f} on "
+        f"{int(claim['n'])} held-out prompts (effect {claim['effect']:+.3f}{span})"
+    )
+
+    def nothing(why: str) -> Verdict:
+        return Verdict(None, value, how, f"Nothing is declared, as {why}: {result}.")
+
+    if not interval:
+        few = int(claim["n"]) < intervals.MINIMUM
+        few_prompts = f"there are fewer than {intervals.MINIMUM} prompts"
+        return nothing(few_prompts if few else f"there is {claim['method']}")
     if decides.better == UNKNOWN:
-        why = f"the run does not keep which way {name} is better"
-        return Verdict(None, value, how, f"Nothing is declared, as {why}: {where}: {said}.")
-    good = one["low"] > 0 if decides.better == "high" else one["high"] < 0
+        return nothing(f"the run does not keep which way {name} is better")
     if value is None:
-        return Verdict(None, None, how, f"Nothing is declared, as {how}: {where}: {said}.")
-    told = f"{where}: {said}; p {value:.3f}, {how}."
+        return nothing(how)
+    good = claim["low"] > 0 if decides.better == "high" else claim["high"] < 0
     random = against.get("random")
     if good and value > ALPHA and random and "null" not in against and random["p"] <= ALPHA:
         # no fault of the direction: so few null directions cannot tell it from a lucky choice
         count = round(random["p"] * (1 + random["n"])) - 1
         text = (
-            f"Moves {name} on new prompts, as {count or 'none'} of {random['n']} random "
-            "directions in the same cell did; whether one that chose its own cell would was "
-            f"not run (controls: selected): {told}"
+            f"Not decided: {result}, and {count or 'none'} of {random['n']} random directions in "
+            f"the same setting did as much (p {random['p']:.3f}), but no random direction chose "
+            f"its own setting (controls: selected), and the choice may be worth that much (p "
+            f"{value:.3f} by {how})."
         )
         return Verdict(None, value, how, text)
     steers = bool(good) and value <= ALPHA
-    return Verdict(steers, value, how, f"{'Steers' if steers else 'Not shown to steer'}: {told}")
+    start = "Steers" if steers else "Not shown to steer"
+    return Verdict(steers, value, how, f"{start}: {result}, p {value:.3f} ({how}).")
 
 
 def _accounted(
@@ -204,7 +222,7 @@ def _accounted(
     cells = int(evidence.manifest["cells"])
     if "null" in against:
         count = int(against["null"]["n"])
-        how = f"{count} random directions made the same choice among {cells} cells"
+        how = f"{count} random directions made the same choice among {cells} settings"
         without, unknown = evidence.unmeasured()
         if without and evidence.manifest["limits"]:
             some = "none found one" if without == count else f"{without} found none"
@@ -214,9 +232,9 @@ def _accounted(
         return float(against["null"]["p"]), how
     if "random" in against:
         at_cell = float(against["random"]["p"])
-        how = "the cell was fixed beforehand"
+        how = "against random directions; the setting was fixed beforehand"
         if cells > 1:
-            how = f"Bonferroni over the {cells} cells of the grid (p at the cell {at_cell:.3f})"
+            how = f"Bonferroni over the {cells} settings, p {at_cell:.3f} at this one"
         return min(1.0, cells * at_cell), how
     return None, "no random directions were run"
 

@@ -1,128 +1,33 @@
-"""A study's grid as a heat map: its cells with their places, coloured by their effects.
-
-Colours differ in lightness as in hue, so that they survive a grey print and colour-blind eyes.
-Nothing goes through pyplot: no state is left behind, any thread may draw.
-"""
+"""A study's grid as a heat map: its settings with their places, coloured by their effects."""
 
 import itertools
 import math
-import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from interp_steer.errors import RequestError
-from interp_steer.study.cell import SETTING
-from interp_steer.study.metrics import BUILT_IN
-from interp_steer.util.console import safe
+from interp_steer.report.marks import (
+    RED,
+    SHADES,
+    SMALL,
+    TEXT,
+    Record,
+    axis_name,
+    colour_bar,
+    legend,
+    literal,
+    minus,
+    ring,
+)
+from interp_steer.report.spots import Spot, largest, names, spots, strength
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
-
-RED = "crimson"
-UNITS: dict[str | None, str] = {
-    "": "coefficient (residual units)",
-    "dose": "dose (coefficient / median residual norm)",
-    "max": "coefficient (shares of the feature's largest activation)",
-    "raw": "coefficient (multiples of the direction's own length)",
-    "deg": "angle (degrees)",
-}
-LATENT = "coefficient (activation of the feature)"
-SMALL, TEXT = 8.0, 9.0  # points
-
-Record = Mapping[Any, Any]
-
-
-# --- a study's grid -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Spot:
-    """A line of a grid with its place: which panel, which row of it (a site), how strong."""
-
-    record: Record
-    group: tuple[str, str, str, str]  # direction, operator, scope, component
-    row: str
-    order: tuple[float, ...]
-    unit: str | None
-    value: float
-
-    @classmethod
-    def of(cls, record: Record) -> "Spot":
-        name, operator, site, level, scope = (str(record[key]) for key in SETTING)
-        if not operator:  # a whole line of interventions is a cell of its own
-            group = ("", "", "", "")
-            return cls(record, group, textwrap.shorten(name, 60), (-record["cell"],), None, 0.0)
-        one = re.fullmatch(r"(\w+) ([\dh,-]+)", site)
-        component, where = one.groups() if one else ("", site)
-        order = tuple(float(n) for n in re.findall(r"\d+", where))
-        strength, _, unit = level.partition(" ")
-        group = (name, operator, scope, component)
-        try:
-            return cls(record, group, where, order, unit, float(strength))
-        except ValueError:  # an operator without a coefficient
-            return cls(record, group, where, order, None, 0.0)
-
-    @property
-    def effect(self) -> float:
-        return number(self.record["effect"])
-
-    def is_at(self, chosen: Record | None) -> bool:
-        return chosen is not None and all(str(self.record[k]) == str(chosen[k]) for k in SETTING)
-
-
-def spots(grid: pd.DataFrame, metrics: Sequence[str] = ()) -> list[Spot]:
-    """The lines of a grid by metric, default all.
-
-    Raises:
-        RequestError: the grid has no such metric, or is empty.
-    """
-    if grid.empty:
-        raise RequestError("the grid is empty")
-    there = [str(name) for name in grid["metric"].unique()]
-    if missing := [name for name in metrics if name not in there]:
-        raise RequestError(f"the grid has no {missing[0]}; it has {', '.join(there)}")
-    records = grid.to_dict("records")
-    return [Spot.of(r) for name in metrics or there for r in records if r["metric"] == name]
-
-
-def largest(cells: Sequence[Spot], chosen: Record | None, most: int) -> list[tuple[str, ...]]:
-    """The groups with the largest effects on the first metric, the chosen cell's before others."""
-    rank: dict[tuple[str, ...], tuple[bool, float]] = {}
-    for s in cells:
-        ringed, tall = rank.setdefault(s.group, (False, 0.0))
-        if s.record["metric"] == cells[0].record["metric"]:
-            rank[s.group] = ringed or s.is_at(chosen), max(tall, abs(s.effect))  # NaN is never more
-    kept = sorted(rank, key=rank.__getitem__, reverse=True)[:most]
-    return [group for group in rank if group in kept]
-
-
-def names(groups: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """Groups by what tells them apart; one alone by all that it is."""
-    if len(groups) == 1:
-        name, operator, scope, _ = groups[0]
-        on = f" on {scope}" if scope not in ("", "all") else ""
-        return {groups[0]: f"{operator}({name}){on}" if operator else "interventions"}
-    apart = [i for i in range(4) if len({g[i] for g in groups}) > 1]
-    return {g: ", ".join(g[i] for i in apart if g[i]) or "interventions" for g in groups}
-
-
-def strength(cells: Sequence[Spot]) -> str:
-    """What the axis of coefficients is called; nothing where there are none."""
-    units = {s.unit for s in cells}
-    if units == {""} and all(s.group[1] == "latent_clamp" for s in cells):
-        return LATENT
-    if len(units) > 1:
-        return "coefficient"
-    return UNITS.get(units.pop() if units else None, "")
-
-
-# --- the heat map ---------------------------------------------------------------------------------
 
 
 def heat_map(
@@ -239,11 +144,8 @@ def _heat_of_metric(
     for axis, panel in zip(axes, panels, strict=False):
         image = _heat(axis, panel, chosen, peak)
     tall = sum(panel.height for panel in panels[: shape[0]])
-    bar = part.colorbar(
-        image, ax=axes[: len(panels)], shrink=min(1.0, 2.6 / tall), anchor=(0, 1), aspect=18
-    )
-    bar.set_label(f"effect on {axis_name(metric, panels[0].spots[0].record)}", fontsize=TEXT)
-    bar.ax.tick_params(labelsize=SMALL)
+    label = f"effect on {axis_name(metric, panels[0].spots[0].record)}"
+    colour_bar(part, image, axes[: len(panels)], tall, label)
     labels = [strength(panel.spots) for panel in panels]
     if len(set(labels)) == 1:  # said once for all panels
         part.supxlabel(textwrap.fill(labels[0], 44), fontsize=TEXT)
@@ -258,7 +160,7 @@ def _heat(axis: "Axes", panel: _Panel, chosen: Record | None, peak: float) -> An
     from matplotlib.patches import Ellipse, Rectangle
     from matplotlib.patheffects import withStroke
 
-    shades = colormaps["cividis"]
+    shades = colormaps[SHADES]
     values = np.full((len(panel.rows), len(panel.columns)), np.nan)
     halo = [withStroke(linewidth=3.2, foreground="white")]
     digits = _digits(peak)
@@ -308,14 +210,12 @@ def _heat(axis: "Axes", panel: _Panel, chosen: Record | None, peak: float) -> An
 
 def _marks(cells: Sequence[Spot], chosen: Record | None) -> list[tuple[Any, str]]:
     """Legend entries for the marks that occur."""
-    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    ring = Line2D([], [], marker="o", ls="", ms=11, mfc="none", mec=RED, mew=2.2)
     outline = Patch(fc="none", ec="black", lw=1.5)
     hatch = Patch(fc="none", ec="grey", hatch="////", lw=0)
     marks = [
-        (ring, "chosen", any(s.is_at(chosen) for s in cells)),
+        (ring(), "chosen", any(s.is_at(chosen) for s in cells)),
         (outline, "not excluded from being best", any(s.record["best"] for s in cells)),
         (hatch, "beyond a limit", not all(s.record["passes"] for s in cells)),
     ]
@@ -331,52 +231,3 @@ def _digits(peak: float) -> int:
 def _signed(value: float, digits: int) -> str:
     text = f"{value:+.{digits}f}"
     return minus(text if float(text) else "0")
-
-
-# --- shared with other pictures -------------------------------------------------------------------
-
-
-def number(value: Any) -> float:
-    return math.nan if pd.isna(value) else float(value)
-
-
-def axis_name(metric: str, record: Record | None = None) -> str:
-    """A metric with its unit: as a line of a table has it, else as a built-in metric's."""
-    unit = (record or {}).get("unit")
-    if isinstance(unit, str):
-        return f"{metric} ({unit})" if unit else metric
-    return BUILT_IN[metric].axis if metric in BUILT_IN else metric
-
-
-def minus(text: str) -> str:
-    return text.replace("-", "−")
-
-
-def literal(figure: "Figure") -> "Figure":
-    """The figure, with no text of it read as a formula or holding what a file cannot."""
-    from matplotlib.text import Text
-
-    for text in figure.findobj(Text):
-        assert isinstance(text, Text)
-        text.set_parse_math(False)
-        text.set_text(safe(text.get_text()))
-    return figure
-
-
-def legend(
-    figure: "Figure", entries: Sequence[tuple[Any, str]], note: str = "", low: bool = False
-) -> None:
-    """Names marks and lines, above or below the figure."""
-    if not entries and not note:
-        return
-    longest = max((len(name) for _, name in entries), default=1)
-    fits = int(figure.get_figwidth() / (0.07 * longest + 0.45))
-    columns = max(1, min(len(entries), fits))
-    # matplotlib fills a legend by columns; people read it by rows
-    order = [i for c in range(columns) for i in range(c, len(entries), columns)]
-    figure.legend(
-        [entries[i][0] for i in order], [entries[i][1] for i in order],
-        loc="outside lower left" if low else "outside upper left", ncols=columns, frameon=False,
-        fontsize=SMALL, title=textwrap.fill(note, int(13.5 * figure.get_figwidth())),
-        title_fontsize=SMALL, alignment="left",
-    )  # fmt: skip

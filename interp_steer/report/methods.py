@@ -5,17 +5,15 @@ what a reader should be careful about.
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.report.findings import ALPHA
-from interp_steer.report.page import escaped
-from interp_steer.report.plots import as_records
+from interp_steer.report.findings import ALPHA, Findings
+from interp_steer.report.page import as_records
 from interp_steer.results.declared import UNKNOWN, Declared
 from interp_steer.util.files import read_text
-
-if TYPE_CHECKING:
-    from interp_steer.report.findings import Findings
+from interp_steer.util.tensor_file import opened, parsed
+from interp_steer.util.yaml_text import parse_yaml
 
 PAPERS = {
     "studentised": "the wider of it and Student's t; Efron and Tibshirani 1993, ch. 12",
@@ -24,8 +22,8 @@ PAPERS = {
 }
 
 
-def careful(found: "Findings") -> str:
-    """What to be careful about, as a list."""
+def careful(found: Findings) -> list[str]:
+    """What to be careful about."""
     told, notes = found.manifest, list(found.notes)
     others = len(told["metrics"]) - 1
     if others > 0 and not found.claims.empty:
@@ -52,11 +50,10 @@ def careful(found: "Findings") -> str:
             f"In {told['dtype']} another machine, thread count or batch writes other "
             "texts now and then; means hold, single texts may not."
         )
-    notes.append("One model, and prompts of one origin: nothing is said about others.")
-    return "<ul>" + "".join(f"<li>{escaped(note)}</li>" for note in notes) + "</ul>"
+    return [*notes, "One model, and prompts of one origin: nothing is said about others."]
 
 
-def _reach(found: "Findings") -> list[str]:
+def _reach(found: Findings) -> list[str]:
     """What the verdict's p could be at best."""
     told = found.manifest
     nulls = found.p[found.p["metric"] == told["choose_by"]].set_index("control")["n"]
@@ -65,7 +62,7 @@ def _reach(found: "Findings") -> list[str]:
     if not chance and cells > 1:
         notes.append(
             "No random direction went through the choice itself, so p is multiplied by the "
-            "number of cells, which is more than is needed."
+            "number of settings, which is more than is needed."
         )
     times = 1 if chance else cells
     least = min(1.0, times / (1 + (chance or int(nulls.get("random", 0)))))
@@ -77,20 +74,22 @@ def _reach(found: "Findings") -> list[str]:
     return notes
 
 
-def methods(found: "Findings", level: float) -> str:
-    """How it was chosen, measured and compared; what each metric is."""
+def paragraphs(found: Findings, level: float) -> list[str]:
+    """How it was chosen, measured and compared."""
+    parts = (_choosing(found), _measuring(found, level), _comparing(found))
+    return [" ".join(sentences) for sentences in parts if sentences]
+
+
+def metrics(found: Findings) -> list[tuple[str, str]]:
+    """(name, what it is) of every metric."""
     better = {"high": "Higher is better.", "low": "Lower is better."}
-    about = [
-        f"<li><strong>{escaped(name)}</strong>: {escaped(one.about)} "
-        f"{better.get(one.better, 'Which way is better is not known.')}</li>"
+    return [
+        (name, f"{one.about} {better.get(one.better, 'Which way is better is not known.')}")
         for name, one in found.measures.items()
     ]
-    paragraphs = (_choosing(found), _measuring(found, level), _comparing(found))
-    said = "".join(f"<p>{escaped(' '.join(one))}</p>" for one in paragraphs if one)
-    return f"{said}<ul>{''.join(about)}</ul>"
 
 
-def _choosing(found: "Findings") -> list[str]:
+def _choosing(found: Findings) -> list[str]:
     """What is chosen by what, on how many prompts, and shown on how many others: the design, and
     how far it has come.
     """
@@ -104,13 +103,13 @@ def _choosing(found: "Findings") -> list[str]:
     were, was = ("were", "was") if found.state == "chosen" else ("are to be", "is to be")
     if cells == 1:
         said.append(
-            "There is one cell, fixed beforehand; nothing is chosen. It and its controls "
-            f"{were} run on {prompts['prove']} prompts, from which all claims come."
+            "There is one setting, fixed beforehand; nothing is chosen. It and its controls "
+            f"{were} run on {prompts['prove']} held-out prompts, from which all claims come."
         )
     elif not prompts["choose"]:
         said.append(
-            f"The grid's {cells} cells are run on {prompts['prove']} prompts. No prompts were set "
-            "apart to choose one, so none is claimed."
+            f"The grid's {cells} settings are run on {prompts['prove']} prompts. No prompts were "
+            "set apart to choose one, so none is claimed."
         )
     else:
         ran = "are to be" if found.state in ("begun", "unfinished") else "were"
@@ -119,15 +118,15 @@ def _choosing(found: "Findings") -> list[str]:
             for name, limit in told["limits"].items()
         )
         said.append(
-            f"{cells} cells {ran} run on {prompts['choose']} prompts, and of those "
+            f"{cells} settings {ran} run on {prompts['choose']} selection prompts, and of those "
             + (f"with {limits} " if limits else "")
             + f"the one with the best mean effect in {told['choose_by']} {was} chosen, a missing "
             "value counting as no effect. Of equal ones the gentlest wins, then the first. That "
-            f"cell, its controls and nothing else {were} run on {prompts['prove']} other prompts, "
-            "from which all claims come."
+            f"setting, its controls and nothing else {were} run on {prompts['prove']} held-out "
+            "prompts, from which all claims come."
         )
         if found.state == "beyond":
-            said.append("No cell stayed within the limits, so none was chosen.")
+            said.append("No setting stayed within the limits, so none was chosen.")
     if prompts["neutral"]:
         said.append(f"On {prompts['neutral']} neutral texts it is measured what steering damages.")
     return said
@@ -139,7 +138,7 @@ def _side(one: Declared) -> str:
     return "at least" if one.better == "high" else "at most"
 
 
-def _measuring(found: "Findings", level: float) -> list[str]:
+def _measuring(found: Findings, level: float) -> list[str]:
     """What an effect is, what missing means, which intervals there are."""
     seeds = len(found.manifest["seeds"])
     said = [
@@ -157,8 +156,8 @@ def _measuring(found: "Findings", level: float) -> list[str]:
     if not found.grid.empty and found.grid["low"].notna().any():
         ran = "" if whole_grid(found) else " that were run so far"
         said.append(
-            f"The grid's intervals hold at {level:.0%} for all cells of a metric{ran} at once "
-            "(max-t; Westfall and Young 1993, Romano and Wolf 2005); the set of cells not "
+            f"The grid's intervals hold at {level:.0%} for all settings of a metric{ran} at once "
+            "(max-t; Westfall and Young 1993, Romano and Wolf 2005); the set of settings not "
             "excluded from being best holds the best of them at that level (Hsu 1984)."
         )
     if not found.slopes.empty:
@@ -169,12 +168,12 @@ def _measuring(found: "Findings", level: float) -> list[str]:
     return [one for one in said if one]
 
 
-def whole_grid(found: "Findings") -> bool:
+def whole_grid(found: Findings) -> bool:
     """Whether every cell has been run on some prompt."""
     return not found.grid.empty and found.grid["cell"].nunique() == int(found.manifest["cells"])
 
 
-def _comparing(found: "Findings") -> list[str]:
+def _comparing(found: Findings) -> list[str]:
     """What p is, and how the choice among cells is accounted for."""
     if found.p.empty:
         return []
@@ -189,7 +188,7 @@ def _comparing(found: "Findings") -> list[str]:
     return said
 
 
-def _intervals(found: "Findings", level: float) -> str:
+def _intervals(found: Findings, level: float) -> str:
     """Which interval was formed how, as the claims' table has it."""
     named: dict[str, list[str]] = {}
     for r in as_records(found.claims):
@@ -199,8 +198,8 @@ def _intervals(found: "Findings", level: float) -> str:
     return f"Intervals at {level:.0%} for effects, by metric: {told}." if told else ""
 
 
-def setting(folder: Path, told: Mapping[str, Any]) -> str:
-    """What was run on what, as a list of names and values."""
+def setting(folder: Path, told: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """What was run on what: names and values."""
     spec = _spec(folder / "study.yaml")
     sampling = told["sampling"]
     how = (
@@ -227,7 +226,7 @@ def setting(folder: Path, told: Mapping[str, Any]) -> str:
         *((n, spec[n]) for n in ("sites", "coefficients", "operators", "scopes") if n in spec),
         *((n, spec[n]) for n in ("lines", "method") if spec.get(n)),
         *((n, repr(spec[n])) for n in ("system",) if spec.get(n) is not None),
-        ("cells", told["cells"]),
+        ("settings", told["cells"]),
         ("prompts", ", ".join(f"{count} {name}" for name, count in told["prompts"].items())),
         ("concept", told["concept"]),
         ("metrics", [f"{n} (decides)" if n == told["choose_by"] else n for n in told["metrics"]]),
@@ -244,12 +243,11 @@ def setting(folder: Path, told: Mapping[str, Any]) -> str:
         ("versions", ", ".join(f"{n} {v}" for n, v in told["versions"].items())),
         ("machine", ", ".join(str(v) for v in machine.values() if v)),
     ]
-    lines = []
-    for name, value in pairs:
-        if value not in ([], "", None):
-            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-            lines.append(f"<dt>{escaped(name)}</dt><dd>{escaped(shown)}</dd>")
-    return f"<dl>{''.join(lines)}</dl>"
+    return [
+        (name, ", ".join(map(str, value)) if isinstance(value, list) else value)
+        for name, value in pairs
+        if value not in ([], "", None)
+    ]
 
 
 def _cited(method: str) -> str:
@@ -264,8 +262,6 @@ def _spec(path: Path) -> Mapping[str, Any]:
     """The study's declaration as far as it is text and numbers; nothing where the file was taken
     away or damaged.
     """
-    from interp_steer.util.yaml_text import parse_yaml
-
     if path.is_file():
         with suppress(RequestError):
             read = parse_yaml(read_text(path), path)
@@ -282,11 +278,12 @@ def _is_flat(value: object) -> bool:
 
 def _origins(folder: Path) -> dict[str, str]:
     """Where each saved direction came from, in a line, from its file's metadata."""
-    from interp_steer.util.tensor_file import opened, parsed
-
     told = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with suppress(RunError, IndexError), opened(path) as file:  # what is damaged says nothing
+        with (
+            suppress(RunError, IndexError),
+            opened(path, "np") as file,
+        ):  # what is damaged says nothing
             about = file.metadata() or {}
             of_set = "members" in about
             source = parsed(about, "members")[0]["source"] if of_set else parsed(about, "source")

@@ -1,6 +1,6 @@
 """Pictures of tables other than the heat map, each a function from a table to a matplotlib figure.
 
-Lines differ in lightness, hue and marks; nothing goes through pyplot. See `heat`.
+Lines differ in lightness, hue and marks: see `marks`.
 """
 
 import itertools
@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from interp_steer.errors import RequestError
-from interp_steer.report import heat
-from interp_steer.report.heat import RED, SMALL, TEXT, UNITS, Record, Spot, axis_name, number
-from interp_steer.util.files import whole
+from interp_steer.report import marks
+from interp_steer.report.marks import MARKS, RED, TEXT, Record, axis_name, number
+from interp_steer.report.page import as_records
+from interp_steer.report.spots import UNITS, Spot, largest, names, spots, strength
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MARKS = ("o-", "s--", "^-.", "D:")
 ROLES = {
     "chosen": "chosen cell",
     "flip": "its sign turned",
@@ -33,21 +32,6 @@ ROLES = {
     "shuffled": "shuffled labels",
     "null": "random directions,\neach in its own best cell",
 }
-
-
-def save(figure: "Figure", path: Path) -> Path:
-    """Writes a figure as .png, .svg or .pdf, whole or not at all."""
-    kind = path.suffix.lstrip(".") or "png"
-    # without a date the same table gives the same file
-    dated: dict[str, Any] = {"metadata": {"Date": None}} if kind == "svg" else {}
-    with whole(path) as part:
-        figure.savefig(part, format=kind, dpi=150, **dated)
-    return path
-
-
-def as_records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a table as mappings."""
-    return [{str(k): v for k, v in r.items()} for r in table.to_dict("records")]
 
 
 # --- lines ----------------------------------------------------------------------------------------
@@ -83,8 +67,8 @@ def curves(
     Raises:
         RequestError: no cell differs from another in strength alone, or there is no such metric.
     """
-    cells = [s for s in heat.spots(grid, metrics) if s.unit is not None]
-    label = heat.strength(cells)
+    cells = [s for s in spots(grid, metrics) if s.unit is not None]
+    label = strength(cells)
     if len({s.unit for s in cells}) > 1:
         dosed = all(pd.notna(s.record["dose"]) for s in cells)
         column, label = ("dose", UNITS["dose"]) if dosed else ("coefficient", UNITS[""])
@@ -97,16 +81,16 @@ def curves(
         raise RequestError("no cells differ in strength alone: there is no curve")
     keys, notes = list(lines), []
     if len(keys) > most:
-        (group,) = heat.largest(list(itertools.chain(*lines.values())), chosen, 1)
+        (group,) = largest(list(itertools.chain(*lines.values())), chosen, 1)
         if (count := len({key[0] for key in keys})) > 1:
-            notes.append(f"of {count} combinations only {heat.names([group])[group]}")
+            notes.append(f"of {count} combinations only {names([group])[group]}")
         keys = [key for key in keys if key[0] == group]
     if len(keys) > most:
         ringed = [key for key in keys if any(s.is_at(chosen) for s in lines[key])]
         notes.append(f"{most} of {len(keys)} layers, evenly spaced")
         keys = _evenly(sorted(keys, key=lambda key: key[1]), most, ringed)
     groups = list(dict.fromkeys(key[0] for key in keys))
-    name = heat.names(groups)
+    name = names(groups)
     by_layer = len({key[2] for key in keys}) > 1
 
     def drawn(key: tuple[Any, ...], metric: str) -> _Line:
@@ -124,8 +108,8 @@ def curves(
     panels = {metric: [drawn(key, metric) for key in keys] for metric in titles}
     labels = {metric: f"effect on {axis}" for metric, axis in axes.items()}
     figure = _lines(panels, label, labels, titles)
-    _say(figure, notes)
-    return heat.literal(figure)
+    marks.small_print(figure, notes)
+    return marks.literal(figure)
 
 
 def profile(
@@ -193,8 +177,8 @@ def profile(
         zero="unsteered" if is_grid else "" if label else "no change",
     )  # fmt: skip
     more = len(heights) - len(largest)
-    _say(figure, [f"{more} lines with smaller effects left out"] if more else [])
-    return heat.literal(figure)
+    marks.small_print(figure, [f"{more} lines with smaller effects left out"] if more else [])
+    return marks.literal(figure)
 
 
 def _placed(record: Record, chosen: Record | None) -> dict[str, Any]:
@@ -230,7 +214,7 @@ def dose_response(
 
     drawing = {measure: [drawn(name, measure) for name in lines] for measure in panels}
     figure = _lines(drawing, UNITS["dose"], panels, {}, base=unsteered)
-    return save(heat.literal(figure), path)
+    return marks.save(marks.literal(figure), path)
 
 
 def _lines(
@@ -244,7 +228,6 @@ def _lines(
     """A panel for each measure, the same lines in each, and what is unsteered as a dashed one."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
     across = min(3, len(panels))
@@ -277,8 +260,8 @@ def _lines(
         if x_label.endswith(("layer", "span")):
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         elif len(ticks) <= 8 and min(gaps, default=0.0) > 0.09 * (ticks[-1] - ticks[0]):
-            axis.set_xticks(ticks, [heat.minus(f"{x:.3g}") for x in ticks])
-        _bare(axis)
+            axis.set_xticks(ticks, [marks.minus(f"{x:.3g}") for x in ticks])
+        marks.bare(axis)
         if base:  # measures rather than effects: from 0
             tops = [point[1] for line in lines for point in line.points]
             top = max([level, *tops])  # NaN is never more
@@ -286,9 +269,8 @@ def _lines(
     first = axes.flat[0].get_legend_handles_labels()
     entries = [(handle, name) for handle, name in zip(*first, strict=True) if name]
     if any(line.ringed for lines in panels.values() for line in lines):
-        ring = Line2D([], [], marker="o", ls="", ms=10, mfc="none", mec=RED, mew=2)
-        entries.append((ring, "chosen"))
-    heat.legend(figure, entries)
+        entries.append((marks.ring(), "chosen"))
+    marks.legend(figure, entries)
     return figure
 
 
@@ -357,11 +339,12 @@ def controls(
     axis.set_yticks(ticks, said)
     axis.set_ylim(top - 0.1, 0.1)
     axis.set_xlabel(f"effect on {axis_name(metric, chosen)}", fontsize=TEXT)
-    _bare(axis)
+    marks.bare(axis)
     axis.grid(visible=False, axis="y")
     notes = [f"solid line: the chosen cell{', with its interval' * banded}", "dashed: unsteered"]
-    _say(figure, notes + ["a dot a null direction; black bar: their mean"] * bool(strips))
-    return heat.literal(figure)
+    notes += ["a dot a null direction; black bar: their mean"] * bool(strips)
+    marks.small_print(figure, notes)
+    return marks.literal(figure)
 
 
 def _spread(values: Sequence[float], bins: int = 48) -> list[float]:
@@ -371,9 +354,6 @@ def _spread(values: Sequence[float], bins: int = 48) -> list[float]:
     at = [int((v - low) / step) for v in values]
     tallest = max(4, *Counter(at).values())
     return [(2 * at[: i + 1].count(c) - at.count(c) - 1) / tallest for i, c in enumerate(at)]
-
-
-# --- shared ---------------------------------------------------------------------------------------
 
 
 def _evenly(keys: Sequence[Any], most: int, keep: Sequence[Any]) -> list[Any]:
@@ -386,18 +366,3 @@ def _evenly(keys: Sequence[Any], most: int, keep: Sequence[Any]) -> list[Any]:
 
 def _point(record: Record, x: float, y: str) -> tuple[float, float, float, float]:
     return float(x), number(record[y]), number(record["low"]), number(record["high"])
-
-
-def _bare(axis: "Axes") -> None:
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
-    axis.set_axisbelow(True)
-    axis.tick_params(labelsize=SMALL)
-    axis.margins(y=0.08)
-
-
-def _say(figure: "Figure", notes: Sequence[str]) -> None:
-    """Small print below a figure."""
-    if notes:
-        said = textwrap.fill("; ".join(notes), int(13.5 * figure.get_figwidth()))
-        figure.supxlabel(said, x=0.01, ha="left", fontsize=SMALL, color="0.3")

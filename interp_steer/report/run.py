@@ -10,17 +10,15 @@ import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from interp_steer.errors import RequestError, RunError
+from interp_steer.report.findings import Findings
 from interp_steer.results.rows import Results, joined
 from interp_steer.util.files import parse_json, read_lines, read_text, whole
 from interp_steer.util.shape import COUNT, NONE, NUMBER, misfit
-
-if TYPE_CHECKING:
-    from interp_steer.report.findings import Findings
 
 ROWS = "rows*.jsonl"
 
@@ -129,11 +127,19 @@ class Run:
                 table.to_parquet(part, index=False)
         return path
 
-    def findings(self, **options: Any) -> "Findings":
-        """What the rows say: intervals, the chosen cell, its controls; see `findings.Findings`."""
-        from interp_steer.report.findings import Findings
+    def findings(self, level: float = 0.95) -> Findings:
+        """What the rows say: intervals, the chosen setting, its controls; see `Findings`.
 
-        return Findings.of(self, **options)
+        Args:
+            level: of the intervals.
+
+        Raises:
+            RequestError: the run has no unsteered rows yet.
+        """
+        table = self.table()
+        if not (table["role"] == "unsteered").any():
+            raise RequestError(f"{self.folder} has no rows yet; run its study first")
+        return Findings.of(table, self.manifest, self.plan, level)
 
     def _repr_html_(self) -> str:
         head = self.table().head(20)._repr_html_()  # type: ignore[operator]

@@ -4,25 +4,9 @@ from dataclasses import dataclass
 
 from interp_steer.errors import RequestError
 from interp_steer.prompts.item import Item
+from interp_steer.results.roles import Setting
 from interp_steer.steering.intervention import Intervention
 from interp_steer.steering.scale import Scale
-
-SETTING = ("direction", "operator", "site", "level", "scope")
-Setting = tuple[str, str, str, str, str]
-"""Direction, operator, site, level and scope as a study declares them; "" where there is none."""
-
-ROLES = {
-    "unsteered": "no intervention",
-    "grid": "every cell, on the prompts that choose",
-    "null_grid": "the same grid with random directions, on the prompts that choose",
-    "chosen": "the chosen cell, on the prompts that prove",
-    "flip": "the chosen cell with the coefficient's sign turned",
-    "wrong_layer": "the chosen cell's direction half the model away",
-    "random": "random directions of the same norm in the chosen cell",
-    "features": "other features of the SAE, alike in density and largest activation",
-    "shuffled": "directions from the same prompts with shuffled labels",
-    "null": "random directions, each in the cell that it chose for itself",
-}
 
 
 @dataclass(frozen=True)
@@ -68,7 +52,7 @@ class Cell:
     """One setting of a study, whatever the prompt.
 
     Attributes:
-        role: a key of `ROLES`.
+        role: a key of `roles.ROLES`.
         direction, operator, site, level, scope: as the study declares them; "" where there is none.
         steer: the interventions, resolved to lengths.
         null: the number of the null direction, from 0.

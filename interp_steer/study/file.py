@@ -31,12 +31,12 @@ from interp_steer.prompts.entry import SIDES
 from interp_steer.prompts.file import PromptFile, is_file
 from interp_steer.prompts.item import Item
 from interp_steer.prompts.template import read_date
+from interp_steer.results.built_in import BUILT_IN
 from interp_steer.steering.contrast import POSITIONS, Contrast
 from interp_steer.steering.direction import Direction, DirectionSet, is_name
 from interp_steer.steering.directions import Directions
 from interp_steer.steering.intervention import Vector
 from interp_steer.study.cell import Controls
-from interp_steer.study.metrics import BUILT_IN
 from interp_steer.study.parts import split_items
 from interp_steer.study.study import Study
 from interp_steer.util.files import read_text, whole

@@ -24,6 +24,7 @@ from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Result, Row, Score
 from interp_steer.errors import RequestError, nearest
 from interp_steer.prompts.item import Item
+from interp_steer.results.built_in import BUILT_IN
 from interp_steer.results.declared import BETTER, KINDS, NEEDS, Declared
 from interp_steer.results.words import names
 from interp_steer.util.console import Report
@@ -187,10 +188,8 @@ def metric(
 
 def _source(function: Function) -> str:
     """A hash of what defines a custom metric: its whole file where a study names that under
-    `modules`, else its own lines; "" of a built-in one.
+    `modules`, else its own lines.
     """
-    if function.__module__.startswith("interp_steer."):
-        return ""
     text = vars(sys.modules.get(function.__module__, object)).get(CONTENT)
     if text is None:
         try:
@@ -228,9 +227,18 @@ def find(name: object) -> Metric:
     return METRICS[name]
 
 
-@metric(kind="rate", version=2)
+def built_in(name: str) -> Callable[[Function], Function]:
+    """Makes a function the metric that `results.built_in` declares."""
+
+    def registered(function: Function) -> Function:
+        METRICS[name] = Metric(**vars(BUILT_IN[name]), function=function)
+        return function
+
+    return registered
+
+
+@built_in("mention")
 def mention(measured: Measured) -> Numbers:
-    """Answers that name a concept word which their prompt does not."""
     found: Numbers = []
     for item, result in zip(measured.items, measured.results, strict=True):
         said = (item.prompt,) if isinstance(item.prompt, str) else [m for _, m in item.prompt]
@@ -240,9 +248,8 @@ def mention(measured: Measured) -> Numbers:
     return found
 
 
-@metric(kind="rate", version=2)
+@built_in("concept")
 def concept(measured: Measured) -> Numbers:
-    """Answers that name a concept word which their prompt does not, and do not loop (rep3 0.2)."""
     repeated = (rep3(one.token_ids) or 0.0 for one in measured.results)
     return [
         None if named is None else float(bool(named) and share <= LOOPS)
@@ -250,45 +257,38 @@ def concept(measured: Measured) -> Numbers:
     ]
 
 
-@metric("rep3", better="low", unit="share of 3-grams", bounds=(0.0, 1.0))
+@built_in("rep3")
 def _rep3(measured: Measured) -> Numbers:
-    """Share of repeated 3-grams of the answer's tokens; above 0.2 it loops."""
     return [rep3(one.token_ids) for one in measured.results]
 
 
-@metric(unit="share of 2-grams", bounds=(0.0, 1.0))
+@built_in("distinct2")
 def distinct2(measured: Measured) -> Numbers:
-    """Different 2-grams of the answer's tokens / all (distinct-2, Li et al. 2016)."""
     return [distinct(one.token_ids, 2) for one in measured.results]
 
 
-@metric("surprise", better="low", unit="nats a token")
+@built_in("surprise")
 def _surprise(measured: Measured) -> Numbers:
-    """Mean of -ln p(token) of the answer under the unsteered model."""
     return surprise(measured.engine, measured.results, batch=measured.batch)
 
 
-@metric(unit="tokens")
+@built_in("length")
 def length(measured: Measured) -> Numbers:
-    """Tokens of the answer."""
     return [float(len(one.token_ids)) for one in measured.results]
 
 
-@metric(better="low", needs="unsteered", unit="nats")
+@built_in("kl_last")
 def kl_last(measured: Measured) -> Numbers:
-    """KL(unsteered || steered) of the answer's first token, at the last prompt position."""
     return [s.kl[0].item() if s.kl is not None else None for s in measured.scores]
 
 
-@metric(better="low", needs="unsteered", unit="nats a token")
+@built_in("kl_mean")
 def kl_mean(measured: Measured) -> Numbers:
-    """KL(unsteered || steered) averaged over the last prompt position and the unsteered answer."""
     return [s.kl.mean().item() if s.kl is not None else None for s in measured.scores]
 
 
-@metric(needs="pair", unit="nats", version=2)
+@built_in("logit_difference")
 def logit_difference(measured: Measured) -> Numbers:
-    """Logit of the positive answer minus that of the negative at the first token that differs."""
     engine = measured.engine
     pairs = [
         [engine.ids(row.prompt, str(text)) for text in (item.positive, item.negative)]
@@ -310,16 +310,14 @@ def logit_difference(measured: Measured) -> Numbers:
     ]
 
 
-@metric(needs="pair", unit="nats", version=2)
+@built_in("propensity")
 def propensity(measured: Measured) -> Numbers:
-    """ln p(positive answer) - ln p(negative answer) (Tan et al. 2024, arXiv 2407.12404)."""
     sides = _sides(measured)
     return [(a.logprobs.sum() - b.logprobs.sum()).item() for a, b in zip(*sides, strict=True)]
 
 
-@metric(needs="pair", unit="nats a token", version=2)
+@built_in("propensity_per_token")
 def propensity_per_token(measured: Measured) -> Numbers:
-    """The same with each answer's mean over its tokens, for answers of different lengths."""
     sides = _sides(measured)
     return [(a.logprobs.mean() - b.logprobs.mean()).item() for a, b in zip(*sides, strict=True)]
 
@@ -331,9 +329,8 @@ def _sides(measured: Measured) -> tuple[list[Score], list[Score]]:
     )
 
 
-@metric(kind="rate", needs="choices", version=2)
+@built_in("accuracy")
 def accuracy(measured: Measured) -> Numbers:
-    """Questions whose correct choice has the largest ln p of all choices, whole texts."""
     most = max(len(item.choices) for item in measured.items)
     best: list[tuple[float, int]] = [(-math.inf, -1)] * len(measured.items)
     for number in range(most):  # a question with fewer choices is asked its last one again
@@ -344,15 +341,11 @@ def accuracy(measured: Measured) -> Numbers:
     return [float(-b[1] == i.correct) for b, i in zip(best, measured.items, strict=True)]
 
 
-@metric(better="low", needs="continuation", unit="nats a token", version=2)
+@built_in("loss")
 def loss(measured: Measured) -> Numbers:
-    """Cross-entropy of the given continuation: on neutral text, what steering damages."""
     scores = measured.logprobs([str(item.continuation) for item in measured.items])
     return [_mean_loss(score) for score in scores]
 
 
 def _mean_loss(score: Score) -> float | None:
     return -score.logprobs.mean().item() if len(score.logprobs) else None
-
-
-BUILT_IN = dict(METRICS)  # what a run from before manifests kept metrics may have had

@@ -10,13 +10,14 @@ from interp_steer.errors import note
 from interp_steer.features.matched import matched_features
 from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
+from interp_steer.results.roles import Setting
 from interp_steer.steering.contrast import Contrast
 from interp_steer.steering.direction import Direction, DirectionSet
 from interp_steer.steering.grammar import Reader, parse
 from interp_steer.steering.intervention import Intervention, Vector, resolve
 from interp_steer.steering.scale import Scale
 from interp_steer.study import metrics as measures
-from interp_steer.study.cell import Cell, Planned, Setting
+from interp_steer.study.cell import Cell, Planned
 from interp_steer.study.study import Study
 
 FLIPPED = ("add", "add_norm_kept", "clamp")  # operators for which a negative coefficient is a flip

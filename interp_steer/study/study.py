@@ -26,6 +26,7 @@ from interp_steer.model.model import SteeringModel
 from interp_steer.prompts.item import Item
 from interp_steer.prompts.prompt import chat
 from interp_steer.results.declared import NEEDS
+from interp_steer.results.roles import Setting
 from interp_steer.results.words import middle
 from interp_steer.steering.contrast import Contrast
 from interp_steer.steering.direction import Direction, DirectionSet
@@ -33,7 +34,7 @@ from interp_steer.steering.grammar import Reader, parse, steer
 from interp_steer.steering.intervention import OPERATORS, Intervention, Vector, resolve, sites_text
 from interp_steer.steering.scale import Scale
 from interp_steer.study import metrics as measures
-from interp_steer.study.cell import Cell, Controls, Planned, Setting
+from interp_steer.study.cell import Cell, Controls, Planned
 from interp_steer.study.chunk import load_modules
 from interp_steer.study.parts import PARTS, check_apart
 from interp_steer.util.typed import expect

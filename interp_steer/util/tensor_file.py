@@ -17,10 +17,14 @@ WIDEST = 2**20  # numbers of one direction; models have up to 2**15
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def opened(path: Path, kind: str = "pt") -> Iterator[Any]:
     """safetensors's handle of a file; whatever is wrong inside becomes one line.
 
     The header is bounded before it is read: it is text that its reader holds several times.
+
+    Args:
+        kind: of its tensors, in safetensors's words; "np" where only metadata are read, without
+            torch.
 
     Raises:
         RunError: the file is damaged, cannot be read, or is none of safetensors.
@@ -33,7 +37,7 @@ def opened(path: Path) -> Iterator[Any]:
                 length = int.from_bytes(plain.read(8), "little")
             if length > LARGEST_HEADER:
                 raise ValueError(f"its header is said to be {length:,} bytes long")
-            with safe_open(path, "pt") as file:
+            with safe_open(path, kind) as file:
                 yield file
     except (
         SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError,

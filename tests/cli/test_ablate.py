@@ -10,7 +10,7 @@ import pytest
 from interp_steer.causal.patch import Patching
 from interp_steer.cli import main as cli
 from interp_steer.errors import RequestError
-from interp_steer.report import patching_plot, plots
+from interp_steer.report import maps, marks
 from interp_steer.report.chosen import setting_of
 from interp_steer.report.run import Run
 from interp_steer.study.cell import Controls
@@ -129,8 +129,8 @@ def test_positions_on_the_command_line(folder, positions, places):
 def test_each_mode_draws_its_picture(folder, tmp_path, monkeypatch):
     """Position x layer of patching, layer profiles of the rest; the score on an axis."""
     figures = []
-    save = plots.save
-    monkeypatch.setattr(plots, "save", lambda one, path: figures.append(one) or save(one, path))
+    save = marks.save
+    monkeypatch.setattr(marks, "save", lambda one, path: figures.append(one) or save(one, path))
     patched(folder, "--plot", tmp_path / "each.png")
     one = ("--component", "mlp_out", "--positions", "all")
     patched(folder, *one, "--plot", tmp_path / "all.png")
@@ -157,25 +157,25 @@ def test_the_map_is_the_table(folder):
     )
     table = pd.DataFrame({"position": [0, 0, 1, -1], "token": [" a", " a", " b", " c"]})
     table = pd.concat([table, table.assign(token=[" a", " a", " z", " c"])])
-    figure = patching_plot.patching(summary, table)
+    figure = maps.patching(summary, table)
     (image,) = figure.axes[0].images
     assert image.get_array().tolist() == [[0, 1, -1], [30, 31, 29]]  # positions from the end last
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["a  0", "b …  1", "c  −1"]
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["0", "3"]
     heads = summary.assign(head=summary["position"] + 1, position=None)
-    (image,) = patching_plot.patching(heads).axes[0].images
+    (image,) = maps.patching(heads).axes[0].images
     assert image.get_array().tolist() == [[-1, 0, 1], [29, 30, 31]]
     both = pd.concat([heads, heads.assign(head=None, component="attn_out")])
-    assert patching_plot.patching(both).get_supxlabel() == "attn_out: no heads, not drawn"
+    assert maps.patching(both).get_supxlabel() == "attn_out: no heads, not drawn"
     with pytest.raises(RequestError, match="no place has a share"):
-        patching_plot.patching(summary.assign(estimate=float("nan")))
+        maps.patching(summary.assign(estimate=float("nan")))
 
 
 def test_a_picture_that_cannot_be_drawn_costs_nothing_else(folder, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError("ink")
 
-    monkeypatch.setattr(patching_plot, "mediation", broken)
+    monkeypatch.setattr(maps, "mediation", broken)
     files = ("--plot", tmp_path / "a.png", "--out", tmp_path / "a.csv")
     out, err = command("ablate", folder / "run", "--mediate", *files, code=1)
     assert "mlp_out" in out and "words: unsteered" in out
@@ -286,9 +286,9 @@ def test_a_run_is_traced_without_its_own_metrics(tiny, tmp_path):
         ({}, 0, "no steered row was run yet; `interp-steer study run`"),
         ({}, 7, "no steered row was run yet; `interp-steer study run`"),
         ({}, 9, "no steered row was run yet; `interp-steer study run`"),
-        ({"choose": []}, None, "no prompts chose, so no cell is claimed"),
-        ({"limits": {"length": 99.0}}, None, "no cell stayed within the limits (length 99)"),
-        ({}, 10, "the chosen cell was not run yet; `interp-steer study run`"),
+        ({"choose": []}, None, "there are no selection prompts, so no setting is claimed"),
+        ({"limits": {"length": 99.0}}, None, "no setting stayed within the limits (length 99)"),
+        ({}, 10, "the chosen setting was not run yet; `interp-steer study run`"),
         ({}, None, None),
     ],
 )

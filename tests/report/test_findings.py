@@ -18,8 +18,6 @@ WORDS = [f"number {n}" for n in range(24)]
 class Told:
     """A run that is only a table."""
 
-    folder = "made by hand"
-
     def __init__(self, table, plan=None, **manifest):
         self._table = table
         self.plan = table.to_dict("records") if plan is None else plan
@@ -28,8 +26,8 @@ class Told:
             "prompts": {"choose": 12, "prove": 12}, **manifest,
         }  # fmt: skip
 
-    def table(self):
-        return self._table
+    def findings(self):
+        return Findings.of(self._table, self.manifest, self.plan)
 
 
 def rows(role, values, split="prove", null=None, level="1.0", seeds=1, layer=3, **more):
@@ -49,7 +47,7 @@ def rows(role, values, split="prove", null=None, level="1.0", seeds=1, layer=3, 
 def found(*parts, **manifest):
     table = pd.DataFrame([row for part in parts for row in part])
     table["null"] = table["null"].astype("Int64")
-    return Findings.of(Told(table, **manifest))
+    return Told(table, **manifest).findings()
 
 
 BEFORE = np.arange(12.0)
@@ -86,7 +84,7 @@ def test_a_chosen_cell_pays_for_the_choice():
     many = found(*parts, cells=10)
     # too few to tell it from a lucky choice, though it beats all of them in its cell
     assert many.verdict.p == pytest.approx(10 / 40) and many.verdict.steers is None
-    assert "Bonferroni over the 10 cells" in many.verdict.text
+    assert "Bonferroni over the 10 settings" in many.verdict.text
     beaten = found(*parts[:2], nulls([9.0] * 3 + [0.0] * 36), cells=10)
     assert beaten.verdict.steers is False and beaten.verdict.p == 1.0
     through = found(*parts, nulls([0.0] * 50, "null"), cells=10, selected=50)
@@ -100,7 +98,7 @@ def test_nulls_that_all_broke_the_limits_did_worse():
     parts = rows("unsteered", BEFORE), rows("chosen", BEFORE + MOVED)
     f = found(*parts, cells=4, selected=20, limits={"length": -5.0})
     assert f.verdict.p == pytest.approx(1 / 21) and f.verdict.steers is True
-    assert "20 random directions made the same choice among 4 cells" in f.verdict.text
+    assert "20 random directions made the same choice among 4 settings" in f.verdict.text
     assert "of which none found one within the limits" in f.verdict.text
     assert "no random directions were run" not in str(f)
     (line,) = f.p.to_dict("records")
@@ -130,7 +128,7 @@ def test_nulls_whose_rows_are_missing_count_as_doing_as_well():
     table = pd.DataFrame([*parts, *nulls([0.0] * 30, "null")])
     table["null"] = table["null"].astype("Int64")
     plan = [*parts, *nulls([0.0] * 39, "null")]  # nine were not run yet
-    f = Findings.of(Told(table, plan, cells=3, selected=39))
+    f = Told(table, plan, cells=3, selected=39).findings()
     assert f.verdict.p == pytest.approx(10 / 40) and f.verdict.steers is False
     assert "9 of them are not measured and count as doing as well" in f.verdict.text
 
@@ -149,7 +147,7 @@ def test_how_many_did_as_well_in_the_same_cell_is_said():
     f = found(rows("unsteered", BEFORE), rows("chosen", BEFORE + MOVED),
               nulls([99.0] + [0.0] * 38), cells=10)  # fmt: skip
     assert f.verdict.p == pytest.approx(0.5) and f.verdict.steers is None
-    assert "as 1 of 39 random directions in the same cell did" in f.verdict.text
+    assert "1 of 39 random directions in the same setting did as much" in f.verdict.text
 
 
 @pytest.mark.parametrize(
@@ -158,15 +156,20 @@ def test_how_many_did_as_well_in_the_same_cell_is_said():
         ((), {"cells": 2}, "begun", "no steered row was run yet"),
         (("half",), {"cells": 2}, "unfinished", "rows of the grid are missing"),
         (("half",), {"cells": 2, "limits": {"length": 99.0}}, "unfinished", "rows of the grid"),
-        (("grid",), {"cells": 2}, "waiting", "the chosen cell was not run yet"),
-        (("grid",), {"cells": 2, "limits": {"length": 3.0}}, "waiting", "chosen cell was not run"),
+        (("grid",), {"cells": 2}, "waiting", "the chosen setting was not run yet"),
+        (
+            ("grid",),
+            {"cells": 2, "limits": {"length": 3.0}},
+            "waiting",
+            "chosen setting was not run",
+        ),
         (("grid",), {"cells": 2, "limits": {"length": 99.0}}, "beyond", "stayed within the limits"),
         (("grid", "chosen"), {"cells": 2}, "chosen", "no random directions were run"),
-        (("prove",), {"cells": 2, "choose": 0}, "open", "no prompts chose"),
-        ((), {"cells": 2, "choose": 0}, "open", "no prompts chose"),
+        (("prove",), {"cells": 2, "choose": 0}, "open", "no selection prompts"),
+        ((), {"cells": 2, "choose": 0}, "open", "no selection prompts"),
         ((), {"cells": 1, "choose": 0}, "begun", "no steered row was run yet"),
         # the cell was fixed beforehand, and its own rows failed
-        (("controls",), {"cells": 1, "choose": 0}, "waiting", "the chosen cell was not run yet"),
+        (("controls",), {"cells": 1, "choose": 0}, "waiting", "the chosen setting was not run yet"),
     ],
 )
 def test_why_nothing_is_declared_is_true_of_the_state(steps, manifest, state, says):
@@ -183,7 +186,7 @@ def test_why_nothing_is_declared_is_true_of_the_state(steps, manifest, state, sa
         run += mine[:12] if step == "half" else mine
     table = pd.DataFrame(run)
     table["null"] = table["null"].astype("Int64")
-    f = Findings.of(Told(table, plan, **manifest))
+    f = Told(table, plan, **manifest).findings()
     assert f.state == state and says in f.verdict.text and f.verdict.steers is None
     told = {why for why in STATES.values() if why and why in str(f)}
     assert told == ({STATES[state]} if STATES[state] else set())
@@ -196,7 +199,7 @@ def test_a_grid_of_few_prompts_does_not_say_that_they_chose():
         rows("grid", BEFORE[:6] + 2, level="2.0"),
     )
     f = found(*parts, cells=2, prompts={"choose": 0, "prove": 6})
-    assert "no prompts chose" in f.verdict.text
+    assert "no selection prompts" in f.verdict.text
     assert "the grid has 6 prompts" in str(f) and "6 prompts chose" not in str(f)
 
 
@@ -403,5 +406,5 @@ def test_slopes_are_those_of_numpy(tiny, tmp_path):
         assert line["negative"] == pytest.approx(np.mean(np.array(each) < 0))
         assert line["n"] == len(WORDS) and line["per"] == "dose"
     assert len(f.slopes) == 2
-    assert "no prompts chose" in f.verdict.text
+    assert "no selection prompts" in f.verdict.text
     assert str(f).startswith("Nothing is declared")

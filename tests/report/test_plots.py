@@ -13,7 +13,7 @@ from matplotlib.patches import Ellipse, Rectangle
 from matplotlib.text import Text
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.report import heat, plots
+from interp_steer.report import heat, marks, plots, spots
 
 CHOSEN = {
     "direction": "eiffel",
@@ -232,9 +232,9 @@ def test_a_missing_effect_is_no_colour_and_no_number():
 @pytest.mark.parametrize(
     ("levels", "operator", "label", "shown"),
     [
-        (("60.0", "120.0"), "latent_clamp", heat.LATENT, ["60", "120"]),
+        (("60.0", "120.0"), "latent_clamp", spots.LATENT, ["60", "120"]),
         (("-8.0", "8.5"), "add", "coefficient (residual units)", ["−8", "8.5"]),
-        (("1.0 max", "2.0 max"), "add", heat.UNITS["max"], ["1", "2"]),
+        (("1.0 max", "2.0 max"), "add", spots.UNITS["max"], ["1", "2"]),
         (("0.5 dose", "2.0 max"), "add", "coefficient", ["0.5 dose", "2 max"]),
         (("",), "ablate", "", ["ablate"]),
     ],
@@ -243,7 +243,7 @@ def test_the_axis_of_strengths_has_its_unit(levels, operator, label, shown):
     figure = heat.heat_map(grid(levels=levels, operators=(operator,)))
     assert ticks(panels(figure)[0], "x") == shown
     assert " ".join(label.split()) in said(figure)
-    assert ("dose (" in said(figure)) == (label == heat.UNITS["dose"])
+    assert ("dose (" in said(figure)) == (label == spots.UNITS["dose"])
 
 
 def test_whole_lines_of_interventions_are_rows():
@@ -551,7 +551,7 @@ def test_what_is_not_there_is_named():
 def test_hostile_names_are_drawn_as_they_are(tmp_path):
     table = grid((13,), directions=("a$x_1$", "b\x00\u202e"), metrics=("m$^{$",))
     for figure in (heat.heat_map(table), plots.curves(table)):
-        path = plots.save(figure, tmp_path / "a.svg")
+        path = marks.save(figure, tmp_path / "a.svg")
         assert "\x00" not in said(figure) and "\u202e" not in said(figure)
         assert "a$x_1$" in said(figure) and "m$^{$" in said(figure)
         assert b"\x00" not in path.read_bytes()
@@ -559,7 +559,7 @@ def test_hostile_names_are_drawn_as_they_are(tmp_path):
 
 def test_a_figure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path, figure = tmp_path / "a.svg", Figure()
-    plots.save(figure, path)
+    marks.save(figure, path)
     before = path.read_bytes()
     assert before.startswith(b"<?xml")
 
@@ -569,7 +569,7 @@ def test_a_figure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(figure, "savefig", half)
     with pytest.raises(RunError, match="full"):
-        plots.save(figure, path)
+        marks.save(figure, path)
     assert path.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["a.svg"]
 
 
@@ -597,14 +597,14 @@ def test_the_dose_response_of_the_demo(tmp_path):
         columns=["line", "dose", "concept", "surprise"],
     )
     kept: list[Figure] = []
-    real = plots.save
+    real = marks.save
 
     def save(figure: Figure, path: Path) -> Path:
         kept.append(figure)
         return real(figure, path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "save", save)
+        patch.setattr(marks, "save", save)
         path = plots.dose_response(
             table,
             {"concept": "answers", "surprise": "nats"},

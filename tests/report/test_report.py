@@ -12,8 +12,8 @@ from interp_steer.errors import RequestError, RunError
 from interp_steer.report import page as pieces
 from interp_steer.report import report
 from interp_steer.report.findings import Findings
-from interp_steer.report.heat import SETTING
 from interp_steer.report.run import Run
+from interp_steer.results.roles import SETTING
 from interp_steer.results.rows import FORMAT
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\x00\u202etxet \U0001f5fc سلام &amp; \"'\x1b[31m"
@@ -129,7 +129,7 @@ def quick():
 @pytest.fixture
 def undrawn(monkeypatch):
     """For what is about the words alone."""
-    monkeypatch.setattr(report._Report, "_pictures", lambda _: "")
+    monkeypatch.setattr(report._Report, "_pictures", lambda *_: [])
 
 
 class Page(HTMLParser):
@@ -244,8 +244,9 @@ def test_a_report_holds_the_grid(found, page):
 
 def test_a_report_says_how_it_was_done(done, page):
     for said in (
-        "4 cells were run on 12 prompts", "best mean effect in concept", "on 12 other prompts",
-        "made from 48 prompts", "paired Newcombe (Newcombe 1998", "Bonferroni over the 4 cells",
+        "4 settings were run on 12 selection prompts", "best mean effect in concept",
+        "on 12 held-out prompts",
+        "made from 48 prompts", "paired Newcombe (Newcombe 1998", "Bonferroni over the 4 settings",
         "missing: not zero", "eiffel@9e4eb64f", "resid_post 12, resid_post 13", "torch 2.13.0",
         "the most likely token, at most 24 tokens", "One model, and prompts of one origin",
     ):  # fmt: skip
@@ -262,7 +263,9 @@ def test_a_report_draws_what_there_is(page):
 
 def test_a_picture_lies_inside_the_page(monkeypatch):
     monkeypatch.setattr(Figure, "savefig", RENDER)
-    (image,) = Page(pieces.figure(Figure((3, 2)), "a <b>")).all("img")
+    picture = pieces.Picture.of(Figure((3, 2)), "a <b>")
+    brief = pieces.render("brief.html", picture=picture, verdict="", claims=None, notes=[])
+    (image,) = Page(brief).all("img")
     kind, _, data = image["src"].partition(";base64,")
     assert kind == "data:image/svg+xml" and b"<svg" in base64.b64decode(data)
     assert image["alt"] == "a <b>" and "width:288px" in image["style"]
@@ -395,7 +398,7 @@ def test_a_report_is_written_whole_or_not_at_all(done, found, tmp_path, monkeypa
     ("options", "says", "not_says"),
     [
         ({"choose": 0}, "No prompts were set apart to choose", "Intervals at 95% for effects"),
-        ({"choose": 0, "cells": CELLS[:1]}, "one cell, fixed beforehand", "cells were run"),
+        ({"choose": 0, "cells": CELLS[:1]}, "one setting, fixed beforehand", "settings were run"),
         (
             {"choose": 4, "prove": 4, "nulls": (("random", 2),)},
             "p cannot fall below 1.000",
@@ -416,7 +419,7 @@ def test_a_report_is_written_whole_or_not_at_all(done, found, tmp_path, monkeypa
         ),
         (
             {"cells": [("add(a, 1.0) at 12", "", "", "", ""), ("clamp(a, 2.0) at 3", *[""] * 4)]},
-            "The chosen cell is add(a, 1.0) at 12",
+            "The chosen setting is add(a, 1.0) at 12",
             " dose",
         ),
     ],
@@ -428,7 +431,7 @@ def test_small_runs(tmp_path, options, says, not_says):
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize(("role", "says"), [("flip", "planned rows"), ("chosen", "No cell is")])
+@pytest.mark.parametrize(("role", "says"), [("flip", "planned rows"), ("chosen", "No setting is")])
 def test_missing_rows_are_named_by_their_part(tmp_path, role, says):
     make_run(tmp_path)
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
@@ -447,10 +450,10 @@ def without(run: Run, begins: str, keep: int = 0) -> Run:
     return Run(run.folder)
 
 
-DESIGN = "4 cells {} run on 12 prompts"
-PROVED = "nothing else {} run on 12 other prompts"
-BEYOND = "No cell stayed within the limits, so none was chosen"
-UNRUN = "The grid was run; the chosen cell and its controls were not"
+DESIGN = "4 settings {} run on 12 selection prompts"
+PROVED = "nothing else {} run on 12 held-out prompts"
+BEYOND = "No setting stayed within the limits, so none was chosen"
+UNRUN = "The grid was run; the chosen setting and its controls were not"
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -463,27 +466,27 @@ UNRUN = "The grid was run; the chosen cell and its controls were not"
          [DESIGN.format("are to be"), PROVED.format("are to be"), "rows of the grid are missing"],
          ["Layers not excluded", BEYOND, UNRUN]),
         ({"until": "grid"}, None,
-         [DESIGN.format("were"), PROVED.format("are to be"), UNRUN, "the chosen cell was not run"],
+         [DESIGN.format("were"), PROVED.format("are to be"), UNRUN, "setting was not run"],
          [BEYOND, "the one with the best mean effect in concept was chosen"]),
         ({"until": "grid", "limits": {"surprise": 0.0}}, None,
-         [DESIGN.format("were"), BEYOND, "no cell stayed within the limits"], [UNRUN]),
+         [DESIGN.format("were"), BEYOND, "no setting stayed within the limits"], [UNRUN]),
         ({"until": "grid", "limits": {"surprise": 9.0}}, None, [UNRUN], [BEYOND]),
-        ({}, ("chosen", 5), ["effects on 5 of 12 prompts", PROVED.format("were")],
-         ["effects on 12 prompts", UNRUN]),
-        ({}, ("chosen", 0), ["the chosen cell was not run yet", "12 chosen", "No chosen cell was"],
-         ["No cell was chosen", "no cell stayed"]),
+        ({}, ("chosen", 5), ["effects on 5 of 12 held-out prompts", PROVED.format("were")],
+         ["effects on 12 held-out prompts", UNRUN]),
+        ({}, ("chosen", 0), ["the chosen setting was not run", "12 chosen", "No chosen setting"],
+         ["No setting was chosen", "no setting stayed"]),
         ({}, ("unsteered-||||-None-p", 0), ["stands beside an unsteered one"],
          ["No text was generated"]),
         ({"choose": 0, "cells": CELLS[:1]}, None, ["Only concept decides", "nothing is chosen"],
          ["chose and decides", "was chosen"]),
-        ({"choose": 0}, None, ["no prompts chose", "none is claimed"],
+        ({"choose": 0}, None, ["there are no selection prompts", "none is claimed"],
          ["12 prompts chose", "Layers not excluded"]),
-        ({"choose": 0, "prove": 6}, None, ["no prompts chose", "the grid has 6 prompts"],
+        ({"choose": 0, "prove": 6}, None, ["no selection prompts", "the grid has 6 prompts"],
          ["6 prompts chose"]),
         ({"cells": [("add(a, 1.0) at 12", "", "", "", ""), ("clamp(a, 2.0) at 3", *[""] * 4)],
           "until": "grid"}, None, [UNRUN], [BEYOND, "Layers not excluded"]),
         ({"selected": 7, "nulls": (), "limits": {"surprise": 9.0}}, None,
-         ["p 0.125", "7 random directions made the same choice among 4 cells, of which none"],
+         ["p 0.125", "7 random directions made the same choice among 4 settings, of which none"],
          ["no random directions were run", "No random direction went", "nan"]),
     ],
 )  # fmt: skip
@@ -558,9 +561,9 @@ def test_the_short_form_for_a_notebook(found, monkeypatch):
 
 
 def test_the_short_form_of_what_is_not_finished(tmp_path):
-    start = Page(report.body(make_run(tmp_path / "a", until="unsteered").findings()))
+    start = Page(make_run(tmp_path / "a", until="unsteered").findings()._repr_html_())
     assert "Nothing is declared" in start.text and start.all("img") == []
-    shown = Page(report.body(make_run(tmp_path / "b", choose=0).findings()))
+    shown = Page(make_run(tmp_path / "b", choose=0).findings()._repr_html_())
     assert len(shown.all("img")) == 1 and shown.all("table") == []
 
 
@@ -580,4 +583,5 @@ def test_numbers(value, plain, signed):
 def test_text_survives_escaping():
     assert html.unescape(pieces.escaped('a<b & "c" \'')) == 'a<b & "c" \''
     assert pieces.escaped("\ud800\x00") == "?\ufffd"
-    assert pieces.table(("a",), [["<td>"]]).count("<td") == 1
+    parts = {"verdict": "<td>", "claims": pieces.Table(("a",), [["<td>"]]), "picture": None}
+    assert pieces.render("brief.html", **parts, notes=["<td>"]).count("<td") == 1

@@ -13,10 +13,11 @@ from interp_steer.engine.row import Sampling
 from interp_steer.errors import RequestError, RunError, SteerWarning
 from interp_steer.report import report
 from interp_steer.report.run import Run
+from interp_steer.results.built_in import BUILT_IN
 from interp_steer.results.declared import of_manifest
 from interp_steer.study.cell import Controls
 from interp_steer.study.chunk import Local, load_modules
-from interp_steer.study.metrics import BUILT_IN, METRICS, meaning, metric
+from interp_steer.study.metrics import METRICS, meaning, metric
 from interp_steer.study.stages import key_of
 from tests.study.test_execution import contents, study
 

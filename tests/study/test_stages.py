@@ -103,4 +103,5 @@ def test_null_directions_that_all_break_the_limits_were_run(tiny, tmp_path, mark
     assert "null_grid" in roles and "chosen" in roles and "null" not in roles
     verdict = run.findings().verdict
     assert verdict.p == pytest.approx(1 / 5)
-    assert "4 random directions made the same choice among 2 cells, of which none" in verdict.text
+    said = "4 random directions made the same choice among 2 settings, of which none"
+    assert said in verdict.text

@@ -1,7 +1,7 @@
 """Pictures of patching and tracing: position x layer, head x layer, or a profile over layers.
 
 The picture of causal tracing is a heat map of position x layer: Meng et al. 2022 (arXiv 2202.05262,
-figure 1). Colours and files as in `heat` and `plots`.
+figure 1). Colours and files as in `marks`.
 """
 
 import itertools
@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 
 from interp_steer.errors import RequestError
-from interp_steer.report import heat, plots
-from interp_steer.report.heat import SMALL, TEXT
-from interp_steer.report.plots import as_records
+from interp_steer.report import marks, plots
+from interp_steer.report.marks import SHADES, SMALL, TEXT
+from interp_steer.report.page import as_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +67,7 @@ def patching(summary: pd.DataFrame, table: pd.DataFrame | None = None, most: int
     left_out, headless = len(panels) - len(kept), {r["component"] for r in rows} - shown
     notes = [f"{left_out} panels with smaller shares left out"] * bool(left_out)
     notes += [f"{', '.join(sorted(headless))}: no heads, not drawn"] * bool(headless)
-    return heat.literal(_maps(drawn, tokens, label, "; ".join(notes)))
+    return marks.literal(_maps(drawn, tokens, label, "; ".join(notes)))
 
 
 def mediation(summary: pd.DataFrame) -> "Figure":
@@ -141,11 +141,8 @@ def _maps(panels: Sequence[_Panel], tokens: dict[int, str], label: str, note: st
             axis.set_axis_off()
         else:
             image = _map(axis, panel, tokens, peak)
-    bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 2.6 / (down * tall)), aspect=18)
-    bar.set_label(textwrap.fill(label, 34), fontsize=TEXT)
-    bar.ax.tick_params(labelsize=SMALL)
-    if note:
-        figure.supxlabel(note, x=0.01, ha="left", fontsize=SMALL, color="0.3")
+    marks.colour_bar(figure, image, axes, down * tall, textwrap.fill(label, 34))
+    marks.small_print(figure, [note] if note else [])
     return figure
 
 
@@ -154,13 +151,13 @@ def _map(axis: "Axes", panel: _Panel, tokens: dict[int, str], peak: float) -> An
 
     layers, columns = panel.values("layer"), panel.values(panel.across)
     image = axis.imshow(
-        np.ma.masked_invalid(panel.grid), cmap=colormaps["cividis"], vmin=-peak, vmax=peak,
+        np.ma.masked_invalid(panel.grid), cmap=colormaps[SHADES], vmin=-peak, vmax=peak,
         aspect="auto", origin="lower", interpolation="nearest",
     )  # fmt: skip
     names = [f"{tokens[c]}  {c}" if c in tokens else str(c) for c in columns]
     step = math.ceil(len(columns) / 40)
     at = range(0, len(columns), step)
-    axis.set_xticks(list(at), [heat.minus(names[i]) for i in at], rotation=90 if tokens else 0)
+    axis.set_xticks(list(at), [marks.minus(names[i]) for i in at], rotation=90 if tokens else 0)
     step = math.ceil(len(layers) / 12)
     axis.set_yticks(range(0, len(layers), step), [str(n) for n in layers[::step]])
     axis.tick_params(labelsize=SMALL, length=2)
