@@ -9,18 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from interp_steer.cli import common
 from interp_steer.cli.ablation_request import Request
-from interp_steer.cli.common import (
-    Batch,
-    Device,
-    Dtype,
-    Json,
-    Layers,
-    Text,
-    load,
-    print_json,
-    table,
-)
 from interp_steer.errors import RunError
 from interp_steer.util.console import progress, safe
 
@@ -66,7 +56,7 @@ def ablate(
     width: Annotated[
         int | None, typer.Option(help="Layers in a window of --span window; default 3.")
     ] = None,
-    layers: Layers = None,
+    layers: common.Layers = None,
     heads: Annotated[
         str | None, typer.Option(help="Only these heads of component z, such as 0-3.")
     ] = None,
@@ -116,8 +106,8 @@ def ablate(
     first: Annotated[
         bool, typer.Option("--first", help="Ablate the first position (an attention sink) as well.")
     ] = False,
-    text: Text = False,
-    batch: Batch = None,
+    text: common.Text = False,
+    batch: common.Batch = None,
     out: Annotated[
         Path | None, typer.Option(help="Write every row to this .csv or .parquet file.")
     ] = None,
@@ -132,9 +122,9 @@ def ablate(
         str | None,
         typer.Option(help="'starter', a folder, or the name of a model; default the run's."),
     ] = None,
-    as_json: Json = False,
-    dtype: Dtype = None,
-    device: Device = None,
+    as_json: common.Json = False,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
 ) -> None:
     """Find which parts of the model matter, and where steering acts.
 
@@ -183,7 +173,7 @@ class _Outcome:
 
 def _model(request: Request, name: str, dtype: str | None, revision: str | None) -> "SteeringModel":
     given = request.given
-    return load(
+    return common.load(
         given.get("model", name), given.get("dtype", dtype), given.get("device"),
         None if "model" in given else revision or None,
     )  # fmt: skip
@@ -318,7 +308,7 @@ def _write(outcome: _Outcome, request: Request) -> None:
             failures.append(error)
     notes = list(outcome.notes)
     if "as_json" in request.given:
-        print_json(json.loads(summary.to_json(orient="records")))
+        common.print_json(json.loads(summary.to_json(orient="records")))
     else:
         _show(outcome, notes)
         for path in wrote:
@@ -348,6 +338,6 @@ def _show(outcome: _Outcome, notes: list[str]) -> None:
     elif "low" in shown and shown["low"].notna().all():  # how each was formed is in --json
         dull.append("interval")
     shown = shown.drop(columns=dict.fromkeys(dull)).astype(object)
-    table([*map(str, shown)], shown.where(shown.notna(), None).values.tolist())
+    common.table([*map(str, shown)], shown.where(shown.notna(), None).values.tolist())
     if more > 0:
         print(f"... and {more} more; --out FILE.csv has every row, --json this table")

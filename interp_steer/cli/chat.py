@@ -9,20 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from interp_steer.cli.common import (
-    Date,
-    Device,
-    Dtype,
-    MaxNewTokens,
-    Model,
-    Named,
-    Penalty,
-    Seed,
-    System,
-    Temperature,
-    TopP,
-    load,
-)  # fmt: skip
+from interp_steer.cli import common
 from interp_steer.errors import RequestError, SteerError
 from interp_steer.util.console import progress, safe, side_by_side
 
@@ -34,20 +21,20 @@ if TYPE_CHECKING:
 
 
 def chat(
-    model: Model = "starter",
+    model: common.Model = "starter",
     steer: Annotated[
         str, typer.Option(help="Interventions, such as 'add(eiffel, 0.3 dose) at 15'.")
     ] = "",
-    named: Named = None,
-    system: System = None,
-    max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = 0.5,
-    top_p: TopP = 1.0,
-    repetition_penalty: Penalty = 1.1,
-    seed: Seed = 0,
-    dtype: Dtype = None,
-    device: Device = None,
-    date: Date = None,
+    named: common.Named = None,
+    system: common.System = None,
+    max_new_tokens: common.MaxNewTokens = 128,
+    temperature: common.Temperature = 0.5,
+    top_p: common.TopP = 1.0,
+    repetition_penalty: common.Penalty = 1.1,
+    seed: common.Seed = 0,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    date: common.Date = None,
 ) -> None:
     """Talk to the steered and to the unsteered model, side by side.
 
@@ -62,7 +49,7 @@ def chat(
     known = Directions(named or [])
     interventions = parse(steer, known)
     sampling = Sampling(temperature, top_p, 0, repetition_penalty, max_new_tokens)
-    loaded = load(model, dtype, device, date=date)
+    loaded = common.load(model, dtype, device, date=date)
     hold(loaded, interventions, known, system, sampling, seed)
 
 

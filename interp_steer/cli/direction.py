@@ -4,35 +4,20 @@ from typing import Annotated, Any
 
 import typer
 
-from interp_steer.cli.common import (
-    Date,
-    Device,
-    Dtype,
-    Json,
-    Model,
-    Name,
-    Negative,
-    Positive,
-    Saved,
-    group,
-    load,
-    print_json,
-    table,
-    writable,
-)  # fmt: skip
+from interp_steer.cli import common
 from interp_steer.errors import RequestError, nearest, note
 from interp_steer.util.console import progress, safe
 
-app = group()
+app = common.group()
 
 HARDLY = 0.02  # share of the stream below which a difference of means hardly steers
 
 
 @app.command()
 def make(
-    positive: Positive,
-    negative: Negative,
-    name: Name = "direction",
+    positive: common.Positive,
+    negative: common.Negative,
+    name: common.Name = "direction",
     method: Annotated[
         str,
         typer.Option(help="mean-difference, principal-component, logistic-probe or actadd."),
@@ -55,19 +40,19 @@ def make(
             "entry with an answer, a system prompt or messages is a chat.",
         ),
     ] = None,
-    out: Saved = None,
-    model: Model = "starter",
-    as_json: Json = False,
-    dtype: Dtype = None,
-    device: Device = None,
-    date: Date = None,
+    out: common.Saved = None,
+    model: common.Model = "starter",
+    as_json: common.Json = False,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    date: common.Date = None,
 ) -> None:
     """Make a direction from contrasting prompts.
 
     One pass over the prompts gives the direction of every layer. A file that holds both sides of
     each pair, such as CAA's, may be given as --positive and as --negative.
     """
-    writable("--out", out)
+    common.writable("--out", out)
     with progress("starting", every=5):
         from interp_steer.prompts.file import PromptFile
         from interp_steer.steering.contrast import (
@@ -92,7 +77,7 @@ def make(
     sides = [file.side(side, as_chat) for side, file in files.items()]
     if method == "actadd" and any(len(side) != 1 for side in sides):
         raise RequestError("actadd takes one positive and one negative prompt")
-    loaded = load(model, dtype, device, date=date)
+    loaded = common.load(model, dtype, device, date=date)
     if as_chat is None and not loaded.is_chat:
         sides = [file.side(side, False) for side, file in files.items()]
     up, down = sides
@@ -123,9 +108,9 @@ def make(
             if layer in (None, one.site.layer)
         ]  # fmt: skip
     if as_json:
-        print_json(rows)
+        common.print_json(rows)
         return
-    table(
+    common.table(
         ("layer", "norm", "of |x|", "direction"),
         [(row["layer"], row["norm"], row["dose"], f"{row['name']}@{row['sha']}") for row in rows],
     )
@@ -149,7 +134,7 @@ def make(
 @app.command()
 def show(
     file: Annotated[str, typer.Argument(help="A file, or the name of a stored direction.")],
-    as_json: Json = False,
+    as_json: common.Json = False,
 ) -> None:
     """Show what a direction's file holds, and where it came from."""
     from interp_steer.steering.direction import Direction
@@ -163,7 +148,7 @@ def show(
     members = [stored] if isinstance(stored, Direction) else list(stored)
     if as_json:
         fields = ("name", "sha", "hook_point", "norm", "max_activation")
-        print_json(
+        common.print_json(
             [{**{f: getattr(m, f) for f in fields}, "source": dict(m.source)} for m in members]
         )
         return

@@ -7,22 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from interp_steer.cli.common import (
-    Device,
-    Dtype,
-    Json,
-    Model,
-    Negative,
-    Positive,
-    Saved,
-    Text,
-    group,
-    indices,
-    load,
-    print_json,
-    table,
-    writable,
-)  # fmt: skip
+from interp_steer.cli import common
 from interp_steer.errors import RequestError, RunError
 from interp_steer.util.console import progress, safe
 
@@ -32,7 +17,7 @@ if TYPE_CHECKING:
     from interp_steer.model.model import SteeringModel
     from interp_steer.prompts.prompt import Prompt
 
-app, saes = group(), group()
+app, saes = common.group(), common.group()
 
 DEMO = Path(__file__).parents[1] / "data" / "demo_texts"
 SCREENED = 50  # features that a search finds, before the best of them are shown
@@ -54,7 +39,7 @@ Texts = Annotated[
 def _both(
     where: str, model: str, dtype: str | None, device: str | None
 ) -> "tuple[Sae, SteeringModel]":
-    loaded = load(model, dtype, device)
+    loaded = common.load(model, dtype, device)
     with progress("loading the SAE", every=5):
         from interp_steer.features.sae import Sae
 
@@ -93,10 +78,10 @@ def _show(
         label = labels[one.index].label if one.index in labels else None
         rows.append({**asdict(one), "label": label})
     if as_json:
-        print_json(rows)
+        common.print_json(rows)
         return
     names = [name for name in columns.split() if any(row[name] is not None for row in rows)]
-    table(names, [[row[name] for name in names] for row in rows])
+    common.table(names, [[row[name] for name in names] for row in rows])
 
 
 @app.command()
@@ -110,15 +95,15 @@ def get(
         ),
     ],
     name: Annotated[str | None, typer.Option(help="The direction's name, for --steer.")] = None,
-    out: Saved = None,
+    out: common.Saved = None,
     offline: Annotated[bool, typer.Option(help="Read files on disk only.")] = False,
-    as_json: Json = False,
+    as_json: common.Json = False,
 ) -> None:
     """Save the decoder row of a feature as a direction.
 
     Nothing but that row is read of the sparse autoencoder.
     """
-    writable("--out", out, new_folders=True)
+    common.writable("--out", out, new_folders=True)
     from interp_steer.features.feature import feature
     from interp_steer.util.files import cache_dir
 
@@ -135,7 +120,7 @@ def get(
         "max_activation": row.max_activation, "source": dict(row.source), "file": str(path),
     }  # fmt: skip
     if as_json:
-        print_json(facts)
+        common.print_json(facts)
         return
     print(f"{row.label}  {row.hook_point}  norm {row.norm:.4g}")
     for key, value in row.source.items():
@@ -150,12 +135,12 @@ def get(
 def top(
     sae: Where,
     prompt: Annotated[str, typer.Option(help="What the user says to the model.")],
-    text: Text = False,
+    text: common.Text = False,
     limit: Limit = 20,
-    model: Model = "starter",
-    as_json: Json = False,
-    dtype: Dtype = None,
-    device: Device = None,
+    model: common.Model = "starter",
+    as_json: common.Json = False,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
 ) -> None:
     """Show the features that fire most in a prompt.
 
@@ -179,10 +164,10 @@ def contexts(
     ],
     limit: Limit = 10,
     length: Length = 256,
-    model: Model = "starter",
-    as_json: Json = False,
-    dtype: Dtype = None,
-    device: Device = None,
+    model: common.Model = "starter",
+    as_json: common.Json = False,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
 ) -> None:
     """Show where in texts a feature fires most."""
     prompts = _read(texts)
@@ -193,7 +178,7 @@ def contexts(
     with progress("reading texts", len(encoded)) as report:
         places = top_contexts(whole, loaded, encoded, [index], limit, report=report)[index]
     if as_json:
-        print_json([asdict(place) for place in places])
+        common.print_json([asdict(place) for place in places])
         return
     for place in places:
         shown = " ".join(f"{place.before}[[{place.token}]]{place.after}".split())
@@ -205,17 +190,17 @@ def contexts(
 @app.command()
 def find(
     sae: Where,
-    positive: Positive,
-    negative: Negative,
+    positive: common.Positive,
+    negative: common.Negative,
     by: Annotated[
         str, typer.Option(help="What ranks them: auroc, or difference (of mean activations).")
     ] = "auroc",
     limit: Limit = 20,
     length: Length = 256,
-    model: Model = "starter",
-    as_json: Json = False,
-    dtype: Dtype = None,
-    device: Device = None,
+    model: common.Model = "starter",
+    as_json: common.Json = False,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
 ) -> None:
     """Rank features by how well they tell two sets of texts apart.
 
@@ -250,10 +235,10 @@ def rank(
     texts: Texts = None,
     limit: Limit = 20,
     length: Length = 256,
-    model: Model = "starter",
-    as_json: Json = False,
-    dtype: Dtype = None,
-    device: Device = None,
+    model: common.Model = "starter",
+    as_json: common.Json = False,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
 ) -> None:
     """Rank features by their output score: how likely they are to steer.
 
@@ -262,7 +247,7 @@ def rank(
     """
     if (features is None) == (search is None):
         raise RequestError("which features? give --features 12,4711 or --search 'a concept'")
-    chosen = [] if features is None else indices("features", features)
+    chosen = [] if features is None else common.indices("features", features)
     prompts = _read(texts)
     whole, loaded = _both(sae, model, dtype, device)
     if search is not None:
@@ -299,10 +284,10 @@ def check(
         int, typer.Option(min=0, help="Texts on which the model's cross-entropy is measured.")
     ] = 32,
     length: Length = 256,
-    model: Model = "starter",
-    as_json: Json = False,
-    dtype: Dtype = None,
-    device: Device = None,
+    model: common.Model = "starter",
+    as_json: common.Json = False,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
 ) -> None:
     """Measure how much of your model's activations a sparse autoencoder gives back.
 
@@ -318,7 +303,7 @@ def check(
     with progress("reading texts", total) as report:
         fit = measure(whole, loaded, encoded, loss_texts=loss_texts, report=report)
     if as_json:
-        print_json({"sae": whole.name, "model": loaded.name, **fit.as_json()})
+        common.print_json({"sae": whole.name, "model": loaded.name, **fit.as_json()})
         return
     print(f"{whole} on {loaded.name}: {fit.tokens:,} tokens of {fit.texts:,} texts")
     print(

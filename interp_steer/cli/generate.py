@@ -7,25 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from interp_steer.cli.common import (
-    Batch,
-    Date,
-    Device,
-    Dtype,
-    Json,
-    MaxNewTokens,
-    Model,
-    Named,
-    Penalty,
-    Seed,
-    System,
-    Temperature,
-    Text,
-    TopP,
-    at_least_one,
-    load,
-    writable,
-)  # fmt: skip
+from interp_steer.cli import common
 from interp_steer.errors import RequestError
 from interp_steer.util.console import progress, safe, side_by_side
 
@@ -35,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Model = "starter",
+    model: common.Model = "starter",
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt. May be repeated.")] = None,
     prompts: Annotated[
         Path | None,
@@ -50,23 +32,23 @@ def generate(
             "another answer."
         ),
     ] = None,
-    named: Named = None,
-    system: System = None,
-    text: Text = False,
-    max_new_tokens: MaxNewTokens = 64,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
+    named: common.Named = None,
+    system: common.System = None,
+    text: common.Text = False,
+    max_new_tokens: common.MaxNewTokens = 64,
+    temperature: common.Temperature = 0.0,
+    top_p: common.TopP = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0: from all.")] = 0,
-    repetition_penalty: Penalty = 1.0,
-    seed: Seed = 0,
-    batch: Batch = None,
+    repetition_penalty: common.Penalty = 1.0,
+    seed: common.Seed = 0,
+    batch: common.Batch = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the answers to this .json file, and do not print.")
     ] = None,
-    as_json: Json = False,
-    dtype: Dtype = None,
-    device: Device = None,
-    date: Date = None,
+    as_json: common.Json = False,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    date: common.Date = None,
 ) -> None:
     """Answer prompts, unsteered and under every --steer.
 
@@ -76,8 +58,8 @@ def generate(
         raise RequestError("nothing to answer: give --prompt or --prompts")
     if any(not line.strip() for line in steer or []):
         raise RequestError("--steer is empty; leave it out for the unsteered model")
-    at_least_one(batch=batch)
-    writable("--out", out)
+    common.at_least_one(batch=batch)
+    common.writable("--out", out)
     with progress("starting", every=5):
         from interp_steer.engine.engine import Engine
         from interp_steer.engine.row import Row, Sampling, record
@@ -93,7 +75,7 @@ def generate(
     known = Directions(named or [])
     settings = [(), *(parse(line, known) for line in steer or [])]
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
-    loaded = load(model, dtype, device, date=date)
+    loaded = common.load(model, dtype, device, date=date)
     as_chat = loaded.is_chat and not text
     asked = [Item.of(one, as_chat=as_chat, system=system).prompt for one in prompt or []]
     encoded = [loaded.encode(p) for p in asked]

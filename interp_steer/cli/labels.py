@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from interp_steer.cli.common import Json, Layers, group, print_json, table
+from interp_steer.cli import common
 from interp_steer.util.console import safe
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from interp_steer.labels.searching import Mode
     from interp_steer.labels.store import Coverage
 
-app = group()
+app = common.group()
 
 _Sources = Annotated[
     list[str] | None,
@@ -33,7 +33,7 @@ _Wait = Annotated[
 @app.command("sync")
 def sync_command(
     sources: _Sources = None,
-    layers: Layers = None,
+    layers: common.Layers = None,
     numbers: Annotated[
         bool,
         typer.Option(help="Fetch each feature's density and largest activation too: large files."),
@@ -43,7 +43,7 @@ def sync_command(
     ] = 30.0,
     wait: _Wait = False,
     store: _Store = None,
-    as_json: Json = False,
+    as_json: common.Json = False,
 ) -> None:
     """Fetch the labels of sources from Neuronpedia.
 
@@ -64,7 +64,7 @@ def import_command(
         typer.Argument(help="Exports of Neuronpedia, .jsonl or .jsonl.gz; or 'starter'."),
     ],
     store: _Store = None,
-    as_json: Json = False,
+    as_json: common.Json = False,
 ) -> None:
     """Put labels from files on disk into the store."""
     from interp_steer.labels import import_files
@@ -76,7 +76,7 @@ def import_command(
 def pack_command(
     out: Annotated[str, typer.Argument(help="The file to write.")],
     sources: _Sources = None,
-    layers: Layers = None,
+    layers: common.Layers = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the file even if it is no label store.")
     ] = False,
@@ -105,7 +105,7 @@ def search_command(
         list[str] | None,
         typer.Option("--source", help="Only this release or source. May be repeated."),
     ] = None,
-    layers: Layers = None,
+    layers: common.Layers = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many features.")] = 20,
     semantic: Annotated[
         bool, typer.Option(help="Search by meaning (needs the extra `semantic`).")
@@ -119,7 +119,7 @@ def search_command(
     ] = None,
     wait: _Wait = False,
     store: _Store = None,
-    as_json: Json = False,
+    as_json: common.Json = False,
 ) -> None:
     """Find features by their labels, offline unless --remote is given."""
     from interp_steer.errors import RequestError
@@ -139,7 +139,7 @@ def search_command(
             query, source or (), layers=layers, limit=limit, mode=mode, store=store, note=_note
         )  # fmt: skip
     if as_json:
-        print_json([label.as_json() for label in labels])
+        common.print_json([label.as_json() for label in labels])
     elif labels:
         _print_labels(labels)
     else:
@@ -155,7 +155,7 @@ def show_command(
         bool, typer.Option("--fetch", help="Ask Neuronpedia, and store the answer.")
     ] = False,
     store: _Store = None,
-    as_json: Json = False,
+    as_json: common.Json = False,
 ) -> None:
     """Show everything that is known of one feature."""
     from interp_steer.errors import RunError
@@ -184,7 +184,7 @@ def show_command(
     ]  # fmt: skip
     files = [{"file": key, "etag": etag, "fetched": date} for key, etag, date in record.origins]
     if as_json:
-        print_json({**facts, "labels": labels, "files": files})
+        common.print_json({**facts, "labels": labels, "files": files})
         return
     for name, value in facts.items():
         if value is not None:
@@ -201,9 +201,9 @@ def show_command(
 @app.command("coverage")
 def coverage_command(
     sources: _Sources = None,
-    layers: Layers = None,
+    layers: common.Layers = None,
     store: _Store = None,
-    as_json: Json = False,
+    as_json: common.Json = False,
 ) -> None:
     """Show what the store holds of each source."""
     from interp_steer.labels import coverage
@@ -237,9 +237,9 @@ def _print_coverage(covered: "list[Coverage]", as_json: bool) -> None:
             }
             for each in covered
         ]  # fmt: skip
-        print_json(rows)
+        common.print_json(rows)
         return
-    table(
+    common.table(
         ("source", "files", "labels", "labelled", "unlabelled", "explainers", "state"),
         [
             (
@@ -271,7 +271,7 @@ def _print_labels(labels: "list[Label]") -> None:
         )[: None if several else -1]
         for label in labels
     ]  # fmt: skip
-    table(names[: None if several else -1], rows)
+    common.table(names[: None if several else -1], rows)
     if not several:
         print(f"source: {labels[0].model}/*-{labels[0].source.partition('-')[2]}", file=sys.stderr)
 

@@ -7,21 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from interp_steer.cli.common import (
-    Date,
-    Device,
-    Json,
-    at_least_one,
-    group,
-    load,
-    print_json,
-    writable,
-)  # fmt: skip
-from interp_steer.cli.common import table as print_table
+from interp_steer.cli import common
 from interp_steer.errors import RequestError
 from interp_steer.util.console import safe
 
-app = group()
+app = common.group()
 
 File = Annotated[Path, typer.Argument(help="YAML file of the study.", show_default=False)]
 Folder = Annotated[Path, typer.Argument(help="Folder of the run.", show_default=False)]
@@ -49,7 +39,7 @@ def _opened(
     declared = StudyFile.read(file).told(date)
     name = str(declared.model.get("model", "starter"))
     revision = declared.model.get("revision") if model in (None, name) else None
-    loaded = load(model or name, dtype or declared.model.get("dtype"), device, revision)
+    loaded = common.load(model or name, dtype or declared.model.get("dtype"), device, revision)
     study = declared.study(loaded)
     again = {
         "name": loaded.name,
@@ -66,12 +56,12 @@ def plan(
     file: File,
     model: Model = None,
     dtype: Dtype = None,
-    device: Device = None,
-    date: Date = None,
+    device: common.Device = None,
+    date: common.Date = None,
     timed: Annotated[
         bool, typer.Option(help="Run two short batches, to estimate the study's time.")
     ] = True,
-    as_json: Json = False,
+    as_json: common.Json = False,
 ) -> None:
     """Show how many rows a study has, and the memory and time that it needs, without running it."""
     study, loaded, _ = _opened(file, model, dtype, device, date)
@@ -79,13 +69,13 @@ def plan(
 
     needs = Plan.of(study, loaded, timed=timed)
     if as_json:
-        print_json(vars(needs))
+        common.print_json(vars(needs))
         return
     print(
         f"{len(study.settings)} settings; {len(study.choose)} prompts to choose on, "
         f"{len(study.prove)} to prove on; {len(study.seeds)} seeds"
     )
-    print_table(
+    common.table(
         ("stage", "rows", "chunks"),
         [(name, f"{rows:,}", f"{needs.chunks[name]:,}") for name, rows in needs.rows.items()],
     )
@@ -113,8 +103,8 @@ def run(
     ] = None,
     model: Model = None,
     dtype: Dtype = None,
-    device: Device = None,
-    date: Date = None,
+    device: common.Device = None,
+    date: common.Date = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads; a run keeps those of its first start.")
     ] = None,
@@ -133,14 +123,14 @@ def run(
     report: Annotated[
         bool, typer.Option(help="Write report.html into the folder when done.")
     ] = True,
-    as_json: Json = False,
+    as_json: common.Json = False,
 ) -> None:
     """Run a study, or what is missing of it.
 
     The exit code is 1 if rows failed.
     """
     part = _shard(shard)
-    at_least_one(workers=workers, threads=threads)
+    common.at_least_one(workers=workers, threads=threads)
     if not ray and (workers > 1 or address or gpus_per_worker is not None):
         raise RequestError("--workers, --gpus-per-worker and --address need --ray")
     study, loaded, again = _opened(file, model, dtype, device, date)
@@ -165,7 +155,7 @@ def run(
 
         written = page.write(done)
     if as_json:
-        print_json(
+        common.print_json(
             {
                 "folder": str(folder),
                 "rows": len(findings.table),
@@ -197,7 +187,7 @@ def table(
     """Write all rows of a run as one table."""
     from interp_steer.report.run import Run
 
-    writable("--out", out, (".parquet", ".csv"), new_folders=True)
+    common.writable("--out", out, (".parquet", ".csv"), new_folders=True)
 
     done = Run(folder)
     done.save(out)

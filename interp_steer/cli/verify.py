@@ -4,18 +4,21 @@ import math
 
 import typer
 
-from interp_steer.cli.common import Device, Dtype, Json, Model, load, print_json
+from interp_steer.cli import common
 from interp_steer.util.console import progress
 
 
 def verify(
-    model: Model = "starter", as_json: Json = False, dtype: Dtype = None, device: Device = None
+    model: common.Model = "starter",
+    as_json: common.Json = False,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
 ) -> None:
     """Check that the toolkit computes your own model correctly.
 
     Each check compares two ways to the same number. The exit code is 1 if one fails.
     """
-    loaded = load(model, dtype, device)
+    loaded = common.load(model, dtype, device)
     from interp_steer.engine.verify import CHECKS
     from interp_steer.engine.verify import verify as run
 
@@ -32,7 +35,7 @@ def verify(
             }
             for check in checks
         ]
-        print_json({"model": model, "passed": passed, "checks": records})
+        common.print_json({"model": model, "passed": passed, "checks": records})
     else:
         print(loaded)
         for check in checks:
