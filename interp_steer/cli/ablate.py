@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from interp_steer.cli import common
 from interp_steer.cli.ablation_request import Request
 from interp_steer.errors import RunError
@@ -26,101 +24,87 @@ SHOWN = 40  # lines on a terminal; the file has all
 def ablate(
     run: Annotated[
         Path | None,
-        typer.Argument(
-            help="Folder of a study's run, for --mediate and --propagate.", show_default=False
-        ),
+        common.arg("Folder of a study's run, for --mediate and --propagate.", show_default=False),
     ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="File of prompts: text, JSON or CSV.")
-    ] = None,
+    prompts: Annotated[Path | None, common.opt("File of prompts: text, JSON or CSV.")] = None,
     component: Annotated[
         list[str] | None,
-        typer.Option(
-            help="The part: resid_pre, resid_post, block, attn_out, mlp_out, z (attention heads), "
+        common.opt(
+            "The part: resid_pre, resid_post, block, attn_out, mlp_out, z (attention heads), "
             "direction or feature. May be repeated."
         ),
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(
-            help="What takes its place: zero, mean, resample or directional. May be repeated."
-        ),
+        common.opt("What takes its place: zero, mean, resample or directional. May be repeated."),
     ] = None,
     span: Annotated[
         str | None,
-        typer.Option(
-            help="Layers ablated together: layer (each alone, the default), window (neighbours), "
+        common.opt(
+            "Layers ablated together: layer (each alone, the default), window (neighbours), "
             "upward (all up to each) or downward (each and all after it)."
         ),
     ] = None,
     width: Annotated[
-        int | None, typer.Option(help="Layers in a window of --span window; default 3.")
+        int | None, common.opt("Layers in a window of --span window; default 3.")
     ] = None,
     layers: common.Layers = None,
     heads: Annotated[
-        str | None, typer.Option(help="Only these heads of component z, such as 0-3.")
+        str | None, common.opt("Only these heads of component z, such as 0-3.")
     ] = None,
     direction: Annotated[
-        str | None,
-        typer.Option(help="Name or file of a direction, for component direction or feature."),
+        str | None, common.opt("Name or file of a direction, for component direction or feature.")
     ] = None,
     score: Annotated[
         list[str] | None,
-        typer.Option(
-            help="What is measured: logit_difference, kl_last, kl_all, loss or words. May be "
-            "repeated."
+        common.opt(
+            "What is measured: logit_difference, kl_last, kl_all, loss or words. May be repeated."
         ),
     ] = None,
     word: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A word that score words looks for. May be repeated. Default: the run's concept."
+        common.opt(
+            "A word that score words looks for. May be repeated. Default: the run's concept."
         ),
     ] = None,
     answer: Annotated[
-        int | None, typer.Option(help="Tokens of the answer that score words reads; default 32.")
+        int | None, common.opt("Tokens of the answer that score words reads; default 32.")
     ] = None,
     positions: Annotated[
         str | None,
-        typer.Option(
-            help="Where --patch works: each (default), all, last, or numbers such as 0,3-5,-1."
-        ),
+        common.opt("Where --patch works: each (default), all, last, or numbers such as 0,3-5,-1."),
     ] = None,
     patch: Annotated[
-        bool,
-        typer.Option("--patch", help="Put activations of clean prompts into corrupted prompts."),
+        bool, common.opt("Put activations of clean prompts into corrupted prompts.", "--patch")
     ] = False,
     mediate: Annotated[
         bool,
-        typer.Option(
+        common.opt(
+            "Steer as the run chose to, and give each later part its unsteered output back.",
             "--mediate",
-            help="Steer as the run chose to, and give each later part its unsteered output back.",
         ),
     ] = False,
     propagate: Annotated[
         bool,
-        typer.Option(
-            "--propagate", help="Measure how far the run's chosen steering moves later layers."
-        ),
+        common.opt("Measure how far the run's chosen steering moves later layers.", "--propagate"),
     ] = False,
     first: Annotated[
-        bool, typer.Option("--first", help="Ablate the first position (an attention sink) as well.")
+        bool, common.opt("Ablate the first position (an attention sink) as well.", "--first")
     ] = False,
     text: common.Text = False,
     batch: common.Batch = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write every row to this .csv or .parquet file.")
+        Path | None, common.opt("Write every row to this .csv or .parquet file.")
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(
-            help="Draw into this .png or .svg file: effects by layer; with --patch by position and "
+        common.opt(
+            "Draw into this .png or .svg file: effects by layer; with --patch by position and "
             "layer."
         ),
     ] = None,
     model: Annotated[
-        str | None,
-        typer.Option(help="'starter', a folder, or the name of a model; default the run's."),
+        str | None, common.opt("'starter', a folder, or the name of a model; default the run's.")
     ] = None,
     as_json: common.Json = False,
     dtype: common.Dtype = None,

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from interp_steer.cli import common
 from interp_steer.errors import RequestError, SteerError
 from interp_steer.util.console import progress, safe, side_by_side
@@ -22,9 +20,7 @@ if TYPE_CHECKING:
 
 def chat(
     model: common.Model = "starter",
-    steer: Annotated[
-        str, typer.Option(help="Interventions, such as 'add(eiffel, 0.3 dose) at 15'.")
-    ] = "",
+    steer: Annotated[str, common.opt("Interventions, such as 'add(eiffel, 0.3 dose) at 15'.")] = "",
     named: common.Named = None,
     system: common.System = None,
     max_new_tokens: common.MaxNewTokens = 128,

@@ -16,23 +16,26 @@ from interp_steer.util.console import progress, safe
 if TYPE_CHECKING:
     from interp_steer.model.model import SteeringModel
 
-Model = Annotated[
-    str, typer.Option(help="'starter', a folder, or the name of a model on the Hugging Face hub.")
-]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda:0 and so on.")]
+
+def opt(text: str, *names: str, **more: Any) -> Any:
+    """An option with its help."""
+    return typer.Option(*names, help=text, **more)
+
+
+def arg(text: str, **more: Any) -> Any:
+    """An argument with its help."""
+    return typer.Argument(help=text, **more)
+
+
+Model = Annotated[str, opt("'starter', a folder, or the name of a model on the Hugging Face hub.")]
+Dtype = Annotated[str | None, opt("float32, bfloat16 or float16.")]
+Device = Annotated[str | None, opt("cpu, cuda:0 and so on.")]
 Date = Annotated[
-    str | None,
-    typer.Option(help="Today's date, for a chat template that asks for it; default 2024-07-26."),
+    str | None, opt("Today's date, for a chat template that asks for it; default 2024-07-26.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Text = Annotated[
-    bool, typer.Option("--text", help="Give prompts as plain text, without the chat template.")
-]
-System = Annotated[
-    str | None,
-    typer.Option(help="System prompt; '' is an empty one. By default none."),
-]
+Json = Annotated[bool, opt("Print JSON.", "--json")]
+Text = Annotated[bool, opt("Give prompts as plain text, without the chat template.", "--text")]
+System = Annotated[str | None, opt("System prompt; '' is an empty one. By default none.")]
 Named = Annotated[
     list[str] | None,
     typer.Option(
@@ -42,23 +45,17 @@ Named = Annotated[
         "have a name already.",
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(help="An answer has at most so many tokens.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
-TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total share.")]
-Penalty = Annotated[
-    float, typer.Option(help="Above 1, tokens that were there already become less likely.")
-]
-Seed = Annotated[int, typer.Option(help="Of the random draws.")]
-Batch = Annotated[
-    int | None, typer.Option(help="Rows computed at once; by default as many as fit the memory.")
-]
-Layers = Annotated[str | None, typer.Option(help="Only these layers, such as 3,7,12-20.")]
-Positive = Annotated[Path, typer.Option(help="File of texts or prompts with the concept.")]
-Negative = Annotated[Path, typer.Option(help="File of texts or prompts without the concept.")]
-Name = Annotated[str, typer.Option(help="The direction's name, for --steer.")]
-Saved = Annotated[
-    Path | None, typer.Option(help="File to save to; by default NAME.safetensors in the cache.")
-]
+MaxNewTokens = Annotated[int, opt("An answer has at most so many tokens.")]
+Temperature = Annotated[float, opt("0 takes the likeliest token.")]
+TopP = Annotated[float, opt("Draw from the likeliest tokens of this total share.")]
+Penalty = Annotated[float, opt("Above 1, tokens that were there already become less likely.")]
+Seed = Annotated[int, opt("Of the random draws.")]
+Batch = Annotated[int | None, opt("Rows computed at once; by default as many as fit the memory.")]
+Layers = Annotated[str | None, opt("Only these layers, such as 3,7,12-20.")]
+Positive = Annotated[Path, opt("File of texts or prompts with the concept.")]
+Negative = Annotated[Path, opt("File of texts or prompts without the concept.")]
+Name = Annotated[str, opt("The direction's name, for --steer.")]
+Saved = Annotated[Path | None, opt("File to save to; by default NAME.safetensors in the cache.")]
 
 WRAPPED = {"label", "explainers", "promoted", "rises", "prompt", "interval", "steer"}
 _NUMBER = re.compile(r"[-+]?[\d,.]+(e[-+]?\d+)?%?|nan|")

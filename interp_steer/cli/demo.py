@@ -9,8 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from interp_steer.cli import common
 from interp_steer.cli.common import load, table
 from interp_steer.util.console import progress, safe
 
@@ -32,8 +31,7 @@ LENGTH = 96  # tokens of the answers that are shown
 
 def demo(
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the plot and the answers; by default in the cache."),
+        Path | None, common.opt("Folder for the plot and the answers; by default in the cache.")
     ] = None,
 ) -> None:
     """Make the starter model talk about the Eiffel Tower.

@@ -2,8 +2,6 @@
 
 from typing import Annotated, Any
 
-import typer
-
 from interp_steer.cli import common
 from interp_steer.errors import RequestError, nearest, note
 from interp_steer.util.console import progress, safe
@@ -19,25 +17,22 @@ def make(
     negative: common.Negative,
     name: common.Name = "direction",
     method: Annotated[
-        str,
-        typer.Option(help="mean-difference, principal-component, logistic-probe or actadd."),
+        str, common.opt("mean-difference, principal-component, logistic-probe or actadd.")
     ] = "mean-difference",
     position: Annotated[
         str,
-        typer.Option(
-            help="Where activations are read: mean (over the tokens), last, or answer (where the "
+        common.opt(
+            "Where activations are read: mean (over the tokens), last, or answer (where the "
             "two answers of a pair first differ)."
         ),
     ] = "mean",
-    layer: Annotated[
-        int | None, typer.Option(help="Save this layer only; by default all layers.")
-    ] = None,
+    layer: Annotated[int | None, common.opt("Save this layer only; by default all layers.")] = None,
     as_chat: Annotated[
         bool | None,
-        typer.Option(
-            "--chat/--text",
-            help="Read everything as a chat, or as plain text. By default a text is plain, and an "
+        common.opt(
+            "Read everything as a chat, or as plain text. By default a text is plain, and an "
             "entry with an answer, a system prompt or messages is a chat.",
+            "--chat/--text",
         ),
     ] = None,
     out: common.Saved = None,
@@ -133,7 +128,7 @@ def make(
 
 @app.command()
 def show(
-    file: Annotated[str, typer.Argument(help="A file, or the name of a stored direction.")],
+    file: Annotated[str, common.arg("A file, or the name of a stored direction.")],
     as_json: common.Json = False,
 ) -> None:
     """Show what a direction's file holds, and where it came from."""

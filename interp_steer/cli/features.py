@@ -5,8 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from interp_steer.cli import common
 from interp_steer.errors import RequestError, RunError
 from interp_steer.util.console import progress, safe
@@ -23,16 +21,16 @@ DEMO = Path(__file__).parents[1] / "data" / "demo_texts"
 SCREENED = 50  # features that a search finds, before the best of them are shown
 Where = Annotated[
     str,
-    typer.Argument(
-        metavar="SAE",
-        help="The sparse autoencoder: starter, RELEASE/SAE_ID of SAELens, MODEL/SOURCE of "
+    common.arg(
+        "The sparse autoencoder: starter, RELEASE/SAE_ID of SAELens, MODEL/SOURCE of "
         "Neuronpedia, or a folder that SAELens saved.",
+        metavar="SAE",
     ),
 ]
-Limit = Annotated[int, typer.Option(min=1, help="Show at most so many.")]
-Length = Annotated[int, typer.Option(min=2, help="Cut longer texts into pieces of so many tokens.")]
+Limit = Annotated[int, common.opt("Show at most so many.", min=1)]
+Length = Annotated[int, common.opt("Cut longer texts into pieces of so many tokens.", min=2)]
 Texts = Annotated[
-    list[Path] | None, typer.Option(help="File of texts: text, JSON or CSV. May be repeated.")
+    list[Path] | None, common.opt("File of texts: text, JSON or CSV. May be repeated.")
 ]
 
 
@@ -88,15 +86,15 @@ def _show(
 def get(
     words: Annotated[
         list[str],
-        typer.Argument(
-            metavar="FEATURE",
-            help="MODEL/SOURCE/INDEX, the feature's address at Neuronpedia, RELEASE SAE_ID INDEX, "
+        common.arg(
+            "MODEL/SOURCE/INDEX, the feature's address at Neuronpedia, RELEASE SAE_ID INDEX, "
             "or FOLDER INDEX.",
+            metavar="FEATURE",
         ),
     ],
-    name: Annotated[str | None, typer.Option(help="The direction's name, for --steer.")] = None,
+    name: Annotated[str | None, common.opt("The direction's name, for --steer.")] = None,
     out: common.Saved = None,
-    offline: Annotated[bool, typer.Option(help="Read files on disk only.")] = False,
+    offline: Annotated[bool, common.opt("Read files on disk only.")] = False,
     as_json: common.Json = False,
 ) -> None:
     """Save the decoder row of a feature as a direction.
@@ -134,7 +132,7 @@ def get(
 @app.command()
 def top(
     sae: Where,
-    prompt: Annotated[str, typer.Option(help="What the user says to the model.")],
+    prompt: Annotated[str, common.opt("What the user says to the model.")],
     text: common.Text = False,
     limit: Limit = 20,
     model: common.Model = "starter",
@@ -158,10 +156,8 @@ def top(
 @app.command()
 def contexts(
     sae: Where,
-    index: Annotated[int, typer.Argument(help="Index of the feature.")],
-    texts: Annotated[
-        list[Path], typer.Option(help="File of texts: text, JSON or CSV. May be repeated.")
-    ],
+    index: Annotated[int, common.arg("Index of the feature.")],
+    texts: Annotated[list[Path], common.opt("File of texts: text, JSON or CSV. May be repeated.")],
     limit: Limit = 10,
     length: Length = 256,
     model: common.Model = "starter",
@@ -193,7 +189,7 @@ def find(
     positive: common.Positive,
     negative: common.Negative,
     by: Annotated[
-        str, typer.Option(help="What ranks them: auroc, or difference (of mean activations).")
+        str, common.opt("What ranks them: auroc, or difference (of mean activations).")
     ] = "auroc",
     limit: Limit = 20,
     length: Length = 256,
@@ -226,11 +222,9 @@ def find(
 @app.command()
 def rank(
     sae: Where,
-    features: Annotated[
-        str | None, typer.Option(help="Indices of the features, such as 12,4711.")
-    ] = None,
+    features: Annotated[str | None, common.opt("Indices of the features, such as 12,4711.")] = None,
     search: Annotated[
-        str | None, typer.Option(help="Take the features whose labels match these words.")
+        str | None, common.opt("Take the features whose labels match these words.")
     ] = None,
     texts: Texts = None,
     limit: Limit = 20,
@@ -281,7 +275,7 @@ def check(
     sae: Where,
     texts: Texts = None,
     loss_texts: Annotated[
-        int, typer.Option(min=0, help="Texts on which the model's cross-entropy is measured.")
+        int, common.opt("Texts on which the model's cross-entropy is measured.", min=0)
     ] = 32,
     length: Length = 256,
     model: common.Model = "starter",

@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from interp_steer.cli import common
 from interp_steer.errors import RequestError
 from interp_steer.util.console import progress, safe, side_by_side
@@ -18,17 +16,15 @@ if TYPE_CHECKING:
 
 def generate(
     model: common.Model = "starter",
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt. May be repeated.")] = None,
+    prompt: Annotated[list[str] | None, common.opt("A prompt. May be repeated.")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(
-            help="File of prompts: .txt, .json, .jsonl or .csv. FILE.csv:COLUMN picks a column."
-        ),
+        common.opt("File of prompts: .txt, .json, .jsonl or .csv. FILE.csv:COLUMN picks a column."),
     ] = None,
     steer: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Interventions, such as 'add(eiffel, 0.3 dose) at 15'. May be repeated: each is "
+        common.opt(
+            "Interventions, such as 'add(eiffel, 0.3 dose) at 15'. May be repeated: each is "
             "another answer."
         ),
     ] = None,
@@ -38,12 +34,12 @@ def generate(
     max_new_tokens: common.MaxNewTokens = 64,
     temperature: common.Temperature = 0.0,
     top_p: common.TopP = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0: from all.")] = 0,
+    top_k: Annotated[int, common.opt("Draw from so many tokens; 0: from all.")] = 0,
     repetition_penalty: common.Penalty = 1.0,
     seed: common.Seed = 0,
     batch: common.Batch = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write the answers to this .json file, and do not print.")
+        Path | None, common.opt("Write the answers to this .json file, and do not print.")
     ] = None,
     as_json: common.Json = False,
     dtype: common.Dtype = None,

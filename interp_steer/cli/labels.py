@@ -3,8 +3,6 @@
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from interp_steer.cli import common
 from interp_steer.util.console import safe
 
@@ -17,17 +15,15 @@ app = common.group()
 
 _Sources = Annotated[
     list[str] | None,
-    typer.Argument(
-        help="Releases of SAELens, such as llama_scope_lxr_8x, or sources of Neuronpedia, such as "
+    common.arg(
+        "Releases of SAELens, such as llama_scope_lxr_8x, or sources of Neuronpedia, such as "
         "llama3.1-8b/15-llamascope-res-32k."
     ),
 ]
 _Store = Annotated[
-    str | None, typer.Option(help="File of the label store; by default the one in the cache.")
+    str | None, common.opt("File of the label store; by default the one in the cache.")
 ]
-_Wait = Annotated[
-    bool, typer.Option(help="Wait while Neuronpedia limits requests, instead of failing.")
-]
+_Wait = Annotated[bool, common.opt("Wait while Neuronpedia limits requests, instead of failing.")]
 
 
 @app.command("sync")
@@ -35,11 +31,10 @@ def sync_command(
     sources: _Sources = None,
     layers: common.Layers = None,
     numbers: Annotated[
-        bool,
-        typer.Option(help="Fetch each feature's density and largest activation too: large files."),
+        bool, common.opt("Fetch each feature's density and largest activation too: large files.")
     ] = False,
     patience: Annotated[
-        float, typer.Option(min=0.1, help="Seconds until a server that keeps failing is given up.")
+        float, common.opt("Seconds until a server that keeps failing is given up.", min=0.1)
     ] = 30.0,
     wait: _Wait = False,
     store: _Store = None,
@@ -60,8 +55,7 @@ def sync_command(
 @app.command("import")
 def import_command(
     files: Annotated[
-        list[str],
-        typer.Argument(help="Exports of Neuronpedia, .jsonl or .jsonl.gz; or 'starter'."),
+        list[str], common.arg("Exports of Neuronpedia, .jsonl or .jsonl.gz; or 'starter'.")
     ],
     store: _Store = None,
     as_json: common.Json = False,
@@ -74,11 +68,11 @@ def import_command(
 
 @app.command("pack")
 def pack_command(
-    out: Annotated[str, typer.Argument(help="The file to write.")],
+    out: Annotated[str, common.arg("The file to write.")],
     sources: _Sources = None,
     layers: common.Layers = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace the file even if it is no label store.")
+        bool, common.opt("Replace the file even if it is no label store.", "--force")
     ] = False,
     store: _Store = None,
 ) -> None:
@@ -97,25 +91,24 @@ def pack_command(
 def search_command(
     query: Annotated[
         str,
-        typer.Argument(
-            help='Words, "a phrase", prefix* or -unwanted. Put -- before a query that begins so.'
+        common.arg(
+            'Words, "a phrase", prefix* or -unwanted. Put -- before a query that begins so.'
         ),
     ],
     source: Annotated[
-        list[str] | None,
-        typer.Option("--source", help="Only this release or source. May be repeated."),
+        list[str] | None, common.opt("Only this release or source. May be repeated.", "--source")
     ] = None,
     layers: common.Layers = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many features.")] = 20,
+    limit: Annotated[int, common.opt("At most so many features.", min=1)] = 20,
     semantic: Annotated[
-        bool, typer.Option(help="Search by meaning (needs the extra `semantic`).")
+        bool, common.opt("Search by meaning (needs the extra `semantic`).")
     ] = False,
-    hybrid: Annotated[bool, typer.Option(help="Search by words and by meaning.")] = False,
+    hybrid: Annotated[bool, common.opt("Search by words and by meaning.")] = False,
     remote: Annotated[
-        bool, typer.Option(help="Ask Neuronpedia, which sends the query to OpenAI.")
+        bool, common.opt("Ask Neuronpedia, which sends the query to OpenAI.")
     ] = False,
     model: Annotated[
-        str | None, typer.Option(help="With --remote: only this model of Neuronpedia.")
+        str | None, common.opt("With --remote: only this model of Neuronpedia.")
     ] = None,
     wait: _Wait = False,
     store: _Store = None,
@@ -149,11 +142,9 @@ def search_command(
 @app.command("show")
 def show_command(
     feature: Annotated[
-        str, typer.Argument(help="MODEL/SOURCE/INDEX, or the feature's address at Neuronpedia.")
+        str, common.arg("MODEL/SOURCE/INDEX, or the feature's address at Neuronpedia.")
     ],
-    fresh: Annotated[
-        bool, typer.Option("--fetch", help="Ask Neuronpedia, and store the answer.")
-    ] = False,
+    fresh: Annotated[bool, common.opt("Ask Neuronpedia, and store the answer.", "--fetch")] = False,
     store: _Store = None,
     as_json: common.Json = False,
 ) -> None:

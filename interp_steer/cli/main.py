@@ -27,17 +27,11 @@ COMMANDS = {
     "chat": ("chat:chat", "Talk to the steered and to the unsteered model, side by side."),
     "direction": ("direction:app", "Make directions from contrasting prompts, and show them."),
     "labels": ("labels:app", "Fetch the labels of SAE features, and search them offline."),
-    "features": (
-        "features:app",
-        "Find SAE features of a concept, and save their directions.",
-    ),
+    "features": ("features:app", "Find SAE features of a concept, and save their directions."),
     "sae": ("features:saes", "Check how well a sparse autoencoder fits your model."),
     "study": ("study:app", "Plan and run a study: a grid of steered answers with its controls."),
     "report": ("study:report", "Write one HTML page about a study's run."),
-    "ablate": (
-        "ablate:ablate",
-        "Find which parts of the model matter, and where steering acts.",
-    ),
+    "ablate": ("ablate:ablate", "Find which parts of the model matter, and where steering acts."),
     "verify": ("verify:verify", "Check that the toolkit computes your own model correctly."),
 }
 HELP = """Usage: interp-steer COMMAND [OPTIONS] [ARGS]...

@@ -5,25 +5,23 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from interp_steer.cli import common
 from interp_steer.errors import RequestError
 from interp_steer.util.console import safe
 
 app = common.group()
 
-File = Annotated[Path, typer.Argument(help="YAML file of the study.", show_default=False)]
-Folder = Annotated[Path, typer.Argument(help="Folder of the run.", show_default=False)]
+File = Annotated[Path, common.arg("YAML file of the study.", show_default=False)]
+Folder = Annotated[Path, common.arg("Folder of the run.", show_default=False)]
 Model = Annotated[
     str | None,
-    typer.Option(
-        help="Another model than the file's: 'starter', a folder, or the name of a model on the "
+    common.opt(
+        "Another model than the file's: 'starter', a folder, or the name of a model on the "
         "Hugging Face hub."
     ),
 ]
 Dtype = Annotated[
-    str | None, typer.Option(help="Another dtype than the file's: float32, bfloat16 or float16.")
+    str | None, common.opt("Another dtype than the file's: float32, bfloat16 or float16.")
 ]
 
 
@@ -59,7 +57,7 @@ def plan(
     device: common.Device = None,
     date: common.Date = None,
     timed: Annotated[
-        bool, typer.Option(help="Run two short batches, to estimate the study's time.")
+        bool, common.opt("Run two short batches, to estimate the study's time.")
     ] = True,
     as_json: common.Json = False,
 ) -> None:
@@ -97,32 +95,27 @@ def run(
     file: File,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder of the run; a run that is there goes on. By default in the cache."
-        ),
+        common.opt("Folder of the run; a run that is there goes on. By default in the cache."),
     ] = None,
     model: Model = None,
     dtype: Dtype = None,
     device: common.Device = None,
     date: common.Date = None,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads; a run keeps those of its first start.")
+        int | None, common.opt("CPU threads; a run keeps those of its first start.")
     ] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="Run in several processes, with Ray.")] = False,
+    ray: Annotated[bool, common.opt("Run in several processes, with Ray.", "--ray")] = False,
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster to run on; default: this machine.")
+        str | None, common.opt("Ray cluster to run on; default: this machine.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="With --ray: how many processes.")] = 1,
+    workers: Annotated[int, common.opt("With --ray: how many processes.")] = 1,
     gpus_per_worker: Annotated[
-        float | None, typer.Option(help="With --ray: GPUs of each process; default 1 if there are.")
+        float | None, common.opt("With --ray: GPUs of each process; default 1 if there are.")
     ] = None,
     shard: Annotated[
-        str | None,
-        typer.Option(help="Such as 2/8: this is the second of eight jobs that share the work."),
+        str | None, common.opt("Such as 2/8: this is the second of eight jobs that share the work.")
     ] = None,
-    report: Annotated[
-        bool, typer.Option(help="Write report.html into the folder when done.")
-    ] = True,
+    report: Annotated[bool, common.opt("Write report.html into the folder when done.")] = True,
     as_json: common.Json = False,
 ) -> None:
     """Run a study, or what is missing of it.
@@ -181,8 +174,7 @@ def _shard(text: str | None) -> tuple[int, int] | None:
 
 @app.command()
 def table(
-    folder: Folder,
-    out: Annotated[Path, typer.Option(help="The file to write: .parquet or .csv.")],
+    folder: Folder, out: Annotated[Path, common.opt("The file to write: .parquet or .csv.")]
 ) -> None:
     """Write all rows of a run as one table."""
     from interp_steer.report.run import Run
@@ -198,8 +190,7 @@ def table(
 def merge(
     folder: Folder,
     others: Annotated[
-        list[Path],
-        typer.Argument(help="Folders or files of the rows to add.", show_default=False),
+        list[Path], common.arg("Folders or files of the rows to add.", show_default=False)
     ],
 ) -> None:
     """Add the rows of other machines to a run; each row is kept once."""
@@ -229,7 +220,7 @@ def merge(
 def report(
     folder: Folder,
     out: Annotated[
-        Path | None, typer.Option(help="The file to write; by default report.html in the folder.")
+        Path | None, common.opt("The file to write; by default report.html in the folder.")
     ] = None,
 ) -> None:
     """Write one HTML page about a study's run."""
