@@ -46,10 +46,10 @@ Named = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[int, opt("An answer has at most so many tokens.")]
-Temperature = Annotated[float, opt("0 takes the likeliest token.")]
-TopP = Annotated[float, opt("Draw from the likeliest tokens of this total share.")]
+Temperature = Annotated[float, opt("At 0 the likeliest token is taken.")]
+TopP = Annotated[float, opt("Draw from the likeliest tokens, of this share together.")]
 Penalty = Annotated[float, opt("Above 1, tokens that were there already become less likely.")]
-Seed = Annotated[int, opt("Of the random draws.")]
+Seed = Annotated[int, opt("Seed of the random draws.")]
 Batch = Annotated[int | None, opt("Rows computed at once; by default as many as fit the memory.")]
 Layers = Annotated[str | None, opt("Only these layers, such as 3,7,12-20.")]
 Positive = Annotated[Path, opt("File of texts or prompts with the concept.")]

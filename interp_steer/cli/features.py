@@ -234,7 +234,7 @@ def rank(
     dtype: common.Dtype = None,
     device: common.Device = None,
 ) -> None:
-    """Rank features by their output score: how likely they are to steer.
+    """Rank features by output score: how likely they are to steer.
 
     Each feature takes one forward pass. With --texts, the input score is measured as well: the
     share of the places where it fires most whose token it also promotes.
@@ -283,9 +283,10 @@ def check(
     dtype: common.Dtype = None,
     device: common.Device = None,
 ) -> None:
-    """Measure how much of your model's activations a sparse autoencoder gives back.
+    """Measure how well a sparse autoencoder fits your model.
 
-    Give your own kind of text with --texts; by default the demo's sentences are read.
+    That is how much of the model's activations it gives back, and what that costs the model. Give
+    your own kind of text with --texts; by default the demo's sentences are read.
     """
     prompts = _read(texts or [DEMO / "positive.txt", DEMO / "negative.txt"])
     whole, loaded = _both(sae, model, dtype, device)

@@ -92,7 +92,7 @@ def search_command(
     query: Annotated[
         str,
         common.arg(
-            'Words, "a phrase", prefix* or -unwanted. Put -- before a query that begins so.'
+            'Words, "a phrase", prefix* or -unwanted. Put -- before a query that begins with -.'
         ),
     ],
     source: Annotated[

@@ -61,7 +61,7 @@ def plan(
     ] = True,
     as_json: common.Json = False,
 ) -> None:
-    """Show how many rows a study has, and the memory and time that it needs, without running it."""
+    """Show the rows, memory and time that a study needs, without running it."""
     study, loaded, _ = _opened(file, model, dtype, device, date)
     from interp_steer.study.plan import Plan
 

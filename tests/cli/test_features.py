@@ -134,7 +134,7 @@ def test_check(folder, tiny_folder, texts):
         ),
     ],
 )
-def test_bad_requests_are_one_line(folder, tiny_folder, words, error):
+def test_bad_requests_are_one_line(folder, tiny_folder, words, expected):
     given = [word.format(sae=folder, model=tiny_folder) for word in words]
     assert expected in error(2, *given)
 
