@@ -22,17 +22,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: the matrices
 import numpy as np
 from scipy import stats
 
-from interp_steer.stats.intervals import (
-    Interval,
-    bands,
-    best_set,
-    by_unit,
-    difference,
-    mean,
-    rate,
-    rate_by_unit,
-)
+from interp_steer.stats.interval import Interval
+from interp_steer.stats.intervals import by_unit, difference, mean, rate, rate_by_unit
 from interp_steer.stats.shares import ratio
+from interp_steer.stats.simultaneous import bands, best_set
 
 BAR = (0.93, 0.97)
 SEEDS = 5

@@ -17,7 +17,7 @@ import numpy as np
 from interp_steer import Contrast, SteeringModel, read_items
 from interp_steer.causal.ablate import ablate
 from interp_steer.report import marks, plots
-from interp_steer.stats import intervals
+from interp_steer.stats import chance, intervals, simultaneous
 
 SMALL = "--small" in sys.argv
 MODEL = os.environ.get("MODEL", "starter")
@@ -51,7 +51,7 @@ print("wrote", marks.save(plots.profile(profile), RUN / "profile.png"))
 for score, sign in (("loss", 1), (SCORE, -1)):
     table = taken.table.query("component == 'block' and score == @score")
     damage = sign * table.pivot(index="item", columns="layer", values="change")
-    worst = intervals.best_set(damage.to_numpy())
+    worst = simultaneous.best_set(damage.to_numpy())
     print(f"blocks that may matter most, by {score}:", [int(damage.columns[i]) for i in worst])
 
 # %% the concept's direction against random ones of equal norm
@@ -73,5 +73,5 @@ others = [lost(eiffel.random(seed)) for seed in range(2 if SMALL else 50)]
 means = np.array([one.mean() for one in others])
 print("the concept's direction:", intervals.mean(own))
 print(f"{len(means)} random ones:   mean {means.mean():.2f}, largest {means.max():.2f}")
-print(f"p = {intervals.p_null(own.mean(), means):.3f}")
+print(f"p = {chance.p_null(own.mean(), means):.3f}")
 print("paired with their mean:", intervals.difference(own, np.mean(others, axis=0)))

@@ -29,8 +29,8 @@ from interp_steer.causal.branch import HOOKS, Edit, Trunk, Variant, check_names,
 from interp_steer.causal.scores import (
     ANSWER,
     Reading,
-    _chunks,
     answered,
+    batches,
     chosen_scores,
     first_tokens,
     summarised,
@@ -81,8 +81,10 @@ class Cut:
 
     @property
     def closed(self) -> bool:
-        """Whether the stream after the first block needs no computing: nothing in the block reads
-        what is put in, and what it does read is not changed yet.
+        """Whether the stream after the first block follows without running that block.
+
+        It does where a value is put in at the block's end: no part of the block reads that value.
+        So the stream is the unchanged one with the value added in place of what stood there.
         """
         return self.component in ("mlp_out", "block") and self.operator in METHODS
 
@@ -307,7 +309,7 @@ def _means(
     """Mean activation over all positions of all prompts, first ones left out."""
     sums: dict[Hook, Tensor] = {}
     count = 0
-    for chunk in _chunks([len(ids) for ids in known], None):
+    for chunk in batches([len(ids) for ids in known], None):
         trunk = Trunk(model, [known[n] for n in chunk], hooks)
         counted = trunk.changed()
         count += int(counted.sum())

@@ -93,10 +93,14 @@ class Patching:
         moved, whole = (self.table[name] - self.table["corrupt"] for name in ("value", "clean"))
         return shares.summarised(self.table, by, moved, whole, level, seed)
 
+    def doubt(self, summary: pd.DataFrame) -> str | None:
+        """Why the shares of a summary should not be believed, if so; see `shares.doubt`."""
+        return shares.doubt(summary, "the difference of clean and corrupted prompts")
+
     @property
     def warning(self) -> str | None:
-        """Why the shares should not be believed, if so; see `shares.doubt`."""
-        return shares.doubt(self.summary(), "the difference of clean and corrupted prompts")
+        """The same of `summary()`."""
+        return self.doubt(self.summary())
 
 
 def patch(

@@ -219,7 +219,7 @@ def sweep(
     """
     clean: dict[int, Tensor] = {}
     values: dict[int, Tensor] = {}
-    for chunk in _chunks([len(one.ids) for one in readings], batch):
+    for chunk in batches([len(one.ids) for one in readings], batch):
         rows = [readings[n] for n in chunk]
         trunk = Trunk(model, [one.ids for one in rows], keep)
         judge = Judge(trunk, rows, scores, words)
@@ -241,7 +241,7 @@ def sweep(
     return torch.stack([clean[n] for n in numbers]), torch.stack([values[n] for n in numbers], 1)
 
 
-def _chunks(lengths: Sequence[int], batch: int | None) -> list[list[int]]:
+def batches(lengths: Sequence[int], batch: int | None) -> list[list[int]]:
     """Items of like lengths together, as many as their kept streams allow."""
     if batch is not None and batch < 1:
         raise RequestError(f"batch is {batch}, expected at least 1")

@@ -193,11 +193,15 @@ class Mediation:
         found = shares.summarised(self.table, by, gone, effect, level, seed)
         return found.sort_values("estimate", ascending=False, ignore_index=True)
 
+    def doubt(self, summary: pd.DataFrame) -> str | None:
+        """Why the shares of a summary should not be believed, if so; see `shares.doubt`."""
+        score = self.table["score"].iloc[0] if len(self.table) else "steering"
+        return shares.doubt(summary, f"the effect on {score}")
+
     @property
     def warning(self) -> str | None:
-        """Why the shares should not be believed, if so; see `shares.doubt`."""
-        score = self.table["score"].iloc[0] if len(self.table) else "steering"
-        return shares.doubt(self.summary(), f"the effect on {score}")
+        """The same of `summary()`."""
+        return self.doubt(self.summary())
 
 
 def mediation(

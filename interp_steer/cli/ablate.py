@@ -208,7 +208,7 @@ def _patched(request: Request) -> _Outcome:
 
     title = _effect(summary, effects.table, "corrupt", "clean", "share of it brought back")
     return _Outcome(
-        effects.table, summary, draw, title, _doubts(effects.warning), largest_first=True
+        effects.table, summary, draw, title, _doubts(effects.doubt(summary)), largest_first=True
     )
 
 
@@ -255,7 +255,7 @@ def _traced(request: Request) -> _Outcome:
     title = _effect(summary, effects.table, "unsteered", "steered", "share of it that goes")
     return _Outcome(
         effects.table, summary, lambda: maps.mediation(summary), f"{cell}\n{title}",
-        _doubts(effects.warning),
+        _doubts(effects.doubt(summary)),
     )  # fmt: skip
 
 

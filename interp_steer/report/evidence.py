@@ -10,8 +10,8 @@ import pandas as pd
 
 from interp_steer.results.declared import UNKNOWN, Declared
 from interp_steer.results.roles import SETTING
-from interp_steer.stats import intervals
-from interp_steer.stats.intervals import Interval
+from interp_steer.stats import chance, intervals, simultaneous
+from interp_steer.stats.interval import MINIMUM, Interval
 
 NULLS = ("random", "features", "shuffled", "null")
 
@@ -88,11 +88,13 @@ class Evidence:
                 continue
             whole = moved.dropna()
             spans: list[Interval | None] = [None] * len(cells)
-            if len(whole) >= intervals.MINIMUM:
+            if len(whole) >= MINIMUM:
                 bounds = _apart(metric)
-                spans = list(intervals.bands(whole.to_numpy(), self.level, 0, bounds, metric.kind))
+                spans = list(
+                    simultaneous.bands(whole.to_numpy(), self.level, 0, bounds, metric.kind)
+                )
             if metric is self.decides and len(whole):
-                best = intervals.best_set(metric.sign * whole.to_numpy(), level=self.level)
+                best = simultaneous.best_set(metric.sign * whole.to_numpy(), level=self.level)
             for i, (setting, part) in enumerate(cells):
                 told = moved[i].dropna()
                 span = spans[i]
@@ -121,7 +123,7 @@ class Evidence:
         grid["best"] = grid["cell"].isin(best)
         passing = [i for i, (_, part) in enumerate(cells) if self._passes(part)]
         grid["passes"] = grid["cell"].isin(passing)
-        if rows["item"].nunique() < intervals.MINIMUM:
+        if rows["item"].nunique() < MINIMUM:
             self.notes.append(
                 f"the grid has {rows['item'].nunique()} prompts: it shows points without intervals"
             )
@@ -193,12 +195,12 @@ class Evidence:
         self, after: "pd.Series[float]", before: "pd.Series[float]", metric: Declared
     ) -> float | None:
         """Two-sided p of no effect on these prompts."""
-        if len(after) < intervals.MINIMUM:
+        if len(after) < MINIMUM:
             return None
         one, other = after.to_numpy(float), before.to_numpy(float)
         if metric.kind == "rate" and set(np.unique([one, other])) <= {0.0, 1.0}:
-            return intervals.exact_p(one.astype(bool), other.astype(bool))
-        return intervals.permutation_p(one, other)
+            return chance.exact_p(one.astype(bool), other.astype(bool))
+        return chance.permutation_p(one, other)
 
     def nulls(self) -> pd.DataFrame:
         lines = []
@@ -245,7 +247,7 @@ class Evidence:
                         "mean": told.mean() if len(told) else math.nan,
                         "lowest": told.min() if len(told) else math.nan,
                         "highest": told.max() if len(told) else math.nan,
-                        "p": intervals.p_null(observed, values),
+                        "p": chance.p_null(observed, values),
                     }
                 )
         columns = ["control", "metric", "n", "mean", "lowest", "highest", "p"]

@@ -16,7 +16,7 @@ from interp_steer.report.evidence import Evidence
 from interp_steer.results.built_in import BUILT_IN
 from interp_steer.results.declared import UNKNOWN, Declared, of_manifest
 from interp_steer.results.roles import SETTING
-from interp_steer.stats import intervals
+from interp_steer.stats.interval import MINIMUM
 
 ALPHA = 0.05
 STATES = {
@@ -191,8 +191,8 @@ def _verdict(
         return Verdict(None, value, how, f"Nothing is declared, as {why}: {result}.")
 
     if not interval:
-        few = int(claim["n"]) < intervals.MINIMUM
-        few_prompts = f"there are fewer than {intervals.MINIMUM} prompts"
+        few = int(claim["n"]) < MINIMUM
+        few_prompts = f"there are fewer than {MINIMUM} prompts"
         return nothing(few_prompts if few else f"there is {claim['method']}")
     if decides.better == UNKNOWN:
         return nothing(f"the run does not keep which way {name} is better")

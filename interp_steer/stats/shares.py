@@ -13,7 +13,17 @@ from jaxtyping import Float
 
 from interp_steer.errors import RequestError
 from interp_steer.stats import intervals
-from interp_steer.stats.intervals import MINIMUM, Interval, Values
+from interp_steer.stats.interval import (
+    MINIMUM,
+    Interval,
+    Values,
+    check,
+    check_paired,
+    interval,
+    seldom,
+    student,
+)
+from interp_steer.stats.resampling import RESAMPLES, resamples, studentised
 
 # Mean effects smaller than this, in nats, are the rounding of float32 logits: no share of them is
 # taken.
@@ -37,30 +47,28 @@ def ratio(
     Raises:
         RequestError: unequal numbers of values, values that are not finite, or a `whole` of mean 0.
     """
-    intervals._check_paired(part, whole)
-    intervals._check(np.stack([part, whole]), level)
+    check_paired(part, whole)
+    check(np.stack([part, whole]), level)
     n, top, bottom = len(part), float(part.mean()), float(whole.mean())
     if bottom == 0:
         raise RequestError("the mean of the whole is 0: there is no share of it")
     estimate = top / bottom
 
     def told(limits: tuple[float, float] | None, method: str) -> Interval:
-        return intervals._interval(estimate, limits, n, method, level)
+        return interval(estimate, limits, n, method, level)
 
     if n < MINIMUM:
         return told(None, "")
     apart = (part - estimate * whole) * math.copysign(1, bottom)
     size = max(float(np.abs(part).max()), float(np.abs(estimate * whole).max()), 1e-300)
-    if intervals._seldom(np.round(apart / size, 9)[:, None], intervals.DIFFERING)[0]:
+    if seldom(np.round(apart / size, 9)[:, None], intervals.DIFFERING)[0]:
         return told(None, f"fewer than {intervals.DIFFERING} prompts differ from the rest")
     tail = (1 - level) / 2
-    resamples = intervals._resamples(n, seed, intervals.RESAMPLES)
-    below, above = np.quantile(
-        intervals._studentised(apart[:, None], resamples)[0], [tail, 1 - tail]
-    )
-    student = intervals._student(1 - tail, n) / math.sqrt(n)
-    low = _root(part, whole, max(float(above), student))[0]
-    high = _root(part, whole, max(-float(below), student))[1]
+    t = studentised(apart[:, None], resamples(n, seed, RESAMPLES))[0]
+    below, above = np.quantile(t, [tail, 1 - tail])
+    furthest = student(1 - tail, n) / math.sqrt(n)
+    low = _root(part, whole, max(float(above), furthest))[0]
+    high = _root(part, whole, max(-float(below), furthest))[1]
     if not math.isfinite(low) or not math.isfinite(high):
         return told(None, "the whole cannot be told from 0")
     return told((low, high), "Fieller's, with the studentised bootstrap over prompts")

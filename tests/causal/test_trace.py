@@ -1,14 +1,10 @@
 """Patching, propagation, mediation and selection, each against TransformerLens or Hugging Face."""
 
-import itertools
-
 import pytest
 import torch
 
-from interp_steer.causal import select as selection
 from interp_steer.causal import trace as tracing
 from interp_steer.causal.branch import Trunk
-from interp_steer.causal.select import select_direction
 from interp_steer.causal.trace import mediation, patch, propagation
 from interp_steer.engine.hooks import fwd_hooks
 from interp_steer.errors import RequestError
@@ -47,85 +43,6 @@ def direction(seed: int = 0, layer: int = AT, width: int = 64) -> Direction:
 
 
 # --- patching -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("positions", ["all", "each", (-1, 2)])
-def test_patching_is_transformer_lens_own(tiny, positions):
-    parts = ["resid_pre", "resid_post", "block", "attn_out", "mlp_out", "z"]
-    parts = parts[2:] if positions == "all" else parts
-    layers, heads = ([2, 5], [1]) if positions == "each" else ([0, 3, 5], None)
-    table = patch(tiny, ITEMS, parts, positions=positions, layers=layers, heads=heads).table
-    rows = {"all": 2, "each": 6 + 9, (-1, 2): 4}[positions]  # of both items
-    assert len(table) == rows * len(layers) * (len(parts) - 1 + (1 if heads else tiny.n_heads))
-    assert set(table["score"]) == {"logit_difference"}
-    pairs = {i.id: (tokens(tiny, i), tokens(tiny, i, i.corrupted)) for i in ITEMS}
-    caches = {i: activations(tiny, clean) for i, (clean, _) in pairs.items()}
-    for item in ITEMS:
-        clean, corrupt = (difference(tiny, item, run(tiny, ids)[1]) for ids in pairs[item.id])
-        assert abs(clean - corrupt) > 0.1
-        for _, row in table[table["item"] == item.id].iterrows():
-            head = int(row["head"]) if row["component"] == "z" else None
-            spot = slice(None) if positions == "all" else int(row["position"])
-            if spot == -1:
-                spot = len(tiny.encode(item.prompt).ids) - 1
-
-            def hook(x, hook, head=head, spot=spot, cache=caches[item.id]):
-                x, value = x.clone(), cache[hook.name]
-                if head is None:
-                    x[:, spot] = value[:, spot]
-                else:
-                    x[:, spot, head] = value[:, spot, head]
-                return x
-
-            names = [f"blocks.{row['layer']}.{kind}" for kind in HOOKS[row["component"]]]
-            changed = run(tiny, pairs[item.id][1], [(name, hook) for name in names])[1]
-            value = difference(tiny, item, changed)
-            assert row["value"] == pytest.approx(value, abs=1e-4)
-            assert (row["clean"], row["corrupt"]) == pytest.approx((clean, corrupt), abs=1e-4)
-            if positions != "all":
-                assert row["token"] == tiny.decode_token(pairs[item.id][0][spot])
-
-
-def test_the_whole_stream_at_all_positions_is_refused(tiny):
-    """It is the clean pass: 1.0 at every layer, which says nothing of the model."""
-    for part in ("resid_pre", "resid_post"):
-        with pytest.raises(RequestError, match=f"{part} at all positions is the whole clean pass"):
-            patch(tiny, ITEMS, ["mlp_out", part], positions="all")
-    each = patch(tiny, ITEMS).table  # each position, unless asked otherwise
-    assert set(each["component"]) == {"resid_pre"} and set(each["position"]) == set(range(9))
-    last = patch(tiny, ITEMS, positions="last").table
-    assert last.equals(patch(tiny, ITEMS, positions=[-1]).table) and set(last["position"]) == {-1}
-    # before block 0 every position but the changed ones is the same in both prompts
-    first = each[(each["layer"] == 0) & (each["item"] == FOX.id)].set_index("position")
-    clean, corrupt = tiny.encode(FOX.prompt).ids, tiny.encode(FOX.corrupted).ids
-    for n, (a, b) in enumerate(zip(clean, corrupt, strict=True)):
-        moved = abs(first["value"][n] - first["corrupt"][n])
-        assert moved < 1e-4 if a == b else moved > 1e-3
-
-
-def test_where_two_prompts_do_not_differ_in_effect_there_is_no_share(tiny):
-    same = Item(FOX.prompt, " dog", " fox", corrupted=FOX.prompt)
-    found = patch(tiny, [same], ["mlp_out"])
-    assert found.summary()["estimate"].isna().all() and "no more than rounding" in found.warning
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"components": ["direction"]}, "unknown component 'direction'"),
-        ({"items": [Item(FOX.prompt, " dog", " fox")]}, "it lacks a corrupted prompt"),
-        ({"items": [FOX, Item("Yes", corrupted="No")]}, "it lacks answers"),
-        ({"items": [Item("Yes", " a", " the", corrupted="Yes, no")]}, "corrupted prompt 5"),
-        ({"positions": [-7]}, "position -7 is out of range: .* has positions 0-5"),
-        ({"positions": [6]}, "position 6 is out of range: .* has positions 0-5"),
-        ({"positions": "every"}, "unknown positions 'every'"),
-        ({"positions": []}, "no positions given"),
-        ({"layers": [9]}, "layer 9 is out of range"),
-    ],
-)
-def test_patching_errors(tiny, changes, said):
-    with pytest.raises(RequestError, match=said):
-        patch(tiny, **{"items": ITEMS, **changes})
 
 
 # --- propagation --------------------------------------------------------------------------------
@@ -358,145 +275,6 @@ def test_mediation_errors(tiny):
 
 
 # --- choosing a direction -----------------------------------------------------------------------
-
-
-def chats(*texts: str) -> list[Item]:
-    return [Item(chat(text)) for text in texts]
-
-
-BUILD = (
-    chats("I love the fox", "Yes, the fox", "A fox jumps"),
-    chats("I hate rain", "No", "A lazy dog"),
-)
-CHOOSE = (chats("fox who", "the fox is it"), chats("dog who", "the dog is lazy"))
-PROVE = (chats("one fox", "two fox"), chats("one rain", "two rain", "three rain"))
-
-
-def score_of(model, logprobs) -> float:
-    wanted = {ids_of(model, text)[0] for text in ("fox", " fox")}
-    return logprobs[-1].exp()[list(wanted)].sum().log().item()
-
-
-def effects(model, sides, vector, layer: int, first: int = 1) -> tuple[float, float, float]:
-    """Mean changes by adding, by ablating, and the mean KL of ablating, by TransformerLens."""
-    unit = vector / vector.norm()
-
-    def kept(x, new):
-        return torch.cat([x[:, :first], new[:, first:]], 1)
-
-    add = [(f"blocks.{layer}.hook_resid_post", lambda x, hook: kept(x, x + vector))]
-    places = itertools.product(range(6), ("hook_resid_pre", "hook_attn_out", "hook_mlp_out"))
-    ablate = [
-        (f"blocks.{n}.{kind}", lambda x, hook: kept(x, x - (x @ unit)[..., None] * unit))
-        for n, kind in places
-    ]
-    added, ablated, kl = [], [], []
-    for side, found in zip(sides, (ablated, added), strict=True):
-        for item in side:
-            ids = model.encode(item.prompt).ids
-            plain = run(model, ids)[1]
-            gone = run(model, ids, ablate)[1]
-            if found is added:
-                added.append(score_of(model, run(model, ids, add)[1]) - score_of(model, plain))
-                kl.append((plain.exp() * (plain - gone)).sum(-1)[-1].item())
-            else:
-                ablated.append(score_of(model, gone) - score_of(model, plain))
-    return tuple(sum(values) / len(values) for values in (added, ablated, kl))
-
-
-@pytest.mark.parametrize("by", selection.RANKED)
-def test_selection_scores_each_candidate_and_takes_the_best(tiny, by):
-    first = by == "both"
-    found = select_direction(
-        tiny, BUILD, CHOOSE, PROVE, words=["fox"], by=by, max_kl=0.45, first=first, name="fox"
-    )
-    table, n = found.table, 6  # tokens after the user's text
-    assert len(table) == 6 * n
-    taken = {"add": 0, "ablate": -table["ablated"], "both": -table["ablated"]}[by]
-    left = table["layer"] < 5
-    wanted = (table["added"] if by != "ablate" else 0) + taken
-    assert (table["rank_by"] - wanted)[left].abs().max() < 1e-6
-    for _, row in table.iloc[:: 35 if by == "ablate" else 7].iterrows():
-        layer, position = int(row["layer"]), int(row["position"])
-        means = [
-            torch.stack(
-                [hf_streams(tiny, tiny.encode(i.prompt).ids)[layer + 1][0, position] for i in side]
-            ).mean(0)
-            for side in BUILD
-        ]
-        vector = (means[0] - means[1]).detach()
-        assert row["norm"] == pytest.approx(vector.norm().item(), rel=1e-4)
-        if layer == 5:  # not below 0.8 x 6
-            assert row["veto"] == "layer is not below 0.8 x 6" and row["kl"] != row["kl"]
-            continue
-        added, ablated, kl = effects(tiny, CHOOSE, vector, layer, 0 if first else 1)
-        assert (row["added"], row["ablated"], row["kl"]) == (
-            pytest.approx(added, abs=1e-3), pytest.approx(ablated, abs=1e-3),
-            pytest.approx(kl, abs=1e-3),
-        )  # fmt: skip
-        expected = "KL is not below 0.45" if kl >= 0.45 else ""
-        if not expected and added <= 0:
-            expected = "adding it does not raise the score"
-        assert row["veto"] == expected
-    fine = table[table["veto"] == ""]
-    best = table[table["chosen"]].iloc[0]
-    assert 1 < len(fine) < 30 and best["rank_by"] == fine["rank_by"].max() and best["veto"] == ""
-    assert (found.layer, found.position) == (best["layer"], best["position"])
-    assert found.direction.site == Site("resid_post", found.layer)
-    assert found.direction.norm == pytest.approx(best["norm"]) and found.direction.name == "fox"
-    vector = found.direction.vector
-    proved = effects(tiny, PROVE, vector, found.layer, 0 if first else 1)
-    for measure, value, count in zip(("added", "ablated", "kl"), proved, (3, 2, 3), strict=True):
-        some = found.proof[found.proof["measure"] == measure]
-        assert len(some) == count and some["change"].mean() == pytest.approx(value, abs=1e-3)
-
-
-def test_selection_by_logit_differences_of_plain_texts(tiny):
-    """Without a template the last position is the only candidate; items bring their answers."""
-
-    def items(*texts):
-        return [Item(text, " fox", " dog") for text in texts]
-
-    parts = [
-        (items("I love the", "Yes, the"), items("I hate the", "No, the")),
-        (items("What is the"), items("Name the")),
-        (items("the tower and the"), items("rain and the")),
-    ]
-    found = select_direction(tiny, *parts, max_kl=9, layers=[0, 2, 4])
-    assert list(found.table["layer"]) == [0, 2, 4] and set(found.table["position"]) == {-1}
-    ends = [[hf_streams(tiny, tiny.encode(item.prompt).ids) for item in side] for side in parts[0]]
-    for _, row in found.table.iterrows():
-        layer = int(row["layer"])
-        means = [torch.stack([x[layer + 1][0, -1] for x in side]).mean(0) for side in ends]
-        shift = (means[0] - means[1]).detach()
-        assert row["norm"] == pytest.approx(shift.norm().item(), rel=1e-4)
-        (item,) = parts[1][1]
-        hook = (f"blocks.{layer}.hook_resid_post", lambda x, hook, s=shift: moved(x, s))
-        ids = tiny.encode(item.prompt).ids
-        changes = [difference(tiny, item, run(tiny, ids, some)[1]) for some in ([hook], [])]
-        assert row["added"] == pytest.approx(changes[0] - changes[1], abs=1e-3)
-    assert found.table["added"].abs().min() > 0.01
-
-
-def test_selection_errors(tiny):
-    options = {"build": BUILD, "choose": CHOOSE, "prove": PROVE, "words": ["fox"], "max_kl": 0.45}
-    for changes, said in (
-        ({"prove": CHOOSE}, "'fox who' is asked both in choose and in prove"),
-        (
-            {"prove": ([chat(CHOOSE[0][0].text, "Be kind.", "Yes")], PROVE[1])},
-            "is asked both in choose and in prove",
-        ),
-        ({"choose": (BUILD[1], CHOOSE[1])}, "'I hate rain' is asked both in build and in choose"),
-        ({"prove": (PROVE[0], [])}, "prove needs prompts on both sides"),
-        ({"words": []}, "has no answers, positive and negative, to be scored by"),
-        ({"by": "adding"}, "unknown rank 'adding'; nearest: add"),
-        ({"max_kl": 0.0}, r"all 36 candidates are vetoed: 30 x KL .* 6 x layer .*least KL 0\.\d"),
-        ({"layers": [5]}, "all 6 candidates are vetoed: 6 x layer is not below"),
-        ({"positions": [-40]}, "position -40 is out of range: candidates stand at -1 to"),
-        ({"positions": [0]}, "position 0 is out of range"),
-    ):
-        with pytest.raises(RequestError, match=said):
-            select_direction(tiny, **{**options, **changes})
 
 
 def test_nothing_is_left_after_an_exception(tiny_folder, monkeypatch):

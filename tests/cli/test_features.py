@@ -126,7 +126,7 @@ def test_check(folder, tiny_folder, texts):
         (["features", "rank", "{sae}", "--model", "{model}"], "--features 12,4711 or --search"),
         (
             ["features", "rank", "{sae}", "--model", "{model}", "--features", "a"],
-            "expected indices",
+            "--features is 'a', expected such as 3,7",
         ),
         (
             ["features", "rank", "{sae}", "--model", "{model}", "--search", "x"],

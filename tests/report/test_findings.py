@@ -7,7 +7,7 @@ import torch
 
 from interp_steer.prompts.item import Item
 from interp_steer.report.findings import STATES, Findings
-from interp_steer.stats import intervals
+from interp_steer.stats import intervals, simultaneous
 from interp_steer.steering.direction import Direction
 from interp_steer.study.cell import Controls
 from interp_steer.study.study import Study
@@ -279,7 +279,7 @@ def test_the_grid_has_simultaneous_bands_and_a_best_set():
         parts.append(rows("grid", values, "choose", level=str(k + 1.0), layer=k))
     f = found(*parts, cells=3)
     effects = np.array([0.0, 5.0, 5.1]) + noise
-    expected = intervals.bands(effects)
+    expected = simultaneous.bands(effects)
     assert f.grid["effect"].to_list() == pytest.approx(effects.mean(0).tolist())
     assert f.grid["low"].to_list() == pytest.approx([e.low for e in expected])
     assert f.grid["best"].to_list() == [False, True, True]

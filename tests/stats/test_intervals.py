@@ -9,23 +9,19 @@ import pytest
 from scipy import stats
 
 from interp_steer.errors import RequestError
-from interp_steer.stats import intervals
+from interp_steer.stats import interval, resampling
+from interp_steer.stats.chance import exact_p, p_null, permutation_p
+from interp_steer.stats.interval import Interval
 from interp_steer.stats.intervals import (
-    Interval,
-    bands,
-    best_set,
     by_unit,
     difference,
-    exact_p,
     mean,
-    missing,
-    p_null,
-    permutation_p,
     rate,
     rate_by_unit,
     slopes,
     steerability,
 )
+from interp_steer.stats.simultaneous import bands, best_set
 
 
 def ends(one: Interval) -> tuple[float, float]:
@@ -85,7 +81,7 @@ def test_studentised_resamples_are_what_repeating_the_prompts_gives():
     draw = np.random.default_rng(19)
     values = draw.exponential(size=(12, 3))
     weights = draw.multinomial(12, np.full(12, 1 / 12), 5).T.astype(float)
-    for times, t in zip(weights.T, intervals._studentised(values, weights).T, strict=True):
+    for times, t in zip(weights.T, resampling.studentised(values, weights).T, strict=True):
         again = np.repeat(values, times.astype(int), axis=0)
         # the sample's variance is worth half a prompt
         own = (11 * again.var(0, ddof=1) + 0.5 * values.var(0, ddof=1)) / 11.5
@@ -136,7 +132,7 @@ def test_below_ten_prompts_there_is_only_a_point():
         bands(np.ones((1, 1)))[0],
         mean(np.ones(1)),
     ]:
-        assert found.low is found.high is None and found.n < 10 and not found.excludes(100)
+        assert found.low is found.high is None and found.n < 10
         assert found.method == "fewer than 10 prompts"
     assert mean(np.arange(10.0)).low is not None
 
@@ -145,7 +141,6 @@ def test_equal_values_tell_no_interval_and_of_rates_the_unseen_lie_at_the_bounds
     equal = np.full(20, 0.4)
     found = mean(equal)
     assert (found.estimate, found.low, found.high) == (pytest.approx(0.4), None, None)
-    assert not found.excludes(0)
     unseen = wilson(0, 20)[1]
     found = mean(equal, bounds=(0, 1), kind="rate")
     assert ends(found) == pytest.approx((0.4 - unseen * 0.4, 0.4 + unseen * 0.6))
@@ -374,7 +369,7 @@ def test_a_difference_of_means_is_the_mean_of_the_differences():
     carried = mean(shares - others, bounds=(-1, 1), kind="rate")
     assert difference(shares, others, "rate") == carried and carried.low is not None
     with pytest.raises(RequestError, match="20 and 1 prompts are not paired"):
-        intervals._check_paired(a, b[:1])
+        interval.check_paired(a, b[:1])
 
 
 def test_exact_p_is_mcnemars():
@@ -532,26 +527,7 @@ def test_best_set_excludes_nothing_on_few_prompts_that_differ():
     assert best_set(values) == [1]
 
 
-# what is missing, slopes, and how it is said
-
-
-def test_missing_is_neither_zero_nor_random():
-    scores = [0.5, None, 1.0, math.nan, *[0.0, 0.25] * 6]
-    found = missing(scores)
-    there = np.array([one for one in scores if one is not None and not math.isnan(one)])
-    assert found.interval == mean(there) and found.interval.n == 14
-    assert found.n_missing == 2
-    assert found.with_zero == pytest.approx(there.sum() / 16)
-    found = missing([1.0, None, *[0.0, 1.0] * 6], "rate")
-    assert found.interval == rate(np.array([1, *[0, 1] * 6]) == 1)
-    assert found.with_zero == 7 / 14 and found == (found.interval, 1, 0.5)
-    for scores, message in [([None, None], "every value"), ([-1.0, None], "negative")]:
-        with pytest.raises(RequestError, match=message):
-            missing(scores)
-    with pytest.raises(RequestError, match="0 or 1"):
-        missing([0.5, None], "rate")
-    with pytest.raises(RequestError, match="no values"):
-        missing([])
+# slopes, and how an interval is said
 
 
 def test_slopes_are_those_of_least_squares():
@@ -569,8 +545,6 @@ def test_slopes_are_those_of_least_squares():
 def test_an_interval_says_what_it_is():
     found = Interval(0.4234, 0.3121, 0.5512, 40, "Wilson")
     assert str(found) == "0.42 [0.31, 0.55]"
-    assert found.excludes() and found.excludes(0.56) and found.excludes(0.31)
-    assert not found.excludes(0.3121) and not found.excludes(0.5)
     assert json.loads(json.dumps(found.as_json())) == {
         "estimate": 0.4234, "low": 0.3121, "high": 0.5512,
         "n": 40, "method": "Wilson", "level": 0.95,
