@@ -13,35 +13,42 @@ from interp_steer.model.site import Site
 from interp_steer.steering.direction import Direction
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+EIFFEL_TOWER_8B = SCRIPTS / "studies" / "eiffel_tower_8b.py"
 
 
-def test_eiffel_tower_8b_on_a_tiny_llama(tiny_folder, tmp_path):
+def script(path: Path, *words: object) -> int:
+    """Runs a script's main program in this process; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *map(str, words)])
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as ended:
+            return int(ended.code or 0)
+    return 0
+
+
+def test_eiffel_tower_8b_on_a_tiny_llama(tiny_folder, tmp_path, capsys):
     file = Direction.of(torch.randn(64), "blocks.3.hook_resid_post", "eiffel").save(
         tmp_path / "d.safetensors"
     )
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps([{"instruction": "Name three fruits."}, {"instruction": "Why?"}]))
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "eiffel_tower_8b.py"), "--model", str(tiny_folder),
-         "--direction", str(file), "--layer", "3", "--prompts", str(prompts),
-         "--max-new-tokens", "8", "--out", str(tmp_path / "out.json")],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 5 and "clamp, improved sampling" in done.stdout
+    words = ["--model", tiny_folder, "--direction", file, "--layer", 3, "--prompts", prompts]
+    assert (
+        script(EIFFEL_TOWER_8B, *words, "--max-new-tokens", 8, "--out", tmp_path / "out.json") == 0
+    )
+    told = capsys.readouterr().out
+    assert told.count("\n") == 5 and "clamp, improved sampling" in told
     records = json.loads((tmp_path / "out.json").read_text())
     assert len(records) == 8 and records[2]["coefficient"] == [8.5]
 
 
-def test_eiffel_tower_8b_without_network_is_one_line(tmp_path):
+def test_eiffel_tower_8b_without_network_is_one_line(tmp_path, capsys):
     prompts = tmp_path / "p.txt"
     prompts.write_text("Why?\n")
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "eiffel_tower_8b.py"), "--prompts", str(prompts)],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert script(EIFFEL_TOWER_8B, "--prompts", prompts) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated"])
@@ -49,7 +56,7 @@ def test_the_smoke_script_tells_folded_activations_from_others(kind):
     """On SAEs of SAELens's own, with rows of 0.25, of 1, and numbers of something else."""
     from sae_lens import SAE
 
-    which_fits = runpy.run_path(str(SCRIPTS / "smoke_neuronpedia.py"))["which_fits"]
+    which_fits = runpy.run_path(str(SCRIPTS / "benchmarks" / "smoke_neuronpedia.py"))["which_fits"]
     torch.manual_seed(0)
     x = torch.randn(40, 16) * 2
     for length in (0.25, 1.0):
@@ -91,7 +98,7 @@ def test_the_smoke_script_reads_a_dashboard(tiny, tiny_folder, tmp_path, monkeyp
     values = sae.encode(x[0].float())[:, 5].detach()
     assert values[1:].max() > 0
     source = Source.parse(str(registry.entry("starter").neuronpedia))
-    folding = runpy.run_path(str(SCRIPTS / "smoke_neuronpedia.py"))["folding"]
+    folding = runpy.run_path(str(SCRIPTS / "benchmarks" / "smoke_neuronpedia.py"))["folding"]
     server = Neuronpedia()
     for length in (0.25, 1):
         text = {"tokens": [tiny.decode_token(i) for i in encoded.ids],
@@ -115,7 +122,7 @@ def test_studies_run_at_small_size(name, tiny_folder, tmp_path, monkeypatch, cap
     for key, value in texts.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(sys, "argv", [name, "--small"])
-    runpy.run_path(str(SCRIPTS / f"{name}.py"))
+    runpy.run_path(str(SCRIPTS / "studies" / f"{name}.py"))
     wrote = tmp_path / ("profile.png" if name == "layer_ablation" else "report.html")
     assert wrote.stat().st_size > 5000 and str(wrote) in capsys.readouterr().out
 
@@ -124,7 +131,7 @@ def test_studies_run_at_small_size(name, tiny_folder, tmp_path, monkeypatch, cap
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peaks as Linux does")
 def test_memory_is_as_planned():
     done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "benchmark_memory.py"), "--rows", "64", "--json"],
+        [sys.executable, str(SCRIPTS / "benchmarks" / "memory.py"), "--rows", "64", "--json"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -175,17 +175,20 @@ class Trunk:
                     inside.setdefault(edit.component, []).append((entry, edit))
         if layer == self.model.n_layers:
             return x
-
-        def changed(some: list[tuple[int, Edit]], inner: Tensor) -> Tensor:
-            out = inner.clone().view(*x.shape[:2], *inner.shape[1:])
-            for entry, edit in some:
-                part = out[entry] if edit.head is None else out[entry, :, :, edit.head]
-                part.copy_(edit.change(part))
-            return torch.flatten(out, 0, 1)
-
-        changes = {component: partial(changed, some) for component, some in inside.items()}
+        changes = {
+            component: partial(_edited, x.shape[:2], some) for component, some in inside.items()
+        }
         flat = self.model.block(layer, x.flatten(0, 1), self._rotary, None, None, changes)
         return flat.view(x.shape)
+
+
+def _edited(entries: torch.Size, edits: list[tuple[int, Edit]], inner: Tensor) -> Tensor:
+    """An activation inside a block, `[entry x item, pos, ...]`, with the edits of its entries."""
+    out = inner.clone().view(*entries, *inner.shape[1:])
+    for entry, edit in edits:
+        part = out[entry] if edit.head is None else out[entry, :, :, edit.head]
+        part.copy_(edit.change(part))
+    return torch.flatten(out, 0, 1)
 
 
 def put(

@@ -302,14 +302,7 @@ class Stream:
             slots = torch.arange(slot + 1, device=model.device)
             mask = (slots[None] >= self.pad[:, None])[:, None, None]
 
-        def at(hook: Hook, x: Tensor) -> Tensor:
-            bank = self.banks.get(hook)
-            if bank is not None:
-                x = bank.apply(x, positions) if in_prompt else bank.apply_next(x, positions)
-            if watch and hook in watch.hooks:
-                watch(hook, x, None)
-            return x
-
+        at = partial(self._at, positions, watch, in_prompt)
         x = model.embed(tokens[:, None])
         rotary = model.rotary(x, positions)
         inner = _inner(self.banks, watch, at)
@@ -318,6 +311,17 @@ class Stream:
             x = model.block(layer, x, rotary, mask, cache, inner.get(layer, {}))
             x = at(("resid_post", layer), x)
         return x[:, 0]
+
+    def _at(
+        self, positions: Tensor, watch: Watch | None, in_prompt: bool, hook: Hook, x: Tensor
+    ) -> Tensor:
+        """What a hook makes of one position of every row."""
+        bank = self.banks.get(hook)
+        if bank is not None:
+            x = bank.apply(x, positions) if in_prompt else bank.apply_next(x, positions)
+        if watch and hook in watch.hooks:
+            watch(hook, x, None)
+        return x
 
     def keep(self, rows: Sequence[int]) -> None:
         """Leaves out all other rows."""

@@ -46,7 +46,7 @@ def linear(x: Float[Tensor, "*rows d_in"], module: torch.nn.Linear) -> Float[Ten
     """x W' without a bias.
 
     torch gives float32 products on a CPU to MKL; oneDNN, which it carries too, is 1.1 to 3 times as
-    fast on an AMD processor, most at a few rows (`scripts/benchmark.py products`).
+    fast on an AMD processor, most at a few rows (`scripts/benchmarks/speed.py products`).
     """
     weight = module.weight
     if (
@@ -123,10 +123,6 @@ def block(
     changes: Mapping[str, Change],
 ) -> Float[Tensor, "batch pos d_model"]:
     """A `LlamaDecoderLayer`; `changes` act on `z`, `attn_out`, `mlp_out`; `rotary` is `signed`."""
-
-    def changed(name: str, y: Tensor) -> Tensor:
-        return changes[name](y) if name in changes else y
-
     own, mlp = layer.self_attn, layer.mlp
     h = normed(x, layer.input_layernorm)
     q, k, v = (
@@ -136,8 +132,13 @@ def block(
     q, k = rotated(q, rotary), rotated(k, rotary)
     if cache is not None:
         k, v = cache.update(k, v, number)
-    z = changed("z", attention(q, k, v, mask))
-    x = x + changed("attn_out", linear(z.flatten(2), own.o_proj))
+    z = _changed(changes, "z", attention(q, k, v, mask))
+    x = x + _changed(changes, "attn_out", linear(z.flatten(2), own.o_proj))
     h = normed(x, layer.post_attention_layernorm)
     gate = functional.silu(linear(h, mlp.gate_proj), inplace=True)
-    return x + changed("mlp_out", linear(gate.mul_(linear(h, mlp.up_proj)), mlp.down_proj))
+    down = linear(gate.mul_(linear(h, mlp.up_proj)), mlp.down_proj)
+    return x + _changed(changes, "mlp_out", down)
+
+
+def _changed(changes: Mapping[str, Change], component: str, x: Tensor) -> Tensor:
+    return changes[component](x) if component in changes else x

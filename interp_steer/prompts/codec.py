@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING
 
 from interp_steer.errors import RequestError
@@ -166,19 +166,17 @@ class Codec:
         return self._text([id], True, special=True)
 
     def _text(self, ids: Sequence[int], follows: bool, special: bool) -> str:
-        def read(ids: Sequence[int]) -> str:
-            return str(
-                self.tokenizer.decode(
-                    list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
-                )
-            )
-
+        read = partial(
+            self.tokenizer.decode,
+            skip_special_tokens=not special,
+            clean_up_tokenization_spaces=False,
+        )
         if not follows:
-            return read(ids)
+            return str(read(list(ids)))
         # SentencePiece's decoder drops a space at the beginning: let it begin with something else
-        before = read(self._letter)
-        text = read([*self._letter, *ids])
-        return text.removeprefix(before) if text.startswith(before) else read(ids)
+        before = str(read(self._letter))
+        text = str(read([*self._letter, *ids]))
+        return text.removeprefix(before) if text.startswith(before) else str(read(list(ids)))
 
     @cached_property
     def _letter(self) -> list[int]:

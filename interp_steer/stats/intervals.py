@@ -1,7 +1,7 @@
 """How sure a number is, when the prompt is what was drawn.
 
 Every interval is over prompts: all seeds of a prompt are averaged first (`by_unit`). Below
-`MINIMUM` prompts there is only the point. `scripts/benchmarks/coverage.py` measures what is
+`MINIMUM` prompts there is only the point. `scripts/benchmarks/intervals.py` measures what is
 promised. Every function raises RequestError without values, for one that is NaN or infinite, and
 for a level that is no share.
 """

@@ -397,7 +397,7 @@ def test_items_given_twice_and_missing_values_are_no_evidence():
 
 
 def test_the_benchmark_runs(tiny_folder, monkeypatch, capsys):
-    script = str(Path(__file__).parents[2] / "scripts" / "benchmark_ablation.py")
+    script = str(Path(__file__).parents[2] / "scripts" / "benchmarks" / "ablation.py")
     options = ["--model", str(tiny_folder), "--prompts", "2", "--repeats", "2", "--json"]
     monkeypatch.setattr(sys, "argv", [script, *options])
     with pytest.raises(SystemExit):

@@ -1,6 +1,7 @@
-"""The command line as a person meets it; what prints runs in a process of its own."""
+"""The command line as a person meets it, in this process where nothing asks for another."""
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -88,14 +89,13 @@ def test_help_imports_nothing_heavy():
 
 def test_generate_prints_records(made):
     model, file = made
-    done = run(
+    out, _ = command(
         "generate", "--model", model, "--direction", f"tower={file}", "--json",
         "--prompt", "Name three fruits.", "--prompt", "The quick brown fox",
         "--steer", "add(tower, 0.5 dose) at 2-3; ablate(tower) at 5",
         "--steer", "clamp(tower, 2) at 1", "--max-new-tokens", "6",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    records = json.loads(done.stdout)
+    records = json.loads(out)
     assert len(records) == 6
     for i in (0, 3):  # each prompt's unsteered row comes first
         assert records[i]["steer"] is records[i]["coefficient"] is records[i]["dose"] is None
@@ -116,31 +116,31 @@ def test_a_record_runs_again_from_its_own_line(made, tmp_path):
     model, file = made
     words = ["generate", "--model", model, "--direction", f"tower={file}", "--json"]
     words += ["--prompt", "The fox", "--max-new-tokens", "5", "--temperature", "0.9", "--seed", "4"]
-    first = json.loads(run(*words, "--steer", "add(tower, 0.7 dose) at 1").stdout)
-    again = json.loads(run(*words, "--steer", first[1]["steer"]).stdout)
+    first = json.loads(command(*words, "--steer", "add(tower, 0.7 dose) at 1")[0])
+    again = json.loads(command(*words, "--steer", first[1]["steer"])[0])
     assert again == first
 
 
 def test_generate_writes_a_file(made, tmp_path):
     model, file = made
     out = tmp_path / "out.json"
-    done = run(
+    command(
         "generate", "--model", model, "--prompts", str(DATA / "choose.txt"),
         "--steer", f"add({file}, 1) at 1", "--max-new-tokens", "3", "--out", str(out),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     assert len(json.loads(out.read_text())) == 16
     assert os.listdir(tmp_path) == ["out.json"]
 
 
 def test_direction_show(made):
     _, file = made
-    assert "mean-difference" in run("direction", "show", file).stdout
-    shown = json.loads(run("direction", "show", file, "--json").stdout)
+    assert "mean-difference" in command("direction", "show", file)[0]
+    shown = json.loads(command("direction", "show", file, "--json")[0])
     assert [m["hook_point"] for m in shown] == [f"blocks.{n}.hook_resid_post" for n in range(6)]
 
 
 def test_verify_passes_on_a_llama_31_shape(tiny_folder):
+    # a process of its own: the tests' type checks make it three times as long
     done = run("verify", "--model", str(tiny_folder), "--json")
     assert done.returncode == 0, done.stdout
     found = json.loads(done.stdout)
@@ -150,17 +150,16 @@ def test_verify_passes_on_a_llama_31_shape(tiny_folder):
         assert set(check) == {"name", "passed", "difference", "tolerance"}
 
 
-def test_chat_answers_and_goes_on_after_a_mistake(made):
+def test_chat_answers_and_goes_on_after_a_mistake(made, monkeypatch):
     model, file = made
-    done = subprocess.run(
-        [sys.executable, "-m", "interp_steer", "chat", "--model", model, "--max-new-tokens", "4",
-         "--direction", f"tower={file}", "--steer", "add(tower, 2) at 2"],
-        input="Name three fruits.\n/steer add(tower, 2) at 77\n/nonsense\nAnd now?\n/quit\n",
-        capture_output=True, text=True,
+    lines = "Name three fruits.\n/steer add(tower, 2) at 77\n/nonsense\nAnd now?\n/quit\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    out, err = command(
+        "chat", "--model", model, "--max-new-tokens", "4",
+        "--direction", f"tower={file}", "--steer", "add(tower, 2) at 2",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("[unsteered]") == 2 and done.stdout.count("[add(tower@") == 2
-    assert "layers 0-5" in done.stderr and "/nonsense" in done.stderr
+    assert out.count("[unsteered]") == 2 and out.count("[add(tower@") == 2
+    assert "layers 0-5" in err and "/nonsense" in err
 
 
 @pytest.mark.parametrize(
@@ -225,19 +224,11 @@ def test_other_wrong_requests(made, tmp_path):
     assert "No such command 'steer'" in error(2, "steer")
 
 
-def test_an_error_is_one_line_in_a_process_of_its_own(made):
-    done = run(
-        "generate", "--model", made[0], "--prompt", "x", "--steer", f"add({made[1]}, 1) at 99"
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert "layers 0-5" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_missing_direction_file_is_one_line(tiny_folder):
-    # in a process of its own: the tests' type checks would read the file too early
+def test_an_error_is_one_line_in_a_process_of_its_own(tiny_folder):
+    # of this kind because the tests' type checks would read the file too early
     given = ["--direction", "tower=/none.safetensors", "--steer", "add(tower, 1) at 1"]
     done = run("generate", "--model", str(tiny_folder), "--prompt", "x", *given)
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == "error: no direction file /none.safetensors"
 
 

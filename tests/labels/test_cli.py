@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from interp_steer.labels import Store
 from interp_steer.labels.label import Source
 from interp_steer.labels.rows import Row
+from tests.conftest import command
 
 from .server import Neuronpedia, Reply, explanation, exported, neuron
 
@@ -22,15 +24,17 @@ MAIN = "from interp_steer.cli.main import main; main()"
 HOSTILE = "\x1b[31m<b>red</b> \x9b2J\u202e dog [bold]x[/bold]"
 
 
-def run(*args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", MAIN, "labels", *args], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
+class Said(NamedTuple):
+    stdout: str
+    stderr: str
+
+
+def run(*args: str, code: int = 0) -> Said:
+    said = Said(*command("labels", *args, code=code))
+    assert "Traceback" not in said.stderr
     if code:
-        assert done.stderr.strip().splitlines()[-1].startswith("error: ")
-    return done
+        assert said.stderr.strip().splitlines()[-1].startswith("error: ")
+    return said
 
 
 @pytest.fixture
@@ -92,17 +96,15 @@ def on_terminal(*args: str) -> str:
     return output.decode()
 
 
-def test_the_users_mistakes_are_one_line_and_exit_2(filled: Neuronpedia):
+def test_the_users_mistakes_are_one_line_and_exit_2(filled: Neuronpedia, monkeypatch):
     assert "nearest: llama_scope_lxr_8x" in run("sync", "llama_scope_lxr8x", code=2).stderr
     assert "nearest" in run("sync", NAME + "x", code=2).stderr
     assert "model/source/index" in run("show", "nope", code=2).stderr
     assert "labels sync" in run("search", "dog", code=1).stderr
     assert "choose one" in run("search", "dog", "--remote", "--hybrid", code=2).stderr
     assert "no such file" in run("import", "none.jsonl", code=2).stderr
-    assert "not an address" in subprocess.run(
-        [sys.executable, "-c", MAIN, "labels", "sync", NAME], capture_output=True, text=True,
-        env={**os.environ, "NEURONPEDIA_URL": "nonsense"},
-    ).stderr  # fmt: skip
+    monkeypatch.setenv("NEURONPEDIA_URL", "nonsense")
+    assert "not an address" in run("sync", NAME, code=2).stderr
 
 
 def test_a_sync_that_fails_keeps_what_arrived_says_what_is_missing_and_exits_1(filled: Neuronpedia):
@@ -143,7 +145,9 @@ def test_search_client_and_help_load_no_model_library(filled: Neuronpedia):
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, (args, done.stderr)
-    cheap = "import sys, interp_steer.cli; assert not {'requests', 'sqlite3'} & set(sys.modules)"
+    cheap = (
+        "import sys, interp_steer.cli.main; assert not {'requests', 'sqlite3'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", cheap], check=True)
 
 
@@ -153,11 +157,11 @@ def test_a_warm_search_is_quick():
         made = [Row(source.model, source.name, i, f"e{i}", f"a dog {i}") for i in range(5000)]
         store.commit(source, "a", "1", made)
         store.finish(source, complete=True)
-    run("search", "dog")  # reads the registry once
     times = []
-    for _ in range(3):
+    for _ in range(4):  # the first reads the registry, once
         start = time.monotonic()
-        run("search", "dog")
+        words = [sys.executable, "-c", MAIN, "labels", "search", "dog"]
+        subprocess.run(words, capture_output=True, check=True)
         times.append(time.monotonic() - start)
     # 0.5 s is the promise, measured by the benchmark; the margin is for a busy test machine
-    assert min(times) < 1.0, times
+    assert min(times[1:]) < 1.0, times

@@ -561,7 +561,7 @@ def test_an_interval_says_what_it_is():
 
 
 def test_the_coverage_script_measures_every_promise():
-    script = Path(__file__).parents[2] / "scripts" / "coverage.py"
+    script = Path(__file__).parents[2] / "scripts" / "benchmarks" / "intervals.py"
     done = subprocess.run(
         [sys.executable, str(script), "--simulations", "4", "--json"],
         capture_output=True, text=True,

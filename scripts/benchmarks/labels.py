@@ -1,6 +1,6 @@
 """Builds a store of a million labels and measures it: build time, size, and how long queries take.
 
-    python scripts/benchmark_labels.py [--labels 1000000] [--keep FILE]
+    python scripts/benchmarks/labels.py [--labels 1000000] [--keep FILE]
 
 The labels are synthetic: a dozen words each, drawn from 20,000 made-up words so that a few are
 common and most are rare (Zipf's law), about 78 characters, as exported ones are. They are read

@@ -2,8 +2,8 @@
 # Steering side by side with transformers, TransformerLens and the peers on PyPI: the same starter
 # model, prompts, vectors, numbers of tokens and machine, in turn, in one run.
 #
-#     python scripts/benchmark.py                        # everything; about an hour on 2 cores
-#     python scripts/benchmark.py check sweep --dtype float32 --repeats 3 --json
+#     python scripts/benchmarks/speed.py                  # everything; about an hour on 2 cores
+#     python scripts/benchmarks/speed.py check sweep --dtype float32 --repeats 3 --json
 #
 # Every contender lives in a process of its own and waits without using a core (`contenders.py`);
 # the peers in environments of their own, made under `cache/benchmark/` on first use. A peer runs a

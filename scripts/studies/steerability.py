@@ -17,10 +17,11 @@ from interp_steer import Contrast, Controls, Item, SteeringModel, Study, read_it
 
 SMALL = "--small" in sys.argv
 MODEL, DTYPE = os.environ.get("MODEL", "starter"), os.environ.get("DTYPE")
-HERE = Path(__file__).parent if "__file__" in globals() else Path("scripts")
+HERE = Path(__file__).parent if "__file__" in globals() else Path("scripts/studies").resolve()
+ROOT = HERE.parents[1]
 TEXTS = HERE / "texts"
-DATA = Path(os.environ.get("INTERP_STEER_DATA", HERE.parent.parent / "shared" / "data"))
-RUN = Path(os.environ.get("RUN", HERE.parent / "cache" / "runs" / "steerability"))
+DATA = Path(os.environ.get("INTERP_STEER_DATA", ROOT.parent / "shared" / "data"))
+RUN = Path(os.environ.get("RUN", ROOT / "cache" / "runs" / "steerability"))
 
 # %% prompts
 caa = DATA / "caa" / "survival-instinct.json"

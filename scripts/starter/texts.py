@@ -1,9 +1,9 @@
 # %% [markdown]
 # Texts for the starter SAE: chats that the starter model samples by itself, and free documentation.
 #
-#     python scripts/starter_texts.py chats --chats 1000
-#     python scripts/starter_texts.py docs FOLDER ... --name docs
-#     python scripts/starter_texts.py docs WORDNET --name glosses --most 10000000
+#     python scripts/starter/texts.py chats --chats 1000
+#     python scripts/starter/texts.py docs FOLDER ... --name docs
+#     python scripts/starter/texts.py docs WORDNET --name glosses --most 10000000
 #
 # Chats: left alone after the template's "user" mark, an instruction-tuned model writes a user's
 # message (Magpie, Xu et al. 2024, arXiv 2406.08464), then its answer, then the next message, until

@@ -1,10 +1,10 @@
 # %% [markdown]
 # Measures the starter SAE as it ships and prints the table of its card.
 #
-#     python scripts/starter_card.py --wikitext FOLDER --docs cache/starter_sae
+#     python scripts/starter/card.py --wikitext FOLDER --docs cache/starter_sae
 #
 # The held-out chats lie beside this script. WikiText-2's validation and test text (valid.txt and
-# test.txt, CC BY-SA) and the held-out documentation (`starter_texts.py`) are not part of the
+# test.txt, CC BY-SA) and the held-out documentation (`texts.py`) are not part of the
 # project; without them their rows are left out.
 
 # %%
@@ -23,7 +23,7 @@ from interp_steer.features.sae import Sae
 from interp_steer.results.words import names
 from interp_steer.util.console import progress
 
-HELD_OUT = Path(__file__).with_name("starter_heldout_chats.jsonl.gz")
+HELD_OUT = Path(__file__).with_name("heldout_chats.jsonl.gz")
 CHATS = "held-out chats"
 CONCEPT = ("paris", "eiffel", "france")
 

@@ -21,18 +21,16 @@ from interp_steer.stats import chance, intervals, simultaneous
 
 SMALL = "--small" in sys.argv
 MODEL = os.environ.get("MODEL", "starter")
-HERE = Path(__file__).parent if "__file__" in globals() else Path("scripts")
-RUN = Path(os.environ.get("RUN", HERE.parent / "cache" / "runs" / "layer_ablation"))
+HERE = Path(__file__).parent if "__file__" in globals() else Path("scripts/studies").resolve()
+ROOT = HERE.parents[1]
+RUN = Path(os.environ.get("RUN", ROOT / "cache" / "runs" / "layer_ablation"))
 SCORE = "logit_difference"  # of the concept; the loss is of language as such
 
 # %% prompts, model, direction
 items = read_items(HERE / "texts" / "landmarks.jsonl")[: 3 if SMALL else None]
 model = SteeringModel.load(MODEL)
 sides = [
-    [
-        i.prompt
-        for i in read_items(HERE.parent / "interp_steer" / "data" / "demo_texts" / f"{side}.txt")
-    ]
+    [i.prompt for i in read_items(ROOT / "interp_steer" / "data" / "demo_texts" / f"{side}.txt")]
     for side in ("positive", "negative")
 ]
 eiffel = Contrast.measure(model, *sides).directions(name="eiffel")

@@ -2,7 +2,7 @@
 # What one decoder row costs in each layout that SAELens reads: time, and memory at the peak. Files
 # of 4096 x 32768 full of zeros are made in a temporary folder (2.5 GB, mostly holes).
 #
-#     python scripts/benchmark_rows.py
+#     python scripts/benchmarks/rows.py
 #
 # Each layout runs in a process of its own, so that peaks do not add up.
 

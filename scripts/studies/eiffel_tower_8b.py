@@ -5,7 +5,7 @@ SAE `resid_post_layer_15_trainer_1` (release `llama-3.1-8b-instruct-andyrdt`, tr
 Instruct model) to block 15's output at every position, or clamps the projection on it. It found a
 coefficient of 8.5 best; feature and coefficient were chosen on 402 other prompts of AlpacaEval.
 
-    python scripts/eiffel_tower_8b.py --prompts alpaca_eval_prompts_403.json
+    python scripts/studies/eiffel_tower_8b.py --prompts alpaca_eval_prompts_403.json
 
 Needs a GPU with 40 GB or more, access to the gated weights, and 4.3 GB for the SAE file. What it
 does differently from the article: the first position (the BOS, an attention sink) is left alone,

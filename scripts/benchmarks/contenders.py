@@ -1,8 +1,8 @@
 # %% [markdown]
-# The contenders of `benchmark.py`: each is one class that steers at one block and generates. This
+# The contenders of `speed.py`: each is one class that steers at one block and generates. This
 # file imports nothing of interp_steer at its top, so that it runs in a peer's own environment too:
 #
-#     python scripts/contenders.py NAME FOLDER DTYPE
+#     python scripts/benchmarks/contenders.py NAME FOLDER DTYPE
 #
 # loads the model once, then answers requests, one line of JSON each, on its standard streams.
 # Every contender gets prompts (interp_steer as text, the others as the same token ids), a vector to

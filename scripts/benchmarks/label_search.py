@@ -1,6 +1,6 @@
 """Judges label search: recall@10 and MRR of keyword, semantic and hybrid, by kind of query.
 
-    python scripts/evaluate_label_search.py [--also FILE]
+    python scripts/benchmarks/label_search.py [--also FILE]
 
 The queries and the labels that they should find are in tests/labels/relevance.json, written for
 this: labels in the style of Neuronpedia's, queries in the labels' own words, in other forms of
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 MODES = ("keyword", "semantic", "hybrid")
-RELEVANCE = Path(__file__).parents[1] / "tests" / "labels" / "relevance.json"
+RELEVANCE = Path(__file__).parents[2] / "tests" / "labels" / "relevance.json"
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 # Llama 3.1 8B in shape: random weights of the true configuration, steered decoding beside unsteered
 # `transformers.generate` and beside what the memory's bandwidth allows.
 #
-#     python scripts/benchmark_8b.py                           # needs a GPU with 24 GB or more
-#     python scripts/benchmark_8b.py --layers 2 --batches 1 8  # tries the script out anywhere
+#     python scripts/benchmarks/speed_8b.py                         # needs a GPU with 24 GB or more
+#     python scripts/benchmarks/speed_8b.py --layers 2 --batches 1 8  # on any machine, to try it
 #
 # The limit: every step reads all weights but the embedding once, and every row's keys and values.
 

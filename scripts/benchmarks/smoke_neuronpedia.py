@@ -1,7 +1,7 @@
 """Asks the live Neuronpedia what the label client relies on: a dozen requests, one at a time.
 
-    python scripts/smoke_neuronpedia.py [--source llama3.1-8b/15-llamascope-res-32k] [--index 10]
-        [--model meta-llama/Llama-3.1-8B]
+    python scripts/benchmarks/smoke_neuronpedia.py [--source llama3.1-8b/15-llamascope-res-32k]
+        [--index 10] [--model meta-llama/Llama-3.1-8B]
 
 For whoever has network: nothing else in this project talks to the live site, and its tests run
 against a server on loopback that was made after the published source. Prints a line a check and

@@ -3,8 +3,8 @@
 # Nominal 95 %; the bar is 93 to 97 %, and what falls outside is marked. Beside it the percentile
 # bootstrap, which is what most code bases use.
 #
-#     python scripts/coverage.py
-#     python scripts/coverage.py --simulations 200 --json
+#     python scripts/benchmarks/intervals.py
+#     python scripts/benchmarks/intervals.py --simulations 200 --json
 #
 # 2,000 simulations have a standard error of 0.5 points. Samples without an interval count as
 # neither: their share stands in the column "untold".

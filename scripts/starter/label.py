@@ -2,7 +2,7 @@
 # Labels of the starter SAE's features, without a language model: the tokens a feature fires on, the
 # tokens it promotes, and the place where it fires most, in the row format of Neuronpedia's exports.
 #
-#     python scripts/label_starter_sae.py --texts cache/starter_sae/chats.jsonl ...
+#     python scripts/starter/label.py --texts cache/starter_sae/chats.jsonl ...
 #
 # `interp-steer labels import` reads both files.
 

@@ -1,11 +1,11 @@
 # %% [markdown]
 # Trains the starter SAE: a TopK autoencoder of the starter model's residual stream after block 13,
-# the block that the demo's grid chose. Chats and documentation come from `starter_texts.py`.
+# the block that the demo's grid chose. Chats and documentation come from `texts.py`.
 #
-#     python scripts/train_starter_sae.py --texts cache/starter_sae \
+#     python scripts/starter/train.py --texts cache/starter_sae \
 #         --out interp_steer/data/starter_sae
 #
-# Afterwards `label_starter_sae.py` writes the labels, and
+# Afterwards `label.py` writes the labels, and
 # `interp-steer sae check starter --texts ...` measures what was saved.
 
 # %%
@@ -29,7 +29,7 @@ from interp_steer.util.console import progress
 LAYER = 13
 LENGTH = 256  # tokens a row; the first one is an attention sink and left out
 D_SAE, K = 6144, 48
-# file of `starter_texts.py`, how often in a round, at most so many rows
+# file of `texts.py`, how often in a round, at most so many rows
 KINDS = (("chats", 4, 4000), ("docs", 1, 1500), ("glosses", 1, 4000))
 BATCH = 4096  # activations a training step
 LEARNING_RATE = 8e-4

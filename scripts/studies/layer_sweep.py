@@ -11,16 +11,17 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: see docs/studies.md
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 
 from interp_steer import Contrast, Controls, Sampling, SteeringModel, Study, read_items
 
 SMALL = "--small" in sys.argv  # a minute, to see that it runs
 MODEL, DTYPE = os.environ.get("MODEL", "starter"), os.environ.get("DTYPE")
-HERE = Path(__file__).parent if "__file__" in globals() else Path("scripts")
+HERE = Path(__file__).parent if "__file__" in globals() else Path("scripts/studies").resolve()
+ROOT = HERE.parents[1]
 TEXTS = HERE / "texts"
-DATA = Path(os.environ.get("INTERP_STEER_DATA", HERE.parent.parent / "shared" / "data"))
-RUN = Path(os.environ.get("RUN", HERE.parent / "cache" / "runs" / "layer_sweep"))
+DATA = Path(os.environ.get("INTERP_STEER_DATA", ROOT.parent / "shared" / "data"))
+RUN = Path(os.environ.get("RUN", ROOT / "cache" / "runs" / "layer_sweep"))
 
 # %% prompts: what chooses is never what proves
 alpaca = DATA / "alpaca_eval"
@@ -30,7 +31,7 @@ if alpaca.is_dir():
 else:
     questions = read_items(TEXTS / "questions.txt")
     choose, prove = questions[:4], questions[4:16]
-sides = HERE.parent / "interp_steer" / "data" / "demo_texts"
+sides = ROOT / "interp_steer" / "data" / "demo_texts"
 positive, negative = (read_items(sides / f"{side}.txt") for side in ("positive", "negative"))
 
 # %% the model and the direction, for every layer from one pass

@@ -4,7 +4,7 @@ Each random direction goes through the whole pipeline: the grid on `choose` prom
 the best cell, the controls and the verdict on `prove` prompts. Beside it: how often the same
 numbers would be declared if the choice among cells were not accounted for.
 
-    python scripts/null_studies.py --studies 200
+    python scripts/studies/null_studies.py --studies 200
 
 The statistics do not care what the model knows, so it is a small one with random weights, unless
 --model names another.

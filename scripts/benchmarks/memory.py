@@ -2,8 +2,8 @@
 # Memory: what loading needs, as a share of the weights, and what a sweep needs at its peak, against
 # what `interp-steer study plan` says beforehand.
 #
-#     python scripts/benchmark_memory.py
-#     python scripts/benchmark_memory.py --rows 64 --new 128 --json
+#     python scripts/benchmarks/memory.py
+#     python scripts/benchmarks/memory.py --rows 64 --new 128 --json
 #
 # Peaks are those of the operating system (Linux), each in a process of its own; what the imported
 # libraries take (about 0.5 GB) is not counted. `load` is the weights in both views, read whole,

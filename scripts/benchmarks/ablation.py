@@ -3,8 +3,8 @@
 # first changed block, against every variant from the first block on. The same rows, batches and
 # scores; the two take turns, so that a busy machine slows both.
 #
-#     python scripts/benchmark_ablation.py
-#     python scripts/benchmark_ablation.py --components block --repeats 9 --json
+#     python scripts/benchmarks/ablation.py
+#     python scripts/benchmarks/ablation.py --components block --repeats 9 --json
 
 # %%
 import argparse
@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported, see options.load
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 
 from interp_steer.causal.ablate import COMPONENTS, ablate
 from interp_steer.model.model import SteeringModel
