@@ -136,6 +136,15 @@ def command(*words: object, code: int = 0) -> tuple[str, str]:
     return out.getvalue(), err.getvalue()
 
 
+def error(code: int, *words: object) -> str:
+    """The error of a command that must end with one clear line and nothing on stdout."""
+    out, err = command(*words, code=code)
+    assert out == "" and "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert line == err.splitlines()[-1]
+    return line
+
+
 def memory(entry: str) -> int:
     """Bytes that this process has in memory (`VmRSS`), or had at its peak (`VmHWM`)."""
     lines = Path("/proc/self/status").read_text().splitlines()

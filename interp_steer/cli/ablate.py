@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
+from interp_steer.cli import common
 from interp_steer.cli.ablation_request import Request
-from interp_steer.cli.common import Device, Dtype, Json, load
 from interp_steer.errors import RunError
 from interp_steer.util.console import progress, safe
 
@@ -26,89 +24,113 @@ SHOWN = 40  # lines on a terminal; the file has all
 def ablate(
     run: Annotated[
         Path | None,
-        typer.Argument(help="A run's folder, for --mediate and --propagate.", show_default=False),
+        common.arg("Folder of a study's run, for --mediate and --propagate.", show_default=False),
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A text, JSON or CSV file.")] = None,
+    prompts: Annotated[Path | None, common.opt("File of prompts: text, JSON or CSV.")] = None,
     component: Annotated[
         list[str] | None,
-        typer.Option(
-            help="resid_pre, resid_post, block, attn_out, mlp_out, z, direction, feature; may be "
-            "repeated."
+        common.opt(
+            "The part: resid_pre, resid_post, block, attn_out, mlp_out, z (attention heads), "
+            "direction or feature. May be repeated."
         ),
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="zero, mean, resample or directional; may be repeated."),
+        common.opt("What takes its place: zero, mean, resample or directional. May be repeated."),
     ] = None,
     span: Annotated[
-        str | None, typer.Option(help="layer (default), window, upward or downward.")
+        str | None,
+        common.opt(
+            "Layers ablated together: layer (each alone, the default), window (neighbours), "
+            "upward (all up to each) or downward (each and all after it)."
+        ),
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Layers of a window; default 3.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Such as 3,7,12-20; default all.")] = None,
-    heads: Annotated[str | None, typer.Option(help="Of z, such as 0-3; default all.")] = None,
+    width: Annotated[
+        int | None, common.opt("Layers in a window of --span window; default 3.")
+    ] = None,
+    layers: common.Layers = None,
+    heads: Annotated[
+        str | None, common.opt("Only these heads of component z, such as 0-3.")
+    ] = None,
     direction: Annotated[
-        str | None, typer.Option(help="A direction's name or file, for direction and feature.")
+        str | None, common.opt("Name or file of a direction, for component direction or feature.")
     ] = None,
     score: Annotated[
         list[str] | None,
-        typer.Option(help="logit_difference, kl_last, kl_all, loss or words; may be repeated."),
+        common.opt(
+            "What is measured: logit_difference, kl_last, kl_all, loss or words. May be repeated."
+        ),
     ] = None,
     word: Annotated[
         list[str] | None,
-        typer.Option(help="A concept's word, for words; may be repeated. Default the run's."),
+        common.opt(
+            "A word that score words looks for. May be repeated. Default: the run's concept."
+        ),
     ] = None,
     answer: Annotated[
-        int | None, typer.Option(help="Tokens of the answer that words reads; default 32.")
+        int | None, common.opt("Tokens of the answer that score words reads; default 32.")
     ] = None,
     positions: Annotated[
         str | None,
-        typer.Option(help="Of --patch: each (default), all, last, or numbers such as 0,3-5,-1."),
+        common.opt("Where --patch works: each (default), all, last, or numbers such as 0,3-5,-1."),
     ] = None,
     patch: Annotated[
-        bool, typer.Option("--patch", help="Put clean activations into the corrupted prompts.")
+        bool, common.opt("Put activations of clean prompts into corrupted prompts.", "--patch")
     ] = False,
     mediate: Annotated[
         bool,
-        typer.Option("--mediate", help="Restore each later part of a run's chosen steering."),
+        common.opt(
+            "Steer as the run chose to, and give each later part its unsteered output back.",
+            "--mediate",
+        ),
     ] = False,
     propagate: Annotated[
         bool,
-        typer.Option("--propagate", help="How far a run's chosen steering moves later layers."),
+        common.opt("Measure how far the run's chosen steering moves later layers.", "--propagate"),
     ] = False,
     first: Annotated[
-        bool, typer.Option("--first", help="Ablate the first position, a sink, as well.")
+        bool, common.opt("Ablate the first position (an attention sink) as well.", "--first")
     ] = False,
-    text: Annotated[bool, typer.Option("--text", help="Plain text, no chat template.")] = False,
-    batch: Annotated[int | None, typer.Option(help="Rows at once.")] = None,
-    out: Annotated[Path | None, typer.Option(help="A .csv or .parquet file for all rows.")] = None,
+    text: common.Text = False,
+    batch: common.Batch = None,
+    out: Annotated[
+        Path | None, common.opt("Write every row to this .csv or .parquet file.")
+    ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="A .png or .svg file: layer profile; of --patch position x layer."),
+        common.opt(
+            "Draw into this .png or .svg file: effects by layer; with --patch by position and "
+            "layer."
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="'starter', a folder, or a hub id; default the run's.")
+        str | None, common.opt("'starter', a folder, or the name of a model; default the run's.")
     ] = None,
-    as_json: Json = False,
-    dtype: Dtype = None,
-    device: Device = None,
+    as_json: common.Json = False,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
 ) -> None:
-    """Take parts of the model out, layer by layer, and see what it costs; or patch, or trace.
+    """Find which parts of the model matter, and where steering acts.
 
-    Every layer's variant resumes from the same clean pass. Scores are means over prompts with 95 %
-    intervals, paired with the unchanged model; shares of an effect are ratios of such means.
+    Without a run, parts are taken out, layer by layer: --prompts says on what prompts, --component
+    which parts. With --patch, activations of clean prompts are put in instead. With a study's run,
+    --mediate and --propagate ask where its steering acts.
+
+    A score is a mean over prompts with a 95 % interval, compared prompt by prompt with the
+    unchanged model. A share of an effect is a ratio of two such means.
     """
     request = Request.of(locals())
     if request.kind == "ablation":
-        found = _ablated(request)
+        outcome = _ablated(request)
     elif request.kind == "--patch":
-        found = _patched(request)
+        outcome = _patched(request)
     else:
-        found = _traced(request)
-    _write(found, request)
+        outcome = _traced(request)
+    _write(outcome, request)
 
 
 @dataclass
-class _Found:
+class _Outcome:
     """What is printed, written and drawn."""
 
     table: "pd.DataFrame"
@@ -135,13 +157,13 @@ class _Found:
 
 def _model(request: Request, name: str, dtype: str | None, revision: str | None) -> "SteeringModel":
     given = request.given
-    return load(
+    return common.load(
         given.get("model", name), given.get("dtype", dtype), given.get("device"),
         None if "model" in given else revision or None,
     )  # fmt: skip
 
 
-def _ablated(request: Request) -> _Found:
+def _ablated(request: Request) -> _Outcome:
     from interp_steer.causal import ablate as ablation
 
     given = request.given
@@ -150,47 +172,47 @@ def _ablated(request: Request) -> _Found:
     some = {name: given[name] for name in ("span", "width", "first", "answer", "batch")
             if name in given}  # fmt: skip
     with progress("ablating", 1.0) as report:
-        made = ablation.ablate(
+        effects = ablation.ablate(
             model, items, request.many("component", ablation.COMPONENTS_OF_A_BLOCK),
             request.many("method", ["zero"]), vector=request.vector, scores=given.get("score"),
             words=request.many("word"), layers=request.layers, heads=request.heads,
             report=report, **some,
         )  # fmt: skip
-    summary = made.summary()
+    summary = effects.summary()
 
     def draw() -> "Figure":
         from interp_steer.report import plots
 
         return plots.profile(summary)
 
-    return _Found(made.table, summary, draw)
+    return _Outcome(effects.table, summary, draw)
 
 
-def _patched(request: Request) -> _Found:
+def _patched(request: Request) -> _Outcome:
     from interp_steer.causal import patch as patching
 
     given = request.given
     model = _model(request, "starter", None, None)
     items = request.prompts.items(as_chat=model.is_chat and "text" not in given)
     with progress("patching", 1.0) as report:
-        made = patching.patch(
+        effects = patching.patch(
             model, items, request.many("component", ["resid_pre"]), positions=request.positions,
             layers=request.layers, heads=request.heads, batch=given.get("batch"), report=report,
         )  # fmt: skip
-    summary = made.summary()
+    summary = effects.summary()
 
     def draw() -> "Figure":
         from interp_steer.report import maps
 
-        return maps.patching(summary, made.table)
+        return maps.patching(summary, effects.table)
 
-    title = _effect(summary, made.table, "corrupt", "clean", "share of it brought back")
-    return _Found(
-        made.table, summary, draw, title, _doubts(made.doubt(summary)), largest_first=True
+    title = _effect(summary, effects.table, "corrupt", "clean", "share of it brought back")
+    return _Outcome(
+        effects.table, summary, draw, title, _doubts(effects.doubt(summary)), largest_first=True
     )
 
 
-def _traced(request: Request) -> _Found:
+def _traced(request: Request) -> _Outcome:
     """The chosen steering of a run on the prompts that prove."""
     from interp_steer.report.chosen import check_model, setting_of
     from interp_steer.report.run import Run
@@ -218,22 +240,22 @@ def _traced(request: Request) -> _Found:
         risen = moved.risen[moved.risen["rank"] <= 3].groupby("layer")["token"].apply(" ".join)
         summary = summary.assign(rises=summary["layer"].map(risen))
         title = f"{cell}\nlast_relative: {maps.MOVED['last_relative']}"
-        return _Found(moved.table, summary, lambda: maps.propagation(summary), title)
+        return _Outcome(moved.table, summary, lambda: maps.propagation(summary), title)
     words = request.many("word", study.concept)
     pairs = all(item.positive is not None and item.negative is not None for item in items)
     default = "logit_difference" if pairs else "words" if words else "kl_last"
     score = request.many("score", [default])[0]
     some = {name: request.given[name] for name in ("answer", "batch") if name in request.given}
     with progress("restoring each part", 1.0) as report:
-        made = tracing.mediation(
+        effects = tracing.mediation(
             model, items, cell.steer, score, words=words, heads=request.heads,
             components=request.many("component", ["attn_out", "mlp_out"]), report=report, **some,
         )  # fmt: skip
-    summary = made.summary()
-    title = _effect(summary, made.table, "unsteered", "steered", "share of it that goes")
-    return _Found(
-        made.table, summary, lambda: maps.mediation(summary), f"{cell}\n{title}",
-        _doubts(made.doubt(summary)),
+    summary = effects.summary()
+    title = _effect(summary, effects.table, "unsteered", "steered", "share of it that goes")
+    return _Outcome(
+        effects.table, summary, lambda: maps.mediation(summary), f"{cell}\n{title}",
+        _doubts(effects.doubt(summary)),
     )  # fmt: skip
 
 
@@ -256,23 +278,23 @@ def _effect(
     )
 
 
-def _write(found: _Found, request: Request) -> None:
+def _write(outcome: _Outcome, request: Request) -> None:
     """Writes the rows, draws, and prints; whichever fails takes nothing from the others."""
-    out, plot, summary = request.given.get("out"), request.given.get("plot"), found.summary
+    out, plot, summary = request.given.get("out"), request.given.get("plot"), outcome.summary
     failures: list[Exception] = []
     wrote: list[Path] = []
-    for path, write in ((out, found.save), (plot, found.picture)):
+    for path, write in ((out, outcome.save), (plot, outcome.picture)):
         try:
             if path:
                 write(path)
                 wrote.append(path)
         except Exception as error:  # whatever it is, the numbers are there
             failures.append(error)
-    notes = list(found.notes)
+    notes = list(outcome.notes)
     if "as_json" in request.given:
-        print(json.dumps(json.loads(summary.to_json(orient="records")), indent=1))
+        common.print_json(json.loads(summary.to_json(orient="records")))
     else:
-        _show(found, notes)
+        _show(outcome, notes)
         for path in wrote:
             print(f"wrote {path}")
     for note in notes:
@@ -283,14 +305,14 @@ def _write(found: _Found, request: Request) -> None:
         raise RunError(f"the table is complete, but {lost} could not be made: {why}") from why
 
 
-def _show(found: _Found, notes: list[str]) -> None:
+def _show(outcome: _Outcome, notes: list[str]) -> None:
     """The table without columns that say nothing, and why it has no intervals, if so."""
-    if found.title:
-        print(safe(found.title))
-    shown, more = found.summary.head(SHOWN), len(found.summary) - SHOWN
-    if more > 0 and found.largest_first:
-        order = found.summary["estimate"].abs().sort_values(ascending=False, kind="stable").index
-        shown = found.summary.loc[order].head(SHOWN)
+    if outcome.title:
+        print(safe(outcome.title))
+    shown, more = outcome.summary.head(SHOWN), len(outcome.summary) - SHOWN
+    if more > 0 and outcome.largest_first:
+        order = outcome.summary["estimate"].abs().sort_values(ascending=False, kind="stable").index
+        shown = outcome.summary.loc[order].head(SHOWN)
     dull = [c for c in shown if shown[c].isna().all()]
     # what is the same in every line says nothing; the effect stands above
     dull += [c for c in ("missing", "interval") if c in shown and shown[c].nunique() == 1]
@@ -299,7 +321,7 @@ def _show(found: _Found, notes: list[str]) -> None:
         notes.append(f"no intervals: {shown['interval'].iloc[0]}")
     elif "low" in shown and shown["low"].notna().all():  # how each was formed is in --json
         dull.append("interval")
-    shown = shown.drop(columns=dict.fromkeys(dull))
-    print(safe(shown.to_string(index=False, float_format="{:.4g}".format)))
+    shown = shown.drop(columns=dict.fromkeys(dull)).astype(object)
+    common.table([*map(str, shown)], shown.where(shown.notna(), None).values.tolist())
     if more > 0:
         print(f"... and {more} more; --out FILE.csv has every row, --json this table")

@@ -1,13 +1,12 @@
 """What `interp-steer ablate` is asked, checked before a model is loaded."""
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interp_steer.cli.common import at_least_one, indices, writable
 from interp_steer.errors import RequestError, nearest
 
 if TYPE_CHECKING:
@@ -56,14 +55,12 @@ class Request:
             raise RequestError("nothing to ablate on: give --prompts, or a run with --mediate")
         for name, suffixes in FILES.items():
             if name in given:
-                _writable(_option(name), given[name], suffixes)
-        for name in ("width", "answer", "batch"):
-            if given.get(name, 1) < 1:
-                raise RequestError(f"{_option(name)} is {given[name]}, expected at least 1")
-        made = cls(kind, given, _vector(given.get("direction")))
-        _ = made.layers, made.heads, made.positions  # each raises
-        {"ablation": made._ablation, "--patch": made._patch}.get(kind, made._traced)()
-        return made
+                writable(_option(name), given[name], suffixes, new_folders=True)
+        at_least_one(**{name: given.get(name) for name in ("width", "answer", "batch")})
+        request = cls(kind, given, _vector(given.get("direction")))
+        _ = request.layers, request.heads, request.positions  # each raises
+        {"ablation": request._ablation, "--patch": request._patch}.get(kind, request._traced)()
+        return request
 
     def many(self, name: str, default: Sequence[str] = ()) -> list[str]:
         """A repeated option."""
@@ -79,12 +76,15 @@ class Request:
     @property
     def layers(self) -> list[int] | None:
         """None for all."""
-        return numbers("layers", self.given.get("layers"))
+        return self._indices("layers")
 
     @property
     def heads(self) -> list[int] | None:
         """None for all."""
-        return numbers("heads", self.given.get("heads"))
+        return self._indices("heads")
+
+    def _indices(self, name: str) -> list[int] | None:
+        return indices(name, self.given[name]) if name in self.given else None
 
     @property
     def positions(self) -> str | list[int]:
@@ -92,7 +92,7 @@ class Request:
         text = str(self.given.get("positions", "each")).strip()
         if not re.search(r"\d", text):
             return text
-        return numbers("positions", text.replace("last", "-1")) or []
+        return indices("positions", text.replace("last", "-1"), "-?")
 
     def _ablation(self) -> None:
         from interp_steer.causal import ablate as ablation
@@ -155,32 +155,8 @@ class Request:
             )
 
 
-def numbers(option: str, text: str | None) -> list[int] | None:
-    """`3,7,12-20` as numbers, positions from the end as well; None for None."""
-    if text is None:
-        return None
-    sign, such = ("-?", " or -1") if option == "positions" else ("", "")
-    found: list[int] = []
-    for part in text.split(","):
-        bounds = re.fullmatch(rf"\s*({sign}\d{{1,5}})(?:-({sign}\d{{1,5}}))?\s*", part)
-        low, high = map(int, (bounds[1], bounds[2] or bounds[1])) if bounds else (1, 0)
-        if high < low:
-            raise RequestError(f"--{option} is {text!r}, expected such as 3,7,12-20{such}")
-        found += range(low, high + 1)
-    return found
-
-
 def _option(name: str) -> str:
     return "a run's folder" if name == "run" else f"--{name.removeprefix('as_')}"
-
-
-def _writable(option: str, path: Path, suffixes: Sequence[str]) -> None:
-    """Refuses what cannot be written, before any work is done."""
-    if path.suffix not in suffixes:
-        raise RequestError(f"{path.name}: expected a {' or '.join(suffixes)} file")
-    there = next(one for one in path.absolute().parents if one.exists())
-    if path.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
-        raise RequestError(f"{option} {path} cannot be written")
 
 
 def _vector(name: str | None) -> "Vector | None":

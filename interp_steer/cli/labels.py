@@ -1,65 +1,65 @@
-"""`interp-steer labels`: assembles sync, store and search, and prints. Imports wait in commands."""
+"""`interp-steer labels`: labels of SAE features, fetched, stored and searched."""
 
-import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from interp_steer.cli import common
+from interp_steer.util.console import safe
 
 if TYPE_CHECKING:
     from interp_steer.labels.label import Coverage, Label
     from interp_steer.labels.searching import Mode
 
-app = typer.Typer(
-    help="Feature labels: sync them from Neuronpedia, search them offline.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+app = common.group()
 
 _Sources = Annotated[
     list[str] | None,
-    typer.Argument(
-        help="SAELens releases (llama_scope_lxr_8x) or Neuronpedia sources "
-        "(llama3.1-8b/15-llamascope-res-32k)."
+    common.arg(
+        "Releases of SAELens, such as llama_scope_lxr_8x, or sources of Neuronpedia, such as "
+        "llama3.1-8b/15-llamascope-res-32k."
     ),
 ]
-_Layers = Annotated[str | None, typer.Option(help="Only these layers, like 3,7,12-20.")]
-_Store = Annotated[str | None, typer.Option(help="Another store than the one in the cache.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+_Store = Annotated[
+    str | None, common.opt("File of the label store; by default the one in the cache.")
+]
+_Wait = Annotated[bool, common.opt("Wait while Neuronpedia limits requests, instead of failing.")]
 
 
 @app.command("sync")
 def sync_command(
     sources: _Sources = None,
-    layers: _Layers = None,
+    layers: common.Layers = None,
     numbers: Annotated[
-        bool, typer.Option(help="Also each feature's density and maximum (much larger files).")
+        bool, common.opt("Fetch each feature's density and largest activation too: large files.")
     ] = False,
     patience: Annotated[
-        float, typer.Option(min=0.1, help="Seconds until a server that keeps failing is given up.")
+        float, common.opt("Seconds until a server that keeps failing is given up.", min=0.1)
     ] = 30.0,
-    wait: Annotated[bool, typer.Option(help="Sit out a rate limit instead of failing.")] = False,
+    wait: _Wait = False,
     store: _Store = None,
-    as_json: _Json = False,
+    as_json: common.Json = False,
 ) -> None:
-    """Download the labels of sources. Run again at any time: it fetches only what is missing."""
+    """Fetch the labels of sources from Neuronpedia.
+
+    Only what is missing is fetched, so the command may be run again at any time.
+    """
     from interp_steer.labels import Client, sync
 
     client = Client(patience=patience, wait=wait)
-    found = sync(*(sources or ()), layers=layers, numbers=numbers, store=store, client=client)
-    _print_coverage(found, as_json)
-    _complain(found)
+    covered = sync(*(sources or ()), layers=layers, numbers=numbers, store=store, client=client)
+    _print_coverage(covered, as_json)
+    _complain(covered)
 
 
 @app.command("import")
 def import_command(
     files: Annotated[
-        list[str], typer.Argument(help="Export files, .jsonl or .jsonl.gz; or 'starter'.")
+        list[str], common.arg("Exports of Neuronpedia, .jsonl or .jsonl.gz; or 'starter'.")
     ],
     store: _Store = None,
-    as_json: _Json = False,
+    as_json: common.Json = False,
 ) -> None:
-    """Bring files of labels that are on disk into the store."""
+    """Put labels from files on disk into the store."""
     from interp_steer.labels import import_files
 
     _print_coverage(import_files(files, store=store), as_json)
@@ -67,15 +67,18 @@ def import_command(
 
 @app.command("pack")
 def pack_command(
-    out: Annotated[str, typer.Argument(help="The file to write.")],
+    out: Annotated[str, common.arg("The file to write.")],
     sources: _Sources = None,
-    layers: _Layers = None,
+    layers: common.Layers = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Write over a file that is no label store.")
+        bool, common.opt("Replace the file even if it is no label store.", "--force")
     ] = False,
     store: _Store = None,
 ) -> None:
-    """Write the store, or some of its sources, as one file; open it elsewhere with --store."""
+    """Write the store, or some of its sources, into one file.
+
+    The other commands open it with --store.
+    """
     from interp_steer.labels import naming, pack
 
     path = pack(out, naming.chosen(sources or [], layers), store=store, force=force)
@@ -85,26 +88,31 @@ def pack_command(
 @app.command("search")
 def search_command(
     query: Annotated[
-        str, typer.Argument(help='Words, "a phrase", prefix*; put -- before a query with -not.')
+        str,
+        common.arg(
+            'Words, "a phrase", prefix* or -unwanted. Put -- before a query that begins with -.'
+        ),
     ],
     source: Annotated[
-        list[str] | None, typer.Option("--source", help="Only this release or source; repeatable.")
+        list[str] | None, common.opt("Only this release or source. May be repeated.", "--source")
     ] = None,
-    layers: _Layers = None,
-    limit: Annotated[int, typer.Option(min=1, help="How many features.")] = 20,
-    semantic: Annotated[bool, typer.Option(help="By meaning (extra: semantic).")] = False,
-    hybrid: Annotated[bool, typer.Option(help="By words and by meaning.")] = False,
+    layers: common.Layers = None,
+    limit: Annotated[int, common.opt("At most so many features.", min=1)] = 20,
+    semantic: Annotated[
+        bool, common.opt("Search by meaning (needs the extra `semantic`).")
+    ] = False,
+    hybrid: Annotated[bool, common.opt("Search by words and by meaning.")] = False,
     remote: Annotated[
-        bool, typer.Option(help="Ask Neuronpedia, which passes the query on to OpenAI.")
+        bool, common.opt("Ask Neuronpedia, which sends the query to OpenAI.")
     ] = False,
     model: Annotated[
-        str | None, typer.Option(help="With --remote: only this Neuronpedia model.")
+        str | None, common.opt("With --remote: only this model of Neuronpedia.")
     ] = None,
-    wait: Annotated[bool, typer.Option(help="With --remote: sit out a rate limit.")] = False,
+    wait: _Wait = False,
     store: _Store = None,
-    as_json: _Json = False,
+    as_json: common.Json = False,
 ) -> None:
-    """Find features by their labels, offline."""
+    """Find features by their labels, offline unless --remote is given."""
     from interp_steer.errors import RequestError
     from interp_steer.labels import Client, naming, search
 
@@ -112,61 +120,63 @@ def search_command(
         raise RequestError("choose one of --semantic, --hybrid and --remote")
     if remote:
         chosen = naming.chosen(source or [], layers)
-        found = Client(wait=wait).search(query, sources=chosen, model=model, limit=limit)
+        labels = Client(wait=wait).search(query, sources=chosen, model=model, limit=limit)
     else:
         if model or wait:
             raise RequestError("--model and --wait go with --remote; offline, use --source")
         mode: Mode = "semantic" if semantic else "hybrid" if hybrid else "keyword"
-        found = search(
+        labels = search(
             query, source or (), layers=layers, limit=limit, mode=mode, store=store, note=_note
         )  # fmt: skip
     if as_json:
-        print(json.dumps([label.as_json() for label in found]))
-    elif found:
-        _print_labels(found)
+        common.print_json([label.as_json() for label in labels])
+    elif labels:
+        _print_labels(labels)
     else:
         _note("no label matches")
 
 
 @app.command("show")
 def show_command(
-    feature: Annotated[str, typer.Argument(help="model/source/index, or its address.")],
-    fresh: Annotated[bool, typer.Option("--fetch", help="Ask Neuronpedia, and store it.")] = False,
+    feature: Annotated[
+        str, common.arg("MODEL/SOURCE/INDEX, or the feature's address at Neuronpedia.")
+    ],
+    fresh: Annotated[bool, common.opt("Ask Neuronpedia, and store the answer.", "--fetch")] = False,
     store: _Store = None,
-    as_json: _Json = False,
+    as_json: common.Json = False,
 ) -> None:
-    """Print everything known of one feature."""
+    """Show everything that is known of one feature."""
     from interp_steer.errors import RunError
     from interp_steer.labels import fetch, naming, show
     from interp_steer.labels.client import Client
     from interp_steer.labels.label import State
 
-    found = fetch(feature, store=store)[0] if fresh else show(feature, store=store)
-    if found.state is State.UNKNOWN:
+    record = fetch(feature, store=store)[0] if fresh else show(feature, store=store)
+    if record.state is State.UNKNOWN:
         raise RunError(
-            f"{found.id} was never fetched; run {naming.getting(str(found.source))}, "
+            f"{record.id} was never fetched; run {naming.getting(str(record.source))}, "
             "or add --fetch for this feature alone"
         )
-    address = f"{Client(offline=True).url}/{found.id}"
+    address = f"{Client(offline=True).url}/{record.id}"
     facts = {
-        "id": found.id, "state": str(found.state), "address": address,
-        "layer": found.source.layer, "index": found.index,
-        "release": found.source.release, "sae_id": found.source.sae_id,
-        "density": found.density, "max_activation": found.max_activation,
+        "id": record.id, "state": str(record.state), "address": address,
+        "layer": record.source.layer, "index": record.index,
+        "release": record.source.release, "sae_id": record.source.sae_id,
+        "density": record.density, "max_activation": record.max_activation,
     }  # fmt: skip
-    said = [
+    labels = [
         {"label": each.label, "explainer": each.explainer, "type": each.type,
          "score": each.label_score, "id": each.uid}
-        for each in found.labels
+        for each in record.labels
     ]  # fmt: skip
-    files = [{"file": key, "etag": etag, "fetched": date} for key, etag, date in found.origins]
+    files = [{"file": key, "etag": etag, "fetched": date} for key, etag, date in record.origins]
     if as_json:
-        print(json.dumps({**facts, "labels": said, "files": files}))
+        common.print_json({**facts, "labels": labels, "files": files})
         return
     for name, value in facts.items():
         if value is not None:
             _line(f"{name:<15}{value}")
-    for each in said:
+    for each in labels:
         how = ", ".join(str(part) for part in (each["explainer"], each["type"]) if part is not None)
         score = f", score {each['score']:g}" if each["score"] is not None else ""
         _line(f"{'label':<15}{each['label']} ({how or 'unknown explainer'}{score})")
@@ -178,19 +188,19 @@ def show_command(
 @app.command("coverage")
 def coverage_command(
     sources: _Sources = None,
-    layers: _Layers = None,
+    layers: common.Layers = None,
     store: _Store = None,
-    as_json: _Json = False,
+    as_json: common.Json = False,
 ) -> None:
-    """Print what the store holds of each source."""
+    """Show what the store holds of each source."""
     from interp_steer.labels import coverage
 
     _print_coverage(coverage(sources or (), layers=layers, store=store), as_json)
 
 
-def _complain(found: "list[Coverage]") -> None:
+def _complain(covered: "list[Coverage]") -> None:
     """Fails if something could not be fetched, after saying each thing once."""
-    lost = [(str(each.source), why) for each in found for why in each.missing]
+    lost = [(str(each.source), why) for each in covered for why in each.missing]
     if not lost:
         return
     for source, why in lost[:20]:
@@ -202,7 +212,7 @@ def _complain(found: "list[Coverage]") -> None:
     raise RunError(f"missing files: {len(lost)}; what arrived is kept: run it again to go on")
 
 
-def _print_coverage(found: "list[Coverage]", as_json: bool) -> None:
+def _print_coverage(covered: "list[Coverage]", as_json: bool) -> None:
     if as_json:
         rows = [
             {
@@ -212,20 +222,19 @@ def _print_coverage(found: "list[Coverage]", as_json: bool) -> None:
                 "labelled": each.labelled, "unlabelled": each.unlabelled,
                 "explainers": each.explainers, "missing": each.missing,
             }
-            for each in found
+            for each in covered
         ]  # fmt: skip
-        print(json.dumps(rows))
+        common.print_json(rows)
         return
-    _table(
+    common.table(
         ("source", "files", "labels", "labelled", "unlabelled", "explainers", "state"),
         [
             (
                 str(each.source), f"{each.batches:,}", f"{each.labels:,}", f"{each.labelled:,}",
                 f"{each.unlabelled:,}", ", ".join(each.explainers), _state(each),
             )
-            for each in found
+            for each in covered
         ],
-        right=(1, 2, 3, 4),
     )  # fmt: skip
 
 
@@ -237,64 +246,26 @@ def _state(each: "Coverage") -> str:
     return "in part" if each.batches else "not synced"
 
 
-def _print_labels(found: "list[Label]") -> None:
-    several = len({(label.model, label.source.partition("-")[2]) for label in found}) > 1
-    names = ("layer", "index", "label", "explainer", "density", "score")
+def _print_labels(labels: "list[Label]") -> None:
+    several = len({(label.model, label.source.partition("-")[2]) for label in labels}) > 1
+    names = ("layer", "index", "label", "explainer", "density", "score", "source")
     rows = [
         (
-            "" if label.layer is None else str(label.layer), str(label.index),
-            label.label if len(label.label) <= 300 else label.label[:299] + "…",
-            label.explainer or "",
+            label.layer, label.index, label.label, label.explainer,
             "" if label.density is None else f"{label.density:.3%}",
             "" if label.score is None else f"{label.score:.3f}",
             f"{label.model}/{label.source}",
-        )[: 7 if several else 6]
-        for label in found
+        )[: None if several else -1]
+        for label in labels
     ]  # fmt: skip
-    _table((*names, "source") if several else names, rows, right=(0, 1, 4, 5))
+    common.table(names[: None if several else -1], rows)
     if not several:
-        print(f"source: {found[0].model}/*-{found[0].source.partition('-')[2]}", file=sys.stderr)
-
-
-def _table(
-    names: tuple[str, ...], rows: list[tuple[str, ...]], right: tuple[int, ...] = ()
-) -> None:
-    """A table on a terminal with room for one; else a line a row, with tabs between if piped."""
-    from interp_steer.util.console import safe
-
-    clean = [tuple(safe(cell).replace("\t", " ").replace("\n", " ") for cell in r) for r in rows]
-    if not sys.stdout.isatty():
-        for row in (names, *clean):
-            print("\t".join(row))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    widths = [max(len(row[i]) for row in (names, *clean)) for i in range(len(names))]
-    wide = {i for i, name in enumerate(names) if name in ("label", "explainers")}
-    if console.width < sum(2 + w for i, w in enumerate(widths) if i not in wide) + 24 * len(wide):
-        for row in clean:
-            print("  ".join(cell for cell in row if cell))
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    filled = [i for i in range(len(names)) if any(row[i] for row in clean)]
-    for i in filled:
-        side: Literal["left", "right"] = "right" if i in right else "left"
-        table.add_column(names[i], justify=side, no_wrap=i not in wide, overflow="fold")
-    for row in clean:
-        table.add_row(*(Text(row[i]) for i in filled))  # Text: a label is not markup
-    console.print(table)
+        print(f"source: {labels[0].model}/*-{labels[0].source.partition('-')[2]}", file=sys.stderr)
 
 
 def _line(text: str) -> None:
-    from interp_steer.util.console import safe
-
     print(safe(text))
 
 
 def _note(text: str) -> None:
-    from interp_steer.util.console import safe
-
     print(safe(text), file=sys.stderr)

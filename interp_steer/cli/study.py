@@ -3,40 +3,42 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-import typer
-
-from interp_steer.cli.common import Date, Device, Json, load
+from interp_steer.cli import common
 from interp_steer.errors import RequestError
 from interp_steer.util.console import safe
 
-if TYPE_CHECKING:
-    from interp_steer.study.study import Study
+app = common.group()
 
-app = typer.Typer(
-    help="Declared grids of steered rows, with controls, intervals and resume.",
-    no_args_is_help=True,
-)
-
-File = Annotated[Path, typer.Argument(help="The study, a YAML file.", show_default=False)]
+File = Annotated[Path, common.arg("YAML file of the study.", show_default=False)]
+Folder = Annotated[Path, common.arg("Folder of the run.", show_default=False)]
 Model = Annotated[
-    str | None, typer.Option(help="In place of the file's: 'starter', a folder, or a hub id.")
+    str | None,
+    common.opt(
+        "Another model than the file's: 'starter', a folder, or the name of a model on the "
+        "Hugging Face hub."
+    ),
 ]
-Dtype = Annotated[str | None, typer.Option(help="In place of the file's.")]
+Dtype = Annotated[
+    str | None, common.opt("Another dtype than the file's: float32, bfloat16 or float16.")
+]
 
 
 def _opened(
     file: Path, model: str | None, dtype: str | None, device: str | None, date: str | None
 ) -> Any:
-    """(study, model, what loads the model again) of a file; typos are told before a model loads."""
+    """(study, model, arguments that load the model again) of a file.
+
+    The file is checked before the model loads.
+    """
     from interp_steer.study.file import StudyFile
 
-    read = StudyFile.read(file).dated(date)
-    name = str(read.model.get("model", "starter"))
-    revision = read.model.get("revision") if model in (None, name) else None
-    loaded = load(model or name, dtype or read.model.get("dtype"), device, revision)
-    study = read.study(loaded)
+    declared = StudyFile.read(file).dated(date)
+    name = str(declared.model.get("model", "starter"))
+    revision = declared.model.get("revision") if model in (None, name) else None
+    loaded = common.load(model or name, dtype or declared.model.get("dtype"), device, revision)
+    study = declared.study(loaded)
     again = {
         "name": loaded.name,
         "dtype": str(loaded.dtype).removeprefix("torch."),
@@ -52,32 +54,33 @@ def plan(
     file: File,
     model: Model = None,
     dtype: Dtype = None,
-    device: Device = None,
-    date: Date = None,
-    timed: Annotated[bool, typer.Option(help="Time two short runs, for the expected time.")] = True,
-    as_json: Json = False,
+    device: common.Device = None,
+    date: common.Date = None,
+    timed: Annotated[
+        bool, common.opt("Run two short batches, to estimate the study's time.")
+    ] = True,
+    as_json: common.Json = False,
 ) -> None:
-    """Rows, chunks, memory and expected time, before anything runs."""
+    """Show the rows, memory and time that a study needs, without running it."""
     study, loaded, _ = _opened(file, model, dtype, device, date)
     from interp_steer.study.plan import Plan
 
-    made = Plan.of(study, loaded, timed=timed)
+    needs = Plan.of(study, loaded, timed=timed)
     if as_json:
-        print(json.dumps(vars(made), indent=1))
+        common.print_json(vars(needs))
         return
-    _show(study, made)
-
-
-def _show(study: "Study", made: Any) -> None:
-    print(f"{len(study.settings)} cells, {len(study.choose)} prompts choose, ", end="")
-    print(f"{len(study.prove)} prove, {len(study.seeds)} seeds")
-    print(f"{'stage':<10}  {'rows':>8}  {'chunks':>6}")
-    for name, rows in made.rows.items():
-        print(f"{name:<10}  {rows:>8,}  {made.chunks[name]:>6,}")
-    print(f"memory  {made.memory / 1e9:.2f} GB, of which {made.weights / 1e9:.2f} GB are weights")
-    if made.seconds is not None:
-        print(f"time    about {_minutes(made.seconds)}")
-    for note in made.notes:
+    print(
+        f"{len(study.settings)} settings; {len(study.choose)} prompts to choose on, "
+        f"{len(study.prove)} to prove on; {len(study.seeds)} seeds"
+    )
+    common.table(
+        ("stage", "rows", "chunks"),
+        [(name, f"{rows:,}", f"{needs.chunks[name]:,}") for name, rows in needs.rows.items()],
+    )
+    print(f"memory  {needs.memory / 1e9:.2f} GB, of which {needs.weights / 1e9:.2f} GB are weights")
+    if needs.seconds is not None:
+        print(f"time    about {_minutes(needs.seconds)}")
+    for note in needs.notes:
         print(f"note    {note}")
 
 
@@ -91,35 +94,38 @@ def _minutes(seconds: float) -> str:
 def run(
     file: File,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the run; goes on there. Default in the cache.")
+        Path | None,
+        common.opt("Folder of the run; a run that is there goes on. By default in the cache."),
     ] = None,
     model: Model = None,
     dtype: Dtype = None,
-    device: Device = None,
-    date: Date = None,
+    device: common.Device = None,
+    date: common.Date = None,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads; pinned by a run's first start.")
+        int | None, common.opt("CPU threads; a run keeps those of its first start.")
     ] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="Run on Ray actors.")] = False,
-    address: Annotated[str | None, typer.Option(help="Of a Ray cluster; default here.")] = None,
-    workers: Annotated[int, typer.Option(help="Ray actors.")] = 1,
+    ray: Annotated[bool, common.opt("Run in several processes, with Ray.", "--ray")] = False,
+    address: Annotated[
+        str | None, common.opt("Ray cluster to run on; default: this machine.")
+    ] = None,
+    workers: Annotated[int, common.opt("With --ray: how many processes.")] = 1,
     gpus_per_worker: Annotated[
-        float | None, typer.Option(help="GPUs of each actor; default 1 where there are any.")
+        float | None, common.opt("With --ray: GPUs of each process; default 1 if there are.")
     ] = None,
     shard: Annotated[
-        str | None, typer.Option(help="i/n: only every n-th chunk, for a job array.")
+        str | None, common.opt("Such as 2/8: this is the second of eight jobs that share the work.")
     ] = None,
-    report: Annotated[bool, typer.Option(help="Write report.html when done.")] = True,
-    as_json: Json = False,
+    report: Annotated[bool, common.opt("Write report.html into the folder when done.")] = True,
+    as_json: common.Json = False,
 ) -> None:
-    """Run a study, or what is missing of it; exit 1 if rows failed."""
+    """Run a study, or what is missing of it.
+
+    The exit code is 1 if rows failed.
+    """
     part = _shard(shard)
-    if workers < 1:
-        raise RequestError(f"--workers is {workers}, expected at least 1")
+    common.at_least_one(workers=workers, threads=threads)
     if not ray and (workers > 1 or address or gpus_per_worker is not None):
         raise RequestError("--workers, --gpus-per-worker and --address need --ray")
-    if threads is not None and threads < 1:
-        raise RequestError(f"--threads is {threads}, expected at least 1")
     study, loaded, again = _opened(file, model, dtype, device, date)
     import torch
 
@@ -136,18 +142,23 @@ def run(
         mapper = on_ray(again, workers=workers, gpus=gpus, address=address)
     folder = out or cache_dir("runs") / file.stem
     done = study.run(loaded, folder, mapper=mapper, shard=part, arguments=sys.argv)
-    found = done.findings()
+    findings = done.findings()
     if report:
         from interp_steer.report import report as page
 
         written = page.write(done)
     if as_json:
-        told = {"folder": str(folder), "rows": len(found.table), "verdict": vars(found.verdict)}
-        told["claims"] = json.loads(found.claims.to_json(orient="records"))
-        print(json.dumps(told, indent=1))
+        common.print_json(
+            {
+                "folder": str(folder),
+                "rows": len(findings.table),
+                "verdict": vars(findings.verdict),
+                "claims": json.loads(findings.claims.to_json(orient="records")),
+            }
+        )
         return
-    print(safe(str(found)))
-    print(f"\n{len(found.table)} rows in {folder}")
+    print(safe(str(findings)))
+    print(f"\n{len(findings.table)} rows in {folder}")
     if report:
         print(f"report {written}")
 
@@ -163,11 +174,12 @@ def _shard(text: str | None) -> tuple[int, int] | None:
 
 @app.command()
 def table(
-    folder: Annotated[Path, typer.Argument(help="Of a run.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="A .parquet or .csv file.")],
+    folder: Folder, out: Annotated[Path, common.opt("The file to write: .parquet or .csv.")]
 ) -> None:
-    """Write a run's rows as one table."""
+    """Write all rows of a run as one table."""
     from interp_steer.report.run import Run
+
+    common.writable("--out", out, (".parquet", ".csv"), new_folders=True)
 
     done = Run(folder)
     done.save(out)
@@ -176,19 +188,21 @@ def table(
 
 @app.command()
 def merge(
-    folder: Annotated[Path, typer.Argument(help="Of the run to add to.", show_default=False)],
-    others: Annotated[list[Path], typer.Argument(help="Folders or row files.", show_default=False)],
+    folder: Folder,
+    others: Annotated[
+        list[Path], common.arg("Folders or files of the rows to add.", show_default=False)
+    ],
 ) -> None:
-    """Add other machines' rows to a run; each row once."""
+    """Add the rows of other machines to a run; each row is kept once."""
     from interp_steer.report.run import ROWS
     from interp_steer.results.rows import merge as together
     from interp_steer.util.locking import running
 
     def files(path: Path) -> list[Path]:
-        found = sorted(path.glob(ROWS)) if path.is_dir() else [path]
-        if not found:
+        there = sorted(path.glob(ROWS)) if path.is_dir() else [path]
+        if not there:
             raise RequestError(f"no rows in {path}")
-        return found
+        return there
 
     if not folder.is_dir():
         raise RequestError(f"no rows in {folder}: it is no folder")
@@ -204,10 +218,12 @@ def merge(
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Of a run.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="Default: report.html in the folder.")] = None,
+    folder: Folder,
+    out: Annotated[
+        Path | None, common.opt("The file to write; by default report.html in the folder.")
+    ] = None,
 ) -> None:
-    """Write one self-contained HTML page about a run."""
+    """Write one HTML page about a study's run."""
     from interp_steer.report import report as page
     from interp_steer.report.run import Run
 

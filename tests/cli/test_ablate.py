@@ -14,7 +14,7 @@ from interp_steer.report import maps, marks
 from interp_steer.report.chosen import setting_of
 from interp_steer.report.run import Run
 from interp_steer.study.cell import Controls
-from tests.cli.test_study import error, said
+from tests.conftest import command, error
 from tests.study.samples import WORDS, direction, study
 
 PAIRS = [
@@ -100,17 +100,15 @@ TRACED = ["{f}/run", "--mediate"]
         ([*PROMPTS, "--plot", "{f}/pairs.jsonl/a.png"], "a.png cannot be written"),
     ],
 )
-def test_every_combination_is_checked_before_a_model_is_loaded(folder, capsys, words, expected):
+def test_every_combination_is_checked_before_a_model_is_loaded(folder, words, expected):
     """Were the model looked for, its name would be what is wrong."""
     words = ["ablate", *(word.format(f=folder) for word in words), "--model", "/no/model"]
-    assert expected in error(capsys, 2, *words)
+    assert expected in error(2, *words)
 
 
-def patched(folder, capsys, *words) -> list[dict]:
+def patched(folder, *words) -> list[dict]:
     given = ("ablate", "--model", Run(folder / "run").manifest["model"], "--text", "--patch")
-    return json.loads(
-        said(capsys, 0, *given, "--prompts", folder / "pairs.jsonl", *words, "--json")[0]
-    )
+    return json.loads(command(*given, "--prompts", folder / "pairs.jsonl", *words, "--json")[0])
 
 
 @pytest.mark.parametrize(
@@ -122,23 +120,23 @@ def patched(folder, capsys, *words) -> list[dict]:
         (("--positions", "all", "--component", "attn_out"), [None]),
     ],
 )
-def test_positions_on_the_command_line(folder, capsys, positions, places):
-    found = patched(folder, capsys, *positions, "--layers", "1,4")
+def test_positions_on_the_command_line(folder, positions, places):
+    found = patched(folder, *positions, "--layers", "1,4")
     assert [row["position"] for row in found if row["layer"] == 4] == places
     assert {row["score"] for row in found} == {"logit_difference"}
 
 
-def test_each_mode_draws_its_picture(folder, tmp_path, capsys, monkeypatch):
+def test_each_mode_draws_its_picture(folder, tmp_path, monkeypatch):
     """Position x layer of patching, layer profiles of the rest; the score on an axis."""
     figures = []
     save = marks.save
     monkeypatch.setattr(marks, "save", lambda one, path: figures.append(one) or save(one, path))
-    patched(folder, capsys, "--plot", tmp_path / "each.png")
+    patched(folder, "--plot", tmp_path / "each.png")
     one = ("--component", "mlp_out", "--positions", "all")
-    patched(folder, capsys, *one, "--plot", tmp_path / "all.png")
+    patched(folder, *one, "--plot", tmp_path / "all.png")
     run = folder / "run"
     for mode in ("--mediate", "--propagate"):
-        out, _ = said(capsys, 0, "ablate", run, mode, "--plot", tmp_path / f"{mode}.png")
+        out, _ = command("ablate", run, mode, "--plot", tmp_path / f"{mode}.png")
         assert "add(d, 0.5 dose) at resid_post 2" in out and f"wrote {tmp_path}" in out
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in tmp_path.iterdir())
     each, everywhere, mediated, moved = figures
@@ -173,13 +171,13 @@ def test_the_map_is_the_table(folder):
         maps.patching(summary.assign(estimate=float("nan")))
 
 
-def test_a_picture_that_cannot_be_drawn_costs_nothing_else(folder, tmp_path, capsys, monkeypatch):
+def test_a_picture_that_cannot_be_drawn_costs_nothing_else(folder, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError("ink")
 
     monkeypatch.setattr(maps, "mediation", broken)
     files = ("--plot", tmp_path / "a.png", "--out", tmp_path / "a.csv")
-    out, err = said(capsys, 1, "ablate", folder / "run", "--mediate", *files)
+    out, err = command("ablate", folder / "run", "--mediate", *files, code=1)
     assert "mlp_out" in out and "words: unsteered" in out
     assert "the table is complete" in err and "a.png could not be made: ink" in err
     assert len(pd.read_csv(tmp_path / "a.csv")) == 4 * 2 * 3 and not (tmp_path / "a.png").exists()
@@ -196,15 +194,15 @@ def test_a_reader_that_leaves_early_costs_no_file(folder, tmp_path, monkeypatch)
     assert ended.value.code == 0 and len(pd.read_csv(out)) == 4 * 4
 
 
-def test_shares_come_with_their_score_and_their_doubts(folder, capsys):
-    out, err = said(capsys, 0, "ablate", folder / "run", "--mediate", "--json")
+def test_shares_come_with_their_score_and_their_doubts(folder):
+    out, err = command("ablate", folder / "run", "--mediate", "--json")
     assert {row["score"] for row in json.loads(out)} == {"words"}
     assert "warning: the effect on words is" in err and "with 4 prompts nothing tells it" in err
-    out, err = said(capsys, 0, "ablate", folder / "run", "--mediate", "--score", "kl_last")
+    out, err = command("ablate", folder / "run", "--mediate", "--score", "kl_last")
     assert "kl_last: unsteered 0.000 -> steered" in out and "share of it that goes" in out
     assert "no intervals: fewer than 10 prompts" in err
     words = ("ablate", folder / "run", "--mediate", "--json", "--answer")
-    one, many = (json.loads(said(capsys, 0, *words, n)[0]) for n in (1, 8))
+    one, many = (json.loads(command(*words, n)[0]) for n in (1, 8))
     assert one[0]["effect"] != many[0]["effect"]
 
 
@@ -213,7 +211,7 @@ def test_shares_come_with_their_score_and_their_doubts(folder, capsys):
 MAIN = "dtype: float32\nrevision: main\n"
 
 
-def test_a_run_is_traced_on_its_own_model(folder, tiny_folder, capsys, monkeypatch):
+def test_a_run_is_traced_on_its_own_model(folder, tiny_folder, monkeypatch):
     from interp_steer.model import model
 
     loads = []
@@ -229,18 +227,18 @@ def test_a_run_is_traced_on_its_own_model(folder, tiny_folder, capsys, monkeypat
     yaml = (run / "study.yaml").read_text()
     (run / "study.yaml").write_text(yaml.replace("dtype: float32\n", MAIN))
     try:
-        said(capsys, 0, "ablate", run, "--propagate")
+        command("ablate", run, "--propagate")
         ((name, options),) = loads
         assert name == str(tiny_folder)
         assert (options["dtype"], options["revision"]) == ("float32", "main")
-        said(capsys, 0, "ablate", run, "--propagate", "--model", tiny_folder, "--dtype", "bfloat16")
+        command("ablate", run, "--propagate", "--model", tiny_folder, "--dtype", "bfloat16")
         name, options = loads[1]
         assert (options["dtype"], options["revision"]) == ("bfloat16", None)
     finally:
         (run / "study.yaml").write_text(yaml)
 
 
-def test_other_weights_under_the_same_name_are_refused(folder, capsys):
+def test_other_weights_under_the_same_name_are_refused(folder):
     path = folder / "run" / "manifest.json"
     kept = path.read_text()
     manifest = json.loads(kept)
@@ -250,9 +248,9 @@ def test_other_weights_under_the_same_name_are_refused(folder, capsys):
         text = rows.read_text()
         rows.write_text(text.replace(json.loads(kept)["about"]["model"], "0123456789abcdef", 1))
     try:
-        line = error(capsys, 2, "ablate", folder / "run", "--propagate")
+        line = error(2, "ablate", folder / "run", "--propagate")
         assert "its fingerprint is" in line and "the run's 0123456789abcdef" in line
-        said(capsys, 0, "ablate", folder / "run", "--propagate", "--model", manifest["model"])
+        command("ablate", folder / "run", "--propagate", "--model", manifest["model"])
     finally:
         path.write_text(kept)
         for rows in (folder / "run").glob("rows*.jsonl"):
@@ -260,15 +258,15 @@ def test_other_weights_under_the_same_name_are_refused(folder, capsys):
             rows.write_text(text.replace("0123456789abcdef", json.loads(kept)["about"]["model"], 1))
 
 
-def test_a_study_without_pairs_and_concept_is_traced_by_kl(tiny, tmp_path, capsys):
+def test_a_study_without_pairs_and_concept_is_traced_by_kl(tiny, tmp_path):
     given = {"metrics": ["length"], "choose_by": "length", "choose": [], "sites": "2"}
     study(**given, coefficients=["0.5 dose"], controls=NONE).run(tiny, tmp_path)
-    found = json.loads(said(capsys, 0, "ablate", tmp_path, "--mediate", "--json")[0])
+    found = json.loads(command("ablate", tmp_path, "--mediate", "--json")[0])
     assert {row["score"] for row in found} == {"kl_last"} and len(found) == 2 * 3
-    assert "none" not in error(capsys, 2, "ablate", tmp_path, "--mediate", "--score", "words")
+    assert "none" not in error(2, "ablate", tmp_path, "--mediate", "--score", "words")
 
 
-def test_a_run_is_traced_without_its_own_metrics(tiny, tmp_path, capsys):
+def test_a_run_is_traced_without_its_own_metrics(tiny, tmp_path):
     """As a run that somebody sent: its files are not run, and need not be there."""
     module = tmp_path / "loud.py"
     module.write_text(LOUD)
@@ -276,9 +274,9 @@ def test_a_run_is_traced_without_its_own_metrics(tiny, tmp_path, capsys):
     given |= {"sites": "2", "coefficients": ["0.5 dose"], "controls": NONE}
     study(**given, modules=[module]).run(tiny, tmp_path / "run")
     module.write_text("raise SystemExit('run')")
-    said(capsys, 0, "ablate", tmp_path / "run", "--propagate")
+    command("ablate", tmp_path / "run", "--propagate")
     module.unlink()
-    found = json.loads(said(capsys, 0, "ablate", tmp_path / "run", "--mediate", "--json")[0])
+    found = json.loads(command("ablate", tmp_path / "run", "--mediate", "--json")[0])
     assert len(found) == 2 * 3
 
 

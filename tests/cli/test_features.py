@@ -8,8 +8,7 @@ import torch
 
 from interp_steer.features.sae import Sae
 from interp_steer.steering.direction import Direction
-from tests.cli.test_main import one_line
-from tests.conftest import command
+from tests.conftest import command, error
 from tests.features.test_sae import LAYER, saved
 
 TEXTS = [
@@ -102,7 +101,7 @@ def test_check(folder, tiny_folder, texts):
 
 
 @pytest.mark.parametrize(
-    ("words", "error"),
+    ("words", "expected"),
     [
         (["features", "get", "{sae}", "256"], "has features 0-255"),
         (["features", "get", "{sae}", "first"], "'first' is not the index of a feature"),
@@ -127,7 +126,7 @@ def test_check(folder, tiny_folder, texts):
         (["features", "rank", "{sae}", "--model", "{model}"], "--features 12,4711 or --search"),
         (
             ["features", "rank", "{sae}", "--model", "{model}", "--features", "a"],
-            "expected indices",
+            "--features is 'a', expected such as 3,7",
         ),
         (
             ["features", "rank", "{sae}", "--model", "{model}", "--search", "x"],
@@ -135,16 +134,16 @@ def test_check(folder, tiny_folder, texts):
         ),
     ],
 )
-def test_bad_requests_are_one_line(folder, tiny_folder, words, error):
+def test_bad_requests_are_one_line(folder, tiny_folder, words, expected):
     given = [word.format(sae=folder, model=tiny_folder) for word in words]
-    assert error in one_line(2, *given)
+    assert expected in error(2, *given)
 
 
 def test_a_truncated_file_is_one_line(tmp_path):
     broken = saved(tmp_path / "broken", "topk")
     weights = broken / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    assert "damaged" in one_line(1, "features", "get", str(broken), "255")
+    assert "damaged" in error(1, "features", "get", str(broken), "255")
 
 
 def test_the_starters_feature_by_its_label():

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from interp_steer.cli import main as cli
-from tests.conftest import command
+from tests.conftest import command, error
 
 DATA = Path(__file__).parents[2] / "interp_steer" / "data" / "demo_texts"
 
@@ -48,19 +48,10 @@ def test_a_direction_is_shown_by_its_name_or_its_path(tmp_path, monkeypatch, cap
     assert shown("joy").startswith(stored.label)
     other.save(tmp_path / "joy.safetensors")
     assert shown("./joy.safetensors").startswith(other.label)
-    assert "stored direction" in one_line(2, "direction", "show", "joy")
-    assert "nearest: joy" in one_line(2, "direction", "show", "joyy")
+    assert "stored direction" in error(2, "direction", "show", "joy")
+    assert "nearest: joy" in error(2, "direction", "show", "joyy")
     (tmp_path / "joy.safetensors").write_bytes(b"x")
-    assert "joy.safetensors is damaged" in one_line(1, "direction", "show", "joy.safetensors")
-
-
-def one_line(code: int, *words: str) -> str:
-    """The error of a command that must end with one clear line and nothing on stdout."""
-    out, err = command(*words, code=code)
-    assert out == ""
-    said = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and said[0] == err.splitlines()[-1]
-    return said[0]
+    assert "joy.safetensors is damaged" in error(1, "direction", "show", "joy.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +163,7 @@ def test_chat_answers_and_goes_on_after_a_mistake(made, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (["--steer", "add(tower, 1) at 6"], "layers 0-5"),
         (["--steer", "add(tower, 0.5 dose) at 99"], "layers 0-5"),
@@ -202,7 +193,7 @@ def test_chat_answers_and_goes_on_after_a_mistake(made, monkeypatch):
         (["--prompt", "bad \udcff byte"], "no Unicode character"),
     ],
 )
-def test_wrong_requests_are_one_line_and_exit_2(made, tmp_path, words, said):
+def test_wrong_requests_are_one_line_and_exit_2(made, tmp_path, words, expected):
     import torch
 
     from interp_steer.steering.direction import Direction
@@ -215,22 +206,22 @@ def test_wrong_requests_are_one_line_and_exit_2(made, tmp_path, words, said):
     fixed += [] if "--model" in words else ["--model", model]
     if "--direction" not in words:
         fixed += ["--direction", f"tower={file}", "--direction", f"narrow={tmp_path}/n.safetensors"]
-    assert said in one_line(2, "generate", *fixed, *words)
+    assert expected in error(2, "generate", *fixed, *words)
 
 
 def test_other_wrong_requests(made, tmp_path):
     model, _ = made
     sides = ["--positive", str(DATA / "positive.txt"), "--negative", str(DATA / "negative.txt")]
     make = ["direction", "make", "--model", model]
-    assert "nearest: mean-difference" in one_line(2, *make, *sides, "--method", "mean-diff")
-    assert "layers 0-5" in one_line(2, *make, *sides, "--layer", "9")
-    assert "unknown position" in one_line(2, *make, *sides, "--position", "first")
+    assert "nearest: mean-difference" in error(2, *make, *sides, "--method", "mean-diff")
+    assert "layers 0-5" in error(2, *make, *sides, "--layer", "9")
+    assert "unknown position" in error(2, *make, *sides, "--position", "first")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
-    assert "no prompts" in one_line(2, *make, "--positive", str(empty), *sides[2:])
-    assert "not a direction" in one_line(2, "direction", "show", f"{model}/model.safetensors")
-    assert "unknown model" in one_line(2, "verify", "--model", str(tmp_path / "none"))
-    assert "No such command 'steer'" in one_line(2, "steer")
+    assert "no prompts" in error(2, *make, "--positive", str(empty), *sides[2:])
+    assert "not a direction" in error(2, "direction", "show", f"{model}/model.safetensors")
+    assert "unknown model" in error(2, "verify", "--model", str(tmp_path / "none"))
+    assert "No such command 'steer'" in error(2, "steer")
 
 
 def test_an_error_is_one_line_in_a_process_of_its_own(tiny_folder):
@@ -245,8 +236,8 @@ def test_failures_exit_1(made, tmp_path):
     _, file = made
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(Path(file).read_bytes()[:200])
-    assert "damaged" in one_line(1, "direction", "show", str(damaged))
-    assert "no network" in one_line(1, "verify", "--model", "someone/model")
+    assert "damaged" in error(1, "direction", "show", str(damaged))
+    assert "no network" in error(1, "verify", "--model", "someone/model")
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path):
@@ -335,34 +326,30 @@ def test_a_reader_that_leaves_in_the_midst_is_no_error(capfd, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
 
-    @cli.app.command("print-much")
     def print_much() -> None:
         for _ in range(10_000):
             print("a line that nobody reads")
 
+    monkeypatch.setattr("interp_steer.cli.verify.verify", print_much)
     kept = os.dup(1)
     try:
         os.dup2(writer, 1)
         with os.fdopen(os.dup(1), "w") as stream, pytest.raises(SystemExit) as ended:
             monkeypatch.setattr(sys, "stdout", stream)
-            monkeypatch.setattr(sys, "argv", ["interp-steer", "print-much"])
+            monkeypatch.setattr(sys, "argv", ["interp-steer", "verify"])
             cli.main()
     finally:
         os.dup2(kept, 1)
         os.close(kept)
-        cli.app.registered_commands.pop()
     assert ended.value.code == 0
 
 
 def test_an_error_of_a_file_is_not_called_one_of_the_output(monkeypatch, tmp_path):
-    @cli.app.command("read-nothing")
     def read_nothing() -> None:
         (tmp_path / "none").read_text()
 
-    try:
-        assert one_line(1, "read-nothing") == f"error: {tmp_path}/none: No such file or directory"
-    finally:
-        cli.app.registered_commands.pop()
+    monkeypatch.setattr("interp_steer.cli.verify.verify", read_nothing)
+    assert error(1, "verify") == f"error: {tmp_path}/none: No such file or directory"
 
 
 def test_sides_that_hardly_differ_and_files_that_were_there_are_told(tiny_folder, tmp_path):
@@ -390,5 +377,19 @@ def test_a_group_without_a_command_shows_its_help(words):
     assert err == "" and out.startswith("Usage: ") and len(out.splitlines()) > 8
 
 
-def test_an_error_with_a_long_text_of_its_users_is_cut(capsys):
-    assert one_line(2, "verify", "--model", "x" * 10**6).count("x") <= 2000
+def test_an_error_with_a_long_text_of_its_users_is_cut():
+    assert error(2, "verify", "--model", "x" * 10**6).count("x") <= 2000
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_begins_its_help_with_what_the_list_says(name):
+    first = command(name, "--help")[0].split("\n\n")[1]  # behind the usage
+    assert " ".join(first.split()) == cli.COMMANDS[name][1]
+    assert cli.COMMANDS[name][1] in command("--help")[0]
+
+
+def test_version():
+    import interp_steer
+
+    assert command("--version") == (f"interp-steer {interp_steer.__version__}\n", "")
+    assert error(2, "--verion") == "error: No such option: --verion"

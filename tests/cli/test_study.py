@@ -1,14 +1,13 @@
 """Studies and ablations on the command line: what is printed, written, and said of mistakes."""
 
 import json
-import sys
 
 import pandas as pd
 import pytest
 
-from interp_steer.cli import main as cli
 from interp_steer.errors import RequestError
 from interp_steer.steering.direction import Direction
+from tests.conftest import command, error
 from tests.study.samples import direction
 
 STUDY = """
@@ -42,50 +41,34 @@ def folder(tiny_folder, tmp_path_factory):
     return folder
 
 
-def said(capsys, code, *words) -> tuple[str, str]:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(sys, "argv", ["interp-steer", *map(str, words)])
-        cli.main()
-    out, err = capsys.readouterr()
-    assert ended.value.code == code, err
-    return out, err
-
-
-def error(capsys, code, *words) -> str:
-    out, err = said(capsys, code, *words)
-    assert out == "" and "Traceback" not in err
-    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    return line
-
-
-def test_from_the_plan_to_the_report(folder, capsys):
-    out, _ = said(capsys, 0, "study", "plan", folder / "s.yaml")
+def test_from_the_plan_to_the_report(folder):
+    out, _ = command("study", "plan", folder / "s.yaml")
     assert "unsteered" in out and "GB are weights" in out and "time    about" in out
     assert "points without intervals" in out and "2 random controls; 50 are usual" in out
-    planned = json.loads(said(capsys, 0, "study", "plan", folder / "s.yaml", "--json")[0])
+    planned = json.loads(command("study", "plan", folder / "s.yaml", "--json")[0])
     run = folder / "run"
-    told = json.loads(said(capsys, 0, "study", "run", folder / "s.yaml", "--out", run, "--json")[0])
+    told = json.loads(command("study", "run", folder / "s.yaml", "--out", run, "--json")[0])
     assert told["rows"] == sum(planned["rows"].values())
     assert told["verdict"]["steers"] is None
     assert "Does it?" in (run / "report.html").read_text()
-    out, _ = said(capsys, 0, "study", "run", folder / "s.yaml", "--out", run)
+    out, _ = command("study", "run", folder / "s.yaml", "--out", run)
     assert "Nothing is declared" in out and f"{told['rows']} rows in" in out
-    said(capsys, 0, "study", "table", run, "--out", folder / "t.parquet")
+    command("study", "table", run, "--out", folder / "t.parquet")
     assert len(pd.read_parquet(folder / "t.parquet")) == told["rows"]
-    out, _ = said(capsys, 0, "report", run, "--out", folder / "r.html")
+    out, _ = command("report", run, "--out", folder / "r.html")
     assert out.strip() == str(folder / "r.html")
     # the folder itself repeats the run
     again = ("study", "run", run / "study.yaml", "--out", folder / "again", "--no-report")
-    said(capsys, 0, *again)
+    command(*again)
     assert len((folder / "again" / "rows.jsonl").read_text().splitlines()) == told["rows"] + 1
 
 
-def test_shards_and_merging(folder, capsys):
+def test_shards_and_merging(folder):
     for name, shard in (("one", "1/2"), ("two", "2/2")):
         words = ("study", "run", folder / "s.yaml", "--out", folder / name, "--no-report")
-        said(capsys, 0, *words, "--shard", shard)
-    said(capsys, 0, "study", "merge", folder / "one", folder / "two")
-    out, _ = said(capsys, 0, "study", "run", folder / "s.yaml", "--out", folder / "one")
+        command(*words, "--shard", shard)
+    command("study", "merge", folder / "one", folder / "two")
+    out, _ = command("study", "run", folder / "s.yaml", "--out", folder / "one")
     assert "rows in" in out and not list((folder / "one").glob("rows-*"))
 
 
@@ -118,9 +101,9 @@ def test_shards_and_merging(folder, capsys):
         ),
     ],
 )
-def test_mistakes_are_one_line(folder, tiny_folder, capsys, words, expected):
+def test_mistakes_are_one_line(folder, tiny_folder, words, expected):
     fields = {"f": folder, "s": folder / "s.yaml", "m": tiny_folder}
-    assert expected in error(capsys, 2, *(word.format(**fields) for word in words))
+    assert expected in error(2, *(word.format(**fields) for word in words))
 
 
 @pytest.mark.parametrize(
@@ -154,9 +137,7 @@ def test_gpus_of_each_worker(told, workers, device, kind, here, expected):
         gpus_each(told, workers, device, kind, here)
 
 
-def test_the_files_revision_reaches_the_model_and_its_workers(
-    folder, tiny_folder, monkeypatch, capsys
-):
+def test_the_files_revision_reaches_the_model_and_its_workers(folder, tiny_folder, monkeypatch):
     import contextlib
 
     from interp_steer.model.model import SteeringModel
@@ -188,20 +169,19 @@ def test_the_files_revision_reaches_the_model_and_its_workers(
 
     monkeypatch.setattr(ray, "on_ray", on_ray)
     out = folder / "revised"
-    said(capsys, 0, "study", "run", folder / "r.yaml", "--ray", "--out", out, "--no-report")
+    command("study", "run", folder / "r.yaml", "--ray", "--out", out, "--no-report")
     # the workers load the commit that the branch meant when the run began
     assert asked == [("some/model", "v1.2"), ("some/model", "c0ffee")]
     assert workers[0]["revision"] == "c0ffee"
-    said(capsys, 0, "study", "plan", folder / "r.yaml", "--no-timed", "--model", "other/model")
+    command("study", "plan", folder / "r.yaml", "--no-timed", "--model", "other/model")
     assert asked[-1] == ("other/model", None)  # the file's revision is of the file's model
-    said(capsys, 0, "study", "plan", out / "study.yaml", "--no-timed")
+    command("study", "plan", out / "study.yaml", "--no-timed")
     assert asked[-1] == ("some/model", "c0ffee")
 
 
-def test_an_ablation_prints_writes_and_draws(folder, tiny_folder, capsys):
+def test_an_ablation_prints_writes_and_draws(folder, tiny_folder):
     words = ("ablate", "--model", tiny_folder, "--text", "--prompts", folder / "prove.jsonl")
-    out, _ = said(
-        capsys, 0, *words, "--component", "block", "--component", "mlp_out", "--layers", "0-2,4",
+    out, _ = command(*words, "--component", "block", "--component", "mlp_out", "--layers", "0-2,4",
         "--score", "logit_difference", "--out", folder / "a.csv", "--plot", folder / "a.png",
     )  # fmt: skip
     assert "block" in out and "mlp_out" in out
@@ -210,19 +190,18 @@ def test_an_ablation_prints_writes_and_draws(folder, tiny_folder, capsys):
     assert (folder / "a.png").read_bytes()[:4] == b"\x89PNG"
     d = Direction.load(folder / "d.safetensors")
     told = json.loads(
-        said(
-            capsys, 0, *words, "--component", "direction", "--direction", folder / "d.safetensors",
+        command(*words, "--component", "direction", "--direction", folder / "d.safetensors",
             "--json",
         )[0]
     )  # fmt: skip
     assert {row["component"] for row in told} == {"direction"} and d.site.layer == 2
 
 
-def test_a_runs_steering_is_traced(folder, capsys):
+def test_a_runs_steering_is_traced(folder):
     run = folder / "run"  # of the first test, or made here
-    said(capsys, 0, "study", "run", folder / "s.yaml", "--out", run, "--no-report")
-    told = json.loads(said(capsys, 0, "ablate", run, "--mediate", "--json")[0])
+    command("study", "run", folder / "s.yaml", "--out", run, "--no-report")
+    told = json.loads(command("ablate", run, "--mediate", "--json")[0])
     layer = min(row["layer"] for row in told)
     assert {row["component"] for row in told} == {"attn_out", "mlp_out"} and layer >= 3
-    out, _ = said(capsys, 0, "ablate", run, "--propagate")
+    out, _ = command("ablate", run, "--propagate")
     assert "estimate" in out and "rises" in out

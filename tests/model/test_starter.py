@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 
-from interp_steer.cli.demo import WORDS
 from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Row, Sampling
 from interp_steer.engine.verify import verify
@@ -121,5 +120,7 @@ def test_the_demo_works_on_prompts_it_was_not_tuned_on(tmp_path):
     works = {line.split()[0]: int(line.split()[1]) for line in told}
     assert works["contrast"] >= 3 and max(works["add"], works["clamp"]) >= 3
     assert (tmp_path / "demo.png").stat().st_size > 10_000
-    assert done.stdout.count("unsteered |") == 8 and all(word in done.stdout for word in WORDS)
+    assert done.stdout.count("unsteered |") == 8 and all(
+        word in done.stdout for word in ("Eiffel", "Paris", "France")
+    )
     assert "features fire on Eiffel, Paris, France; by output score:" in done.stdout

@@ -234,7 +234,7 @@ def test_a_talk_goes_on_after_a_shortened_answer(tokenizer, kind, monkeypatch, c
 
     monkeypatch.setattr(Engine, "stream", stream)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nAnd then?\nAnd now?\n/quit\n"))
-    conversation.hold(model, "", {}, "", Sampling(max_new_tokens=3), 0)
+    conversation.hold(model, (), {}, "", Sampling(max_new_tokens=3), 0)
     assert "error" not in capsys.readouterr().err
     assert len(seen) == 3 and len(seen[2][0]) == 6
     assert seen[2][0][:3] == (("system", ""), ("user", "Hello"), ("assistant", text))

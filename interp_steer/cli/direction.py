@@ -1,0 +1,155 @@
+"""`interp-steer direction`: makes directions from contrasting prompts, and shows their files."""
+
+from typing import Annotated, Any
+
+from interp_steer.cli import common
+from interp_steer.errors import RequestError, nearest, note
+from interp_steer.util.console import progress, safe
+
+app = common.group()
+
+HARDLY = 0.02  # share of the stream below which a difference of means hardly steers
+
+
+@app.command()
+def make(
+    positive: common.Positive,
+    negative: common.Negative,
+    name: common.Name = "direction",
+    method: Annotated[
+        str, common.opt("mean-difference, principal-component, logistic-probe or actadd.")
+    ] = "mean-difference",
+    position: Annotated[
+        str,
+        common.opt(
+            "Where activations are read: mean (over the tokens), last, or answer (where the "
+            "two answers of a pair first differ)."
+        ),
+    ] = "mean",
+    layer: Annotated[int | None, common.opt("Save this layer only; by default all layers.")] = None,
+    as_chat: Annotated[
+        bool | None,
+        common.opt(
+            "Read everything as a chat, or as plain text. By default a text is plain, and an "
+            "entry with an answer, a system prompt or messages is a chat.",
+            "--chat/--text",
+        ),
+    ] = None,
+    out: common.Saved = None,
+    model: common.Model = "starter",
+    as_json: common.Json = False,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    date: common.Date = None,
+) -> None:
+    """Make a direction from contrasting prompts.
+
+    One pass over the prompts gives the direction of every layer. A file that holds both sides of
+    each pair, such as CAA's, may be given as --positive and as --negative.
+    """
+    common.writable("--out", out)
+    with progress("starting", every=5):
+        from interp_steer.prompts.file import PromptFile
+        from interp_steer.steering.contrast import (
+            METHODS,
+            POSITIONS,
+            Contrast,
+            act_add,
+            template,
+        )  # fmt: skip
+        from interp_steer.steering.direction import is_name
+        from interp_steer.steering.scale import Scale
+        from interp_steer.util.files import cache_dir
+
+    for what, given, known in (
+        ("method", method, (*METHODS, "actadd")), ("position", position, POSITIONS)
+    ):  # fmt: skip
+        if given not in known:
+            raise RequestError(f"unknown {what} {given!r}{nearest(given, known)}")
+    if not is_name(name):
+        raise RequestError(f"{name!r} cannot name a direction: use letters, digits, '_', '.', '-'")
+    files = {"positive": PromptFile.read(positive), "negative": PromptFile.read(negative)}
+    sides = [file.side(side, as_chat) for side, file in files.items()]
+    if method == "actadd" and any(len(side) != 1 for side in sides):
+        raise RequestError("actadd takes one positive and one negative prompt")
+    loaded = common.load(model, dtype, device, date=date)
+    if as_chat is None and not loaded.is_chat:
+        sides = [file.side(side, False) for side, file in files.items()]
+    up, down = sides
+    if layer is not None and not 0 <= layer < loaded.n_layers:
+        raise RequestError(
+            f"layer {layer} is out of range: {loaded.name} has layers 0-{loaded.n_layers - 1}"
+        )
+    if method == "actadd":
+        sets = act_add(loaded, up[0], down[0], name)
+    else:
+        asked = [prompt for side, file in files.items() for prompt in file.asked(side)]
+        contrast = Contrast.measure(loaded, up, down, position, asked=asked)
+        sets = [contrast.directions(method, name)]
+    scale = Scale.of(loaded, [loaded.encode(prompt) for prompt in (*up, *down)])
+    target = out or cache_dir("directions") / f"{name}.safetensors"
+    before = {str(path) for path in target.parent.glob(f"{target.stem}*")}
+    rows: list[dict[str, Any]] = []
+    for directions in sets:
+        suffix = directions.name.removeprefix(name)
+        path = target.with_name(f"{target.stem}{suffix}{target.suffix or '.safetensors'}")
+        (directions if layer is None else directions[layer]).save(path)
+        rows += [
+            {
+                "name": directions.name, "sha": one.sha, "layer": one.site.layer,
+                "norm": one.norm, "dose": one.norm / scale.at(one.site), "file": str(path),
+            }
+            for one in directions
+            if layer in (None, one.site.layer)
+        ]  # fmt: skip
+    if as_json:
+        common.print_json(rows)
+        return
+    common.table(
+        ("layer", "norm", "of |x|", "direction"),
+        [(row["layer"], row["norm"], row["dose"], f"{row['name']}@{row['sha']}") for row in rows],
+    )
+    print(f"\nread as {template([*up, *down])}")
+    written = sorted({row["file"] for row in rows})
+    print(f"saved {', '.join(written)}")
+    if replaced := [file for file in written if file in before]:
+        note(f"{', '.join(replaced)} was there; it holds the new direction now")
+    largest = max(row["dose"] for row in rows)
+    if position == "mean" and largest < HARDLY:
+        note(
+            f"the sides hardly differ: by at most {largest:.1%} of the residual stream's length. "
+            "Where a pair is one question with two answers, take --position answer"
+        )
+    at = layer if layer is not None else loaded.n_layers // 2
+    called = sets[0].name if out is None else rows[0]["file"]
+    steer = f"add({called}, 0.5 dose) at {at} on prompt"
+    print(f"try   interp-steer generate --model {model} --prompt '...' --steer '{steer}'")
+
+
+@app.command()
+def show(
+    file: Annotated[str, common.arg("A file, or the name of a stored direction.")],
+    as_json: common.Json = False,
+) -> None:
+    """Show what a direction's file holds, and where it came from."""
+    from interp_steer.steering.direction import Direction
+    from interp_steer.steering.directions import Directions
+
+    known = Directions()
+    try:
+        stored = known[file]
+    except KeyError:
+        raise RequestError(f"no direction file {file}{nearest(file, known)}") from None
+    members = [stored] if isinstance(stored, Direction) else list(stored)
+    if as_json:
+        fields = ("name", "sha", "hook_point", "norm", "max_activation")
+        common.print_json(
+            [{**{f: getattr(m, f) for f in fields}, "source": dict(m.source)} for m in members]
+        )
+        return
+    print(safe(stored.label))
+    for key, value in members[0].source.items():
+        shown = f"digests of {len(value.split())} prompts" if key == "asked" else safe(value)
+        print(f"  {key}: {shown}")
+    for one in members:
+        print(f"  {one.hook_point}  norm {one.norm:.4g}  {one.sha}")

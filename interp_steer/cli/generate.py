@@ -1,0 +1,118 @@
+"""`interp-steer generate`: answers to prompts, unsteered and steered, as one batch."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from interp_steer.cli import common
+from interp_steer.errors import RequestError
+from interp_steer.util.console import progress, safe, side_by_side
+
+if TYPE_CHECKING:
+    from interp_steer.engine.row import Row
+    from interp_steer.steering.scale import Scale
+
+
+def generate(
+    model: common.Model = "starter",
+    prompt: Annotated[list[str] | None, common.opt("A prompt. May be repeated.")] = None,
+    prompts: Annotated[
+        Path | None,
+        common.opt("File of prompts: .txt, .json, .jsonl or .csv. FILE.csv:COLUMN picks a column."),
+    ] = None,
+    steer: Annotated[
+        list[str] | None,
+        common.opt(
+            "Interventions, such as 'add(eiffel, 0.3 dose) at 15'. May be repeated: each is "
+            "another answer."
+        ),
+    ] = None,
+    named: common.Named = None,
+    system: common.System = None,
+    text: common.Text = False,
+    max_new_tokens: common.MaxNewTokens = 64,
+    temperature: common.Temperature = 0.0,
+    top_p: common.TopP = 1.0,
+    top_k: Annotated[int, common.opt("Draw from so many tokens; 0: from all.")] = 0,
+    repetition_penalty: common.Penalty = 1.0,
+    seed: common.Seed = 0,
+    batch: common.Batch = None,
+    out: Annotated[
+        Path | None, common.opt("Write the answers to this .json file, and do not print.")
+    ] = None,
+    as_json: common.Json = False,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    date: common.Date = None,
+) -> None:
+    """Answer prompts, unsteered and under every --steer.
+
+    All answers are computed in one batch.
+    """
+    if not prompt and not prompts:
+        raise RequestError("nothing to answer: give --prompt or --prompts")
+    if any(not line.strip() for line in steer or []):
+        raise RequestError("--steer is empty; leave it out for the unsteered model")
+    common.at_least_one(batch=batch)
+    common.writable("--out", out)
+    with progress("starting", every=5):
+        from interp_steer.engine.engine import Engine
+        from interp_steer.engine.row import Row, Sampling, record
+        from interp_steer.prompts.file import PromptFile, numbered
+        from interp_steer.prompts.item import Item
+        from interp_steer.steering.directions import Directions
+        from interp_steer.steering.grammar import parse
+        from interp_steer.steering.intervention import resolve
+        from interp_steer.steering.scale import Scale
+        from interp_steer.util.files import whole
+
+    file = PromptFile.read(prompts) if prompts else None
+    known = Directions(named or [])
+    settings = [(), *(parse(line, known) for line in steer or [])]
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
+    loaded = common.load(model, dtype, device, date=date)
+    as_chat = loaded.is_chat and not text
+    asked = [Item.of(one, as_chat=as_chat, system=system).prompt for one in prompt or []]
+    encoded = [loaded.encode(p) for p in asked]
+    for number, item in enumerate(file.items(as_chat=as_chat, system=system) if file else [], 1):
+        with numbered(prompts or "", number):
+            encoded.append(loaded.encode(item.prompt))
+        asked.append(item.prompt)
+    scale = Scale.of(loaded, encoded) if any(len(one.ids) > 1 for one in encoded) else None
+    rows = [Row(p, resolve(setting, scale), sampling, seed) for p in asked for setting in settings]
+    engine = Engine(loaded)
+    if len(rows) <= 3 and len(asked) == 1 and sys.stdout.isatty() and not as_json and not out:
+        side_by_side(engine.stream(rows), [_title(row, scale) for row in rows])
+        return
+    with progress("generating", len(rows)) as report:
+        results = engine.generate(rows, batch=batch, report=report)
+    records = json.dumps([record(r, scale) for r in results], ensure_ascii=False, indent=1)
+    if out:
+        with whole(out) as part:
+            part.write_text(records, encoding="utf-8")
+    if as_json:
+        print(records)
+    elif not out:
+        for result in results:
+            if not result.row.steer:
+                question = result.row.prompt
+                last = question if isinstance(question, str) else question[-1][1]
+                print(f"\n# {safe(last)}")
+            print(f"\n[{safe(_title(result.row, scale))}]\n{safe(result.text)}")
+
+
+def _title(row: "Row", scale: "Scale | None") -> str:
+    """A row's interventions with every form of their strength."""
+    if not row.steer:
+        return "unsteered"
+    titles = []
+    for intervention in row.steer:
+        forms = []
+        for strength in intervention.strengths(scale):
+            form = f"{strength['coefficient']:.4g}"
+            for unit in ("dose", "max"):
+                form += f" = {strength[unit]:.2f} {unit}" if strength[unit] is not None else ""
+            forms.append(form)
+        titles.append(f"{intervention}: {', '.join(dict.fromkeys(forms))}")
+    return "; ".join(titles)
