@@ -277,8 +277,7 @@ def working(model: SteeringModel, read: int, kept: int) -> int:
     """
     wide, on_gpu = model.dtype.itemsize, model.device.type == "cuda"
     cache = 2 * model.n_layers * model.n_kv_heads * model.d_head * wide
-    wider: int = model.hf.config.intermediate_size
-    passing = (4 * model.d_model + 3 * wider) * wide * read
+    passing = (4 * model.d_model + 3 * model.shape.d_mlp) * wide * read
     if on_gpu:  # under a mask, all scores of one block
         passing += model.n_heads * read**2 * 4
     # a GPU gives a whole cache at once, an operating system a page when it is written

@@ -160,9 +160,7 @@ def _far(b: Bench) -> Result:
     model = b.model
     attention = model.hooked.blocks[0].attn
     n = min(model.n_ctx, 32768)  # longer tables say nothing new, and take memory
-    sin, cos = attention.calculate_sin_cos_rotary(
-        model.d_head, n, base=model.hf.config.rope_parameters["rope_theta"]
-    )
+    sin, cos = attention.calculate_sin_cos_rotary(model.d_head, n, base=model.shape.rope.base)
     with torch.no_grad():
         x = torch.zeros(1, n, 1, device=model.device)
         hf_cos, hf_sin = model.hf.model.rotary_emb(x, torch.arange(n, device=model.device)[None])
@@ -173,8 +171,9 @@ def _far(b: Bench) -> Result:
 
 @_check("positions beyond the original context agree")
 def _beyond(b: Bench) -> Result | None:
-    original = b.model.hf.config.rope_parameters.get("original_max_position_embeddings")
-    if original is None or original > 2048 or original + 16 > b.model.n_ctx:
+    scaling = b.model.shape.rope.scaling
+    original = scaling.original_n_ctx if scaling else b.model.n_ctx
+    if original > 2048 or original + 16 > b.model.n_ctx:
         return None  # the check of the angles covers it without a pass over so many tokens
     draw = torch.Generator().manual_seed(0)
     n = min(original + 64, b.model.n_ctx)

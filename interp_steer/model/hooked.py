@@ -16,9 +16,10 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
 
 from interp_steer.errors import RequestError, RunError
+from interp_steer.model.shape import Shape
 
 if TYPE_CHECKING:
-    from interp_steer.model.model import SteeringModel
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 
 class SharedTransformer(HookedTransformer):
@@ -68,24 +69,38 @@ for _name in (
     setattr(SharedTransformer, _name, _refusing(_name))
 
 
-def hooked_view(model: "SteeringModel") -> HookedTransformer:
-    """The model's weights as a HookedTransformer.
+def hooked_view(
+    hf: "LlamaForCausalLM", shape: Shape, tokenizer: "PreTrainedTokenizerBase", name: str = ""
+) -> HookedTransformer:
+    """The weights of a Hugging Face module as a HookedTransformer.
+
+    Args:
+        shape: of `hf`.
+        name: what TransformerLens calls the model.
 
     Raises:
         RunError: another TransformerLens than the one this was written for.
     """
-    hooked = _empty(model, SharedTransformer, model.dtype, "RMS")
+    weight: Tensor = hf.lm_head.weight
+    hooked = _empty(SharedTransformer, shape, weight.dtype, weight.device, name, "RMS")
     with torch.no_grad():
-        return _filled(hooked, convert_llama_weights(model.hf, hooked.cfg), model)
+        return _filled(hooked, convert_llama_weights(hf, hooked.cfg), shape, tokenizer)
 
 
-def folded_copy(model: "SteeringModel", dtype: torch.dtype) -> HookedTransformer:
-    """A copy of the model's weights as TransformerLens processes them: see `model.folded`."""
+def folded_copy(
+    hf: "LlamaForCausalLM",
+    shape: Shape,
+    tokenizer: "PreTrainedTokenizerBase",
+    name: str,
+    dtype: torch.dtype,
+) -> HookedTransformer:
+    """A copy of the weights as TransformerLens processes them: see `SteeringModel.folded`."""
     from transformer_lens.weight_processing import ProcessWeights
 
-    hooked = _empty(model, HookedTransformer, dtype, "RMSPre")
+    device = hf.lm_head.weight.device
+    hooked = _empty(HookedTransformer, shape, dtype, device, name, "RMSPre")
     with torch.no_grad():
-        shared = convert_llama_weights(model.hf, hooked.cfg)
+        shared = convert_llama_weights(hf, hooked.cfg)
         state = {name: weight.to(torch.float32, copy=True) for name, weight in shared.items()}
         state = ProcessWeights.process_weights(
             state,
@@ -96,49 +111,50 @@ def folded_copy(model: "SteeringModel", dtype: torch.dtype) -> HookedTransformer
             fold_value_biases=True,
         )
         state = {name: weight.to(dtype) for name, weight in state.items()}
-        return _filled(hooked, state, model)
+        return _filled(hooked, state, shape, tokenizer)
 
 
 def _empty(
-    model: "SteeringModel",
     kind: type[HookedTransformer],
+    shape: Shape,
     dtype: torch.dtype,
+    device: torch.device,
+    name: str,
     normalization: str,
 ) -> HookedTransformer:
-    """A HookedTransformer of the model's shape, without weights."""
-    config, rope = model.hf.config, model.hf.config.rope_parameters
+    """A HookedTransformer of this shape, without weights."""
     fields: dict[str, Any] = {
-        "model_name": model.name or "llama",
+        "model_name": name or "llama",
         "original_architecture": "LlamaForCausalLM",
-        "n_layers": model.n_layers,
-        "d_model": model.d_model,
-        "n_heads": model.n_heads,
-        "d_head": model.d_head,
-        "d_mlp": config.intermediate_size,
-        "d_vocab": model.d_vocab,
-        "n_ctx": model.n_ctx,
-        "n_key_value_heads": None if model.n_kv_heads == model.n_heads else model.n_kv_heads,
-        "eps": config.rms_norm_eps,
-        "act_fn": config.hidden_act,
+        "n_layers": shape.n_layers,
+        "d_model": shape.d_model,
+        "n_heads": shape.n_heads,
+        "d_head": shape.d_head,
+        "d_mlp": shape.d_mlp,
+        "d_vocab": shape.d_vocab,
+        "n_ctx": shape.n_ctx,
+        "n_key_value_heads": None if shape.n_kv_heads == shape.n_heads else shape.n_kv_heads,
+        "eps": shape.norm_eps,
+        "act_fn": shape.activation,
         "normalization_type": normalization,
         "final_rms": True,
         "gated_mlp": True,
         "positional_embedding_type": "rotary",
         "rotary_adjacent_pairs": False,
-        "rotary_dim": model.d_head,
-        "rotary_base": rope["rope_theta"],
-        "tie_word_embeddings": bool(config.tie_word_embeddings),
+        "rotary_dim": shape.d_head,
+        "rotary_base": shape.rope.base,
+        "tie_word_embeddings": shape.tied,
         "dtype": dtype,
-        "device": str(model.device),
+        "device": str(device),
         "init_weights": False,
     }
-    if rope["rope_type"] == "llama3":
+    if scaling := shape.rope.scaling:
         fields |= {
             "use_NTK_by_parts_rope": True,
-            "NTK_by_parts_factor": rope["factor"],
-            "NTK_by_parts_low_freq_factor": rope["low_freq_factor"],
-            "NTK_by_parts_high_freq_factor": rope["high_freq_factor"],
-            "NTK_original_ctx_len": rope["original_max_position_embeddings"],
+            "NTK_by_parts_factor": scaling.factor,
+            "NTK_by_parts_low_freq_factor": scaling.low_freq_factor,
+            "NTK_by_parts_high_freq_factor": scaling.high_freq_factor,
+            "NTK_original_ctx_len": scaling.original_n_ctx,
         }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # version 3 is pinned, see pyproject
@@ -148,30 +164,34 @@ def _empty(
 
 
 def _filled(
-    hooked: HookedTransformer, state: dict[str, Tensor], model: "SteeringModel"
+    hooked: HookedTransformer,
+    state: dict[str, Tensor],
+    shape: Shape,
+    tokenizer: "PreTrainedTokenizerBase",
 ) -> HookedTransformer:
-    """Gives it these weights, the small buffers of attention, and the tokenizer."""
+    """Gives it these weights, the small buffers of attention, and a copy of the tokenizer."""
+    device = state["unembed.W_U"].device
     # the class's own: SharedTransformer refuses it
     HookedTransformer.load_state_dict(hooked, state, strict=False, assign=True)
     first = hooked.blocks[0].attn
     sin, cos = first.calculate_sin_cos_rotary(
-        model.d_head,
-        min(model.n_ctx, first.ROTARY_INITIAL_CACHE_SIZE),
-        base=model.hf.config.rope_parameters["rope_theta"],
+        shape.d_head,
+        min(shape.n_ctx, first.ROTARY_INITIAL_CACHE_SIZE),
+        base=shape.rope.base,
         dtype=hooked.cfg.dtype,
     )
     for block in hooked.blocks:  # small buffers, shared by all blocks
-        block.attn.mask = torch.empty((0, 0), dtype=torch.bool, device=model.device)
-        block.attn.IGNORE = torch.tensor(-torch.inf, device=model.device)
-        block.attn.rotary_sin, block.attn.rotary_cos = sin.to(model.device), cos.to(model.device)
-    left = [name for name, p in hooked.named_parameters() if p.device != model.device]
+        block.attn.mask = torch.empty((0, 0), dtype=torch.bool, device=device)
+        block.attn.IGNORE = torch.tensor(-torch.inf, device=device)
+        block.attn.rotary_sin, block.attn.rotary_cos = sin.to(device), cos.to(device)
+    left = [name for name, weight in hooked.named_parameters() if weight.device != device]
     if left:
         raise RunError(f"this TransformerLens left {left[0]} without weights; expected 3.9")
-    tokenizer = copy.deepcopy(model.tokenizer)
+    begins = tokenizer("a")["input_ids"][:1]  # others put an EOS behind a text
+    own = copy.deepcopy(tokenizer)
     # TransformerLens loads the tokenizer again, by name, unless this says that it adds BOS
-    tokenizer.init_kwargs["add_bos_token"] = True
-    tokenizer.init_kwargs.setdefault("name_or_path", "")  # one that was made in memory has none
-    hooked.set_tokenizer(tokenizer, default_padding_side="left")
-    begins = model.tokenizer("a")["input_ids"][:1]  # others put an EOS behind a text
-    hooked.cfg.default_prepend_bos = begins == [model.tokenizer.bos_token_id]
+    own.init_kwargs["add_bos_token"] = True
+    own.init_kwargs.setdefault("name_or_path", "")  # one that was made in memory has none
+    hooked.set_tokenizer(own, default_padding_side="left")
+    hooked.cfg.default_prepend_bos = begins == [tokenizer.bos_token_id]
     return hooked.eval()

@@ -18,7 +18,7 @@ from interp_steer.errors import RequestError, RunError
 from interp_steer.report.findings import Findings
 from interp_steer.results.rows import Results, joined
 from interp_steer.util.files import parse_json, read_lines, read_text, whole
-from interp_steer.util.shape import COUNT, NONE, NUMBER, misfit
+from interp_steer.util.json_shape import COUNT, NONE, NUMBER, misfit
 
 ROWS = "rows*.jsonl"
 

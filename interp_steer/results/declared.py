@@ -8,7 +8,7 @@ from typing import Any
 
 from interp_steer.errors import RunError
 from interp_steer.prompts.item import Item
-from interp_steer.util.shape import NONE, NUMBER, misfit
+from interp_steer.util.json_shape import NONE, NUMBER, misfit
 
 NEEDS = {
     "text": "prompts that are answered (without a continuation)",

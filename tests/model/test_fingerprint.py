@@ -11,7 +11,8 @@ from interp_steer.errors import RequestError
 from interp_steer.model.model import SteeringModel
 from interp_steer.steering.direction import Direction
 from interp_steer.steering.grammar import parse
-from interp_steer.study.study import Controls, Study
+from interp_steer.study.cell import Controls
+from interp_steer.study.study import Study
 
 
 @pytest.fixture

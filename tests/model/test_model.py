@@ -33,7 +33,7 @@ def test_both_views_agree_beyond_the_original_context(tiny_folder, dtype):
 
 
 def test_rope_scaling_is_what_makes_them_agree(tiny):
-    wrong = hooked_view(tiny)
+    wrong = hooked_view(tiny.hf, tiny.shape, tiny.tokenizer)
     for block in wrong.blocks:
         block.attn.cfg.use_NTK_by_parts_rope = False
         sin, cos = block.attn.calculate_sin_cos_rotary(24, 512, base=10000.0)
@@ -106,7 +106,7 @@ def test_llama_31_8b_reaches_the_hooked_transformer_right():
     model = SteeringModel(hf, tokenizer, "llama-3.1-8b")
     assert (model.n_layers, model.d_model, model.n_heads, model.n_kv_heads) == (32, 4096, 32, 8)
     assert (model.d_head, model.d_vocab, model.n_ctx) == (128, 128256, 131072)
-    hooked = hooked_view(model)
+    hooked = hooked_view(model.hf, model.shape, model.tokenizer)
     config, block = hooked.cfg, hooked.blocks[31]
     assert (config.n_layers, config.d_model, config.n_heads, config.d_head) == (32, 4096, 32, 128)
     assert (config.n_key_value_heads, config.d_mlp, config.d_vocab) == (8, 14336, 128256)
