@@ -78,12 +78,15 @@ def load(
     revision: str | None = None,
     *,
     date: str | None = None,
+    weights: bool = True,
 ) -> "SteeringModel":
     """The model, its imports announced; raises as `SteeringModel.load` does."""
     with progress("starting", every=5):
         from interp_steer.model.model import SteeringModel
 
-    return SteeringModel.load(name, dtype=dtype, device=device, revision=revision, date=date)
+    return SteeringModel.load(
+        name, dtype=dtype, device=device, revision=revision, date=date, weights=weights
+    )
 
 
 def at_least_one(**options: float | None) -> None:

@@ -1,6 +1,7 @@
 """`interp-steer study`: plan, run, table, merge; and `interp-steer report`."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,18 +27,32 @@ Dtype = Annotated[
 
 
 def _opened(
-    file: Path, model: str | None, dtype: str | None, device: str | None, date: str | None
+    file: Path,
+    model: str | None,
+    dtype: str | None,
+    device: str | None,
+    date: str | None,
+    *,
+    fetched: bool = True,
+    computes: bool = True,
 ) -> Any:
     """(study, model, arguments that load the model again) of a file.
 
     The file is checked before the model loads.
+
+    Args:
+        fetched: whether the weights of a model on the hub are fetched.
+        computes: whether a folder must hold weights.
     """
     from interp_steer.study.file import StudyFile
 
     declared = StudyFile.read(file).dated(date)
     name = str(declared.model.get("model", "starter"))
     revision = declared.model.get("revision") if model in (None, name) else None
-    loaded = common.load(model or name, dtype or declared.model.get("dtype"), device, revision)
+    model = model or name
+    needed = computes if os.path.isdir(os.path.expanduser(model)) else fetched
+    dtype = dtype or declared.model.get("dtype")
+    loaded = common.load(model, dtype, device, revision, weights=needed)
     study = declared.study(loaded)
     again = {
         "name": loaded.name,
@@ -57,15 +72,19 @@ def plan(
     device: common.Device = None,
     date: common.Date = None,
     timed: Annotated[
-        bool, common.opt("Run two short batches, to estimate the study's time.")
+        bool,
+        common.opt(
+            "Run two short batches, to estimate the study's time. Without, the weights of a model "
+            "on the hub are not fetched."
+        ),
     ] = True,
     as_json: common.Json = False,
 ) -> None:
     """Show the rows, memory and time that a study needs, without running it."""
-    study, loaded, _ = _opened(file, model, dtype, device, date)
+    study, loaded, _ = _opened(file, model, dtype, device, date, fetched=timed, computes=False)
     from interp_steer.study.plan import Plan
 
-    needs = Plan.of(study, loaded, timed=timed)
+    needs = Plan.of(study, loaded, timed=timed, device=device)
     if as_json:
         common.print_json(vars(needs))
         return

@@ -268,14 +268,15 @@ class Engine:
         return max(1, min(LARGEST_BATCH, int(free / 2 / each)))
 
 
-def working(model: SteeringModel, read: int, kept: int) -> int:
+def working(model: SteeringModel, read: int, kept: int, device: torch.device | None = None) -> int:
     """Bytes that one row needs beside the weights, at its peak.
 
     Args:
         read: tokens that pass through a block at once: the prompt, or all of a text that is scored.
         kept: tokens whose keys and values are kept; 0 for scoring.
+        device: where the model will be, if it is not there yet.
     """
-    wide, on_gpu = model.dtype.itemsize, model.device.type == "cuda"
+    wide, on_gpu = model.dtype.itemsize, (device or model.device).type == "cuda"
     cache = 2 * model.n_layers * model.n_kv_heads * model.d_head * wide
     passing = (4 * model.d_model + 3 * model.shape.d_mlp) * wide * read
     if on_gpu:  # under a mask, all scores of one block

@@ -86,8 +86,9 @@ class Admission:
 
     KEPT = 4096
 
-    def __init__(self, model: SteeringModel) -> None:
-        if model.device.type == "meta":
+    def __init__(self, model: SteeringModel, computes: bool = True) -> None:
+        """`computes` is False to check rows only, which needs no weights."""
+        if computes and not model.has_weights:
             raise RequestError(f"{model.name or 'this model'} has no weights (they are on 'meta')")
         self.model = model
         self._verdicts: dict[tuple[tuple[int, ...], Gate], bool] = {}

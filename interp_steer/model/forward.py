@@ -41,6 +41,11 @@ class Forward:
         dtype: torch.dtype = self.hf.model.embed_tokens.weight.dtype
         return dtype
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weights to compute with, and not their shapes alone."""
+        return self.device.type != "meta"
+
     def embed(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream before block 0."""
         out: Tensor = self.hf.model.embed_tokens(ids)
@@ -89,7 +94,12 @@ class Forward:
 
         Args:
             changes: as for `block`, by (component, layer).
+
+        Raises:
+            RequestError: the model has no weights.
         """
+        if not self.has_weights:
+            raise RequestError("activations need the model's weights, which are not here")
         longest = max(len(one.ids) for one in encoded)
         ids = torch.zeros(len(encoded), longest, dtype=torch.long)
         real = torch.zeros(len(encoded), longest, dtype=torch.bool)

@@ -1,6 +1,7 @@
 """From a name to weights in memory, and what is refused on the way."""
 
 import copy
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,12 +22,18 @@ KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 FORMATS = ("F32", "BF16", "F16", "F64")  # of weights, as safetensors names them
 
 
-def pick_device(told: str | torch.device | None) -> torch.device:
+def pick_device(told: str | torch.device | None, here: bool = True) -> torch.device:
+    """The device that is asked for.
+
+    Args:
+        here: whether it must be one of this machine.
+    """
     if told is None:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(told)
-        torch.empty(0, device=device)
+        if here:
+            torch.empty(0, device=device)
     except Exception as error:  # torch raises several kinds, with paragraphs of advice
         raise RequestError(f"device {str(told)!r} is not available here; try 'cpu'") from error
     return device
@@ -42,8 +49,12 @@ def pick_dtype(told: torch.dtype | str | None, device: torch.device) -> torch.dt
     return KINDS[told]
 
 
-def find_folder(name: str, revision: str | None) -> tuple[Path, str]:
-    """The folder with the files of a model, fetched if need be, and its commit."""
+def find_folder(name: str, revision: str | None, weights: bool = True) -> tuple[Path, str]:
+    """The folder with the files of a model, fetched if need be, and its commit.
+
+    Args:
+        weights: whether to fetch the weights too.
+    """
     if not name.strip():
         raise RequestError("the model's name is empty; expected 'starter', a folder or a hub id")
     # os.path takes what can be no file's name, such as a very long one, for one that is not there
@@ -74,7 +85,7 @@ def find_folder(name: str, revision: str | None) -> tuple[Path, str]:
         folder = snapshot_download(
             name,
             revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "*.jinja"],
+            allow_patterns=["*.json", "*.jinja", *["*.safetensors"] * weights],
             ignore_patterns=["original/*"],
         )
     except errors.GatedRepoError as error:
@@ -100,10 +111,22 @@ def find_folder(name: str, revision: str | None) -> tuple[Path, str]:
     return Path(folder), Path(folder).name
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights: every file that their index names, if there is an index."""
+    index = folder / "model.safetensors.index.json"
+    with suppress(Exception):  # a damaged index is told when the weights are read
+        parts = set(json.loads(index.read_text())["weight_map"].values())
+        return all((folder / part).is_file() for part in parts)
+    return any(folder.glob("*.safetensors"))
+
+
 def read(
-    folder: Path, name: str, dtype: torch.dtype, device: torch.device
+    folder: Path, name: str, dtype: torch.dtype, device: torch.device, weights: bool = True
 ) -> tuple["LlamaForCausalLM", "PreTrainedTokenizerBase"]:
     """Configuration, tokenizer and weights of a folder, the weights in their final form at once.
+
+    Args:
+        weights: False for a model on the meta device, whose parameters have shapes and no values.
 
     Raises:
         RequestError: a kind of model that is not supported, or an adapter beside the weights.
@@ -117,6 +140,8 @@ def read(
     except Exception as error:
         raise RunError(f"{name}: config.json cannot be read: {first_line(error)}") from error
     refuse_unsupported(config, name)
+    if not weights:
+        return _outline(folder, name, config, dtype)
     if not any(folder.glob("*.safetensors")):
         raise RequestError(f"{name} has no .safetensors weights in {folder}")
     refuse_other_formats(folder, name)
@@ -138,9 +163,31 @@ def read(
         raise RunError(f"{name} cannot be loaded: {reason}") from error
     model, found = loaded
     refuse_other_tensors(found, name)
+    refuse_slow(tokenizer, name)
+    return model, tokenizer
+
+
+def _outline(
+    folder: Path, name: str, config: Any, dtype: torch.dtype
+) -> tuple["LlamaForCausalLM", "PreTrainedTokenizerBase"]:
+    """A model without weights, and the tokenizer of its folder."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise RunError(f"{name}: the tokenizer cannot be read: {first_line(error)}") from error
+    refuse_slow(tokenizer, name)
+    with torch.device("meta"):
+        empty: Any = LlamaForCausalLM(config)
+    return empty.to(dtype), tokenizer
+
+
+def refuse_slow(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
+    """Refuses a tokenizer that cannot say which characters a token stands for."""
     if not tokenizer.is_fast:
         raise RequestError(f"{name} has no fast tokenizer (tokenizer.json)")
-    return model, tokenizer
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from interp_steer.model.fingerprint import Fingerprint
 from interp_steer.model.forward import Forward
 from interp_steer.model.loading import (
     find_folder,
+    has_weights,
     pick_device,
     pick_dtype,
     read,
@@ -82,6 +83,7 @@ class SteeringModel(Forward):
         device: str | torch.device | None = None,
         revision: str | None = None,
         date: datetime.date | str | None = None,
+        weights: bool = True,
         device_map: object = None,
         quantization: object = None,
     ) -> "SteeringModel":
@@ -95,6 +97,8 @@ class SteeringModel(Forward):
             revision: the hub's branch, tag or commit.
             date: told to a chat template that asks for the date, as Llama 3.2's does; default
                 2024-07-26, never the day's: prompts and keys of rows would change at midnight.
+            weights: False to do without them if they are not on this machine: the model then
+                encodes text and knows its shape, and refuses to compute.
             device_map, quantization: refused, with the reason.
 
         Raises:
@@ -111,11 +115,14 @@ class SteeringModel(Forward):
                 "4- and 8-bit weights are not supported: they cannot be seen as TransformerLens "
                 "matrices without a second copy; load with dtype='bfloat16'"
             )
-        place = pick_device(device)
+        place = pick_device(device, here=weights)
         kind, day = pick_dtype(dtype, place), read_date(date)
         name = str(name)
-        folder, commit = find_folder(name, revision)
-        return cls(*read(folder, name, kind, place), name=name, revision=commit, date=day)
+        folder, commit = find_folder(name, revision, weights)
+        weights = weights or has_weights(folder)
+        if weights:
+            place = pick_device(place)
+        return cls(*read(folder, name, kind, place, weights), name=name, revision=commit, date=day)
 
     def __repr__(self) -> str:
         return (

@@ -5,10 +5,13 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+import torch
+
 from interp_steer.engine.engine import Engine, working
 from interp_steer.engine.row import Row
 from interp_steer.engine.stepper import Admission
 from interp_steer.features.matched import matched_features
+from interp_steer.model.loading import pick_device
 from interp_steer.model.model import SteeringModel
 from interp_steer.prompts.file import numbered
 from interp_steer.prompts.item import Item
@@ -22,6 +25,10 @@ from interp_steer.study.design import Design
 BESIDE = 64 * 2**20  # bytes: the tokenizer, and what is small
 ADDS = ("add", "add_norm_kept")
 GENTLE = 0.02  # dose below which a coefficient was probably meant in another unit
+NO_WEIGHTS = (
+    "the model's weights are not here; the study's time, and its coefficients as a share of the "
+    "residual norm, can only be told with them"
+)
 TRIED = (2, 16)  # new tokens of the two short runs that the time is extrapolated from
 
 
@@ -32,7 +39,7 @@ def check(study: Design, model: SteeringModel) -> None:
     Raises:
         RequestError: one that does not.
     """
-    admission = Admission(model)
+    admission = Admission(model, computes=False)
     needs = {measures.find(name).needs for name in study.metrics}
     for part in ("choose", "prove", "neutral"):
         for number, item in enumerate(getattr(study, part), start=1):
@@ -91,7 +98,8 @@ class Plan:
         rows: of each stage, at most.
         chunks: of each stage.
         weights, memory: bytes: of the weights, and of everything at the peak.
-        seconds: expected for all rows if none stops early; None if it was not measured.
+        seconds: expected for all rows if none stops early; None if it was not measured, as it
+            cannot be without weights.
         notes: what the study should say of itself.
     """
 
@@ -103,11 +111,20 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, study: Design, model: SteeringModel, timed: bool = True) -> "Plan":
+    def of(
+        cls,
+        study: Design,
+        model: SteeringModel,
+        timed: bool = True,
+        device: str | torch.device | None = None,
+    ) -> "Plan":
         """Plans a study for a model, after checking that it fits.
 
         Args:
+            model: one without weights will do for all but the time and the lengths of coefficients
+                (see `SteeringModel.load`, `weights`).
             timed: whether to time two short runs of one chunk, for `seconds`.
+            device: where a model without weights is going to run; default as in loading.
 
         Raises:
             RequestError: a cell does not fit the model, or a prompt its context.
@@ -118,12 +135,16 @@ class Plan:
         chunks = {name: math.ceil(n / study.chunk) for name, n in rows.items()}
         largest = min(study.chunk, max(rows.values()))
         weights = sum(w.numel() * w.element_size() for w in model.hf.parameters())
-        seconds = _seconds(study, model, largest) if timed else None
+        seconds = _seconds(study, model, largest) if timed and model.has_weights else None
         if seconds is not None:
             seconds *= sum(rows.values()) / largest
-        notes = (*study.notes(), *gentle(study, model))
-        memory = weights + _working(study, model, largest)
-        return cls(rows, chunks, weights, memory, seconds, notes)
+        if model.has_weights:
+            notes, place = gentle(study, model), model.device
+        else:
+            notes, place = [NO_WEIGHTS], pick_device(device, here=False)
+        notes = [*study.notes(), *notes]
+        memory = weights + _working(study, model, largest, place)
+        return cls(rows, chunks, weights, memory, seconds, tuple(notes))
 
 
 def gentle(study: Design, model: SteeringModel) -> list[str]:
@@ -155,13 +176,13 @@ def _longest(study: Design, model: SteeringModel) -> Item:
     return max((i for _, i in study.items()), key=lambda i: len(model.encode(i.prompt).ids))
 
 
-def _working(study: Design, model: SteeringModel, rows: int) -> int:
+def _working(study: Design, model: SteeringModel, rows: int, device: torch.device) -> int:
     """Bytes beside the weights while so many rows decode, and while what they say is scored."""
     prompt = len(model.encode(_longest(study, model).prompt).ids)
     new = study.sampling.max_new_tokens
-    scored = rows * working(model, prompt + new, 0)
+    scored = rows * working(model, prompt + new, 0, device)
     scored += 3 * 4 * model.d_vocab * new  # logits, a row at a time
-    return max(rows * working(model, prompt, prompt + new), scored) + BESIDE
+    return max(rows * working(model, prompt, prompt + new, device), scored) + BESIDE
 
 
 def typical(study: Design, model: SteeringModel, rows: int, new: int | None = None) -> Chunk:
