@@ -31,7 +31,7 @@ def folder(whole, tmp_path):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    monkeypatch.setattr(report._Report, "_pictures", lambda _: "")
+    monkeypatch.setattr(report._Report, "_pictures", lambda *_: [])
 
 
 def refused(folder, kind=RunError) -> str:
