@@ -172,7 +172,7 @@ BOMB = "\n".join(["a: &a [x, x]", *(f"{b}: &{b} [*{a}, *{a}]" for a, b in zip(
 def test_a_damaged_study_file_is_left_out(folder, content):
     (folder / "study.yaml").write_bytes(content.encode(errors="surrogateescape"))
     text = report.write(Run(folder)).read_text()
-    assert "<dt>cells</dt>" in text and "<dt>sites</dt>" not in text
+    assert "<dt>settings</dt>" in text and "<dt>sites</dt>" not in text
 
 
 @pytest.mark.parametrize("level", ["abc", "nan dose", "1e400"])
