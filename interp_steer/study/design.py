@@ -346,13 +346,13 @@ class Design:
         if len(self.settings) > 1 and self.choose and not self.selected:
             notes.append(
                 "no random directions go through the choice: p is Bonferroni's over "
-                f"{len(self.settings)} cells (controls: {{selected: 50}} would run "
+                f"{len(self.settings)} settings (controls: {{selected: 50}} would run "
                 f"{50 * len(self.settings) * len(self.choose) * len(self.seeds):,} rows more)"
             )
         cells = 1 if self.selected or not self.choose else len(self.settings)
         nulls = self.selected or self.controls.random
         if cells > 0.05 * (1 + nulls):
-            among = "that choose for themselves" if self.selected else f"and {cells} cells"
+            among = "that choose for themselves" if self.selected else f"and {cells} settings"
             notes.append(
                 f"p cannot reach 0.05 with {nulls} random directions {among}: nothing will be "
                 "declared to steer"
