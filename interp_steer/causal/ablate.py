@@ -37,7 +37,7 @@ from interp_steer.causal.scores import (
     sweep,
     tidy,
 )
-from interp_steer.engine.bank import Hook
+from interp_steer.engine.bank import Hook, Steering
 from interp_steer.errors import RequestError
 from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
@@ -207,7 +207,8 @@ def ablate(
             if operator not in METHODS and vector is not None:
                 site, scope = Site(component, layer), Scope(first=first)
                 one = Intervention(operator, (vector,), 0.0, "", (site,), scope)
-                return trunk.steered([((one,), prompt) for prompt in own])[0]
+                steering = Steering((one,), model.device)
+                return trunk.steered([(steering, prompt) for prompt in own])[0]
             known = value(operator, component, layer, head)
             return Edit(component, layer, partial(put, changed, known), head)
 

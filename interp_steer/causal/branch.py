@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from interp_steer.engine.bank import Hook, compile_banks
-from interp_steer.engine.forward import Steered
+from interp_steer.engine.bank import Bank, Hook, Operands, Steered
 from interp_steer.errors import RequestError, nearest
 from interp_steer.model.block import exactly
+from interp_steer.model.forward import padded
 from interp_steer.model.model import SteeringModel
 
 # what is changed for each component
@@ -80,16 +80,13 @@ class Trunk:
     ) -> None:
         """Computes it; `keep` names hooks whose activations are kept."""
         self.model = model
-        longest = max(len(ids) for ids in sequences)
-        padded = [[*ids, *[0] * (longest - len(ids))] for ids in sequences]
-        lengths = torch.tensor([[len(ids)] for ids in sequences], device=model.device)
-        where = torch.arange(longest, device=model.device)[None]
-        self.real: Bool[Tensor, "item pos"] = where < lengths
+        ids, self.real = padded(sequences, model.device)
+        where = torch.arange(ids.shape[1], device=model.device)[None]
         self.positions = torch.where(self.real, where, -1)
         self.streams: list[Float[Tensor, "item pos d_model"]] = []
         self.kept: dict[Hook, Tensor] = {}
         with exactly():
-            x = model.embed(torch.tensor(padded, device=model.device))
+            x = model.embed(ids)
             self._rotary = model.rotary(x, where)
             for layer in range(model.n_layers):
                 self.streams.append(x)
@@ -98,7 +95,7 @@ class Trunk:
                     for hook in keep
                     if hook[1] == layer and hook[0] not in BETWEEN
                 }
-                x = model.block(layer, x, self._rotary, None, None, changes)
+                x = model.block(layer, x, self._rotary, changes=changes)
             self.streams.append(x)
 
     def _keep(self, hook: Hook, x: Tensor) -> Tensor:
@@ -120,9 +117,10 @@ class Trunk:
 
     def steered(self, rows: Sequence[Steered]) -> Variant:
         """Edits that steer each item by interventions of its own."""
-        banks = compile_banks(rows, self.model.device)
+        spans = [(0, n) for n in self.real.sum(1).tolist()]
+        banks = Operands(self.model.device).banks(rows, spans)
         return tuple(
-            Edit(component, layer, partial(bank.apply, positions=self.positions))
+            Edit(component, layer, partial(_steered, bank))
             for (component, layer), bank in banks.items()
         )
 
@@ -178,8 +176,12 @@ class Trunk:
         changes = {
             component: partial(_edited, x.shape[:2], some) for component, some in inside.items()
         }
-        flat = self.model.block(layer, x.flatten(0, 1), self._rotary, None, None, changes)
+        flat = self.model.block(layer, x.flatten(0, 1), self._rotary, changes=changes)
         return flat.view(x.shape)
+
+
+def _steered(bank: Bank, x: Tensor) -> Tensor:
+    return bank.apply(x.clone())
 
 
 def _edited(entries: torch.Size, edits: list[tuple[int, Edit]], inner: Tensor) -> Tensor:

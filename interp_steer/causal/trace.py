@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from interp_steer.causal.branch import Trunk, Variant, check_names
@@ -25,12 +26,12 @@ from interp_steer.causal.scores import (
     summarised,
     sweep,
 )
-from interp_steer.engine.bank import Hook
-from interp_steer.engine.forward import run, shared_blocks
+from interp_steer.engine.admission import Admission
+from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Row
-from interp_steer.engine.stepper import Admission
 from interp_steer.errors import RequestError
 from interp_steer.model.model import SteeringModel
+from interp_steer.model.site import Site
 from interp_steer.prompts.item import Item
 from interp_steer.prompts.prompt import Prompt
 from interp_steer.stats import shares
@@ -71,38 +72,37 @@ class Propagation:
 
 
 class _Apart:
-    """Watches steered rows beside their unsteered selves, layer by layer."""
+    """Compares steered prompts with their unsteered selves, layer by layer."""
 
-    def __init__(self, model: SteeringModel, first: int, top: int) -> None:
+    def __init__(self, model: SteeringModel, top: int) -> None:
         self.model, self.top = model, top
-        self.hooks: set[Hook] = {("resid_post", n) for n in range(first, model.n_layers)}
         self.norms: dict[int, list[Tensor]] = {}
         self.rows: list[dict[str, object]] = []
         self.before: dict[int, Tensor] = {}
         self.after: dict[int, Tensor] = {}
 
-    def expect(self, names: Sequence[str], steered: Sequence[Sequence[bool]]) -> None:
-        """Tells what the next pass holds: prompts, and their steered positions."""
-        self._names, self._steered = names, steered
-
-    def __call__(self, hook: Hook, x: Tensor, place: Tensor | None) -> None:
-        _, layer = hook
-        x = x if place is None else x[place]
-        plain, moved = x.chunk(2)
-        apart = (moved.float() - plain.float()).norm(dim=-1)
-        logits = self.model.unembed(torch.stack([plain[:, -1], moved[:, -1]]))
-        before, after = logits.float().log_softmax(-1)
+    def add(
+        self,
+        names: Sequence[str],
+        steered: Sequence[Sequence[bool]],
+        layer: int,
+        plain: Sequence[Float[Tensor, "pos d_model"]],
+        moved: Sequence[Float[Tensor, "pos d_model"]],
+    ) -> None:
+        """Streams after a block, of prompts with these names and steered positions."""
+        lasts = torch.stack([torch.stack([x[-1] for x in side]) for side in (plain, moved)])
+        logits = self.model.unembed(lasts.to(self.model.device)).float().cpu()
+        before, after = logits.log_softmax(-1)
         kl = (before.exp() * (before - after)).sum(-1)
         for kept, now in ((self.before, before), (self.after, after)):
             kept[layer] = kept.get(layer, 0) + now.exp().sum(0)
-        for row, (name, mask) in enumerate(zip(self._names, self._steered, strict=True)):
-            mine = apart[row, len(apart[row]) - len(mask) :]  # right-aligned
-            chosen = torch.tensor(mask, device=mine.device)
-            norms = plain[row, len(apart[row]) - len(mask) + 1 :].float().norm(dim=-1)
-            self.norms.setdefault(layer, []).append(norms.cpu())
-            far = {"last": mine[-1], "steered": mine[chosen].mean(), "all": mine[1:].mean()}
+        for n, (name, mask) in enumerate(zip(names, steered, strict=True)):
+            apart = (moved[n].float() - plain[n].float()).norm(dim=-1)
+            self.norms.setdefault(layer, []).append(plain[n][1:].float().norm(dim=-1))
+            chosen = apart[torch.tensor(mask)]
+            far = {"last": apart[-1], "steered": chosen.mean(), "all": apart[1:].mean()}
             numbers = {name: value.item() for name, value in far.items()}
-            self.rows.append({"item": name, "layer": layer, **numbers, "kl": kl[row].item()})
+            self.rows.append({"item": name, "layer": layer, **numbers, "kl": kl[n].item()})
 
     def found(self) -> Propagation:
         table = pd.DataFrame(self.rows)
@@ -145,27 +145,31 @@ def propagation(
     items = [Item.of(one) for one in prompts]
     if not items or not steer:
         raise RequestError("propagation needs prompts and an intervention")
-    admission = Admission(model)
-    rows = [admission.steered(Row(item.prompt, tuple(steer))) for item in items]
-    for item, (_, one) in zip(items, rows, strict=True):
-        if len(one.ids) < 2:
+    engine = Engine(model)
+    rows = [Row(item.prompt, tuple(steer)) for item in items]
+    encoded = [engine.admission.steered(row) for row in rows]
+    for item, (_, prompt) in zip(items, encoded, strict=True):
+        if len(prompt.ids) < 2:
             raise RequestError(f"{item.text[:60]!r} is one token long: only its first position")
-    watch = _Apart(model, min(site.layer for one in steer for site in one.sites), top)
-    order = sorted(range(len(items)), key=lambda n: len(rows[n][1].ids))
+    first = min(site.layer for one in steer for site in one.sites)
+    sites = [Site("resid_post", layer) for layer in range(first, model.n_layers)]
+    compared = _Apart(model, top)
+    order = sorted(range(len(items)), key=lambda n: len(encoded[n][1].ids))
     for start in range(0, len(order), batch):
         some = order[start : start + batch]
         masks = []
-        for applied, one in (rows[n] for n in some):
-            scopes = [i.scope.prompt_mask(one.content) for i in applied]
-            masks.append([any(mask[p] for mask in scopes) for p in range(len(one.ids))])
-        watch.expect([items[n].id for n in some], masks)
-        pairs = [((), rows[n][1]) for n in some], [rows[n] for n in some]
-        both = [*pairs[0], *pairs[1]]
-        with torch.no_grad():
-            run(model, both, [one.ids for _, one in both], watch=watch)
+        for steering, prompt in (encoded[n] for n in some):
+            scopes = [i.scope.prompt_mask(prompt.content) for i in steering.interventions]
+            masks.append([any(mask[p] for mask in scopes) for p in range(len(prompt.ids))])
+        both = [*(Row(rows[n].prompt) for n in some), *(rows[n] for n in some)]
+        scores = engine.score(both, [()] * len(both), taps=sites, batch=len(both))
+        for site in sites:
+            plain, moved = scores[: len(some)], scores[len(some) :]
+            streams = [[score.taps[site] for score in side] for side in (plain, moved)]
+            compared.add([items[n].id for n in some], masks, site.layer, *streams)
         if report:
             report(start + len(some))
-    return watch.found()
+    return compared.found()
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,7 +244,9 @@ def mediation(
     check_names("component", components, RESTORED)
     if not steer:
         raise RequestError("mediation needs an intervention whose effect is traced")
-    begins = shared_blocks(steer, model.n_layers)
+    begins = min(
+        site.layer + (site.component == "resid_post") for one in steer for site in one.sites
+    )
     if begins >= model.n_layers:
         raise RequestError("steering after the last block is mediated by none; steer earlier")
     readings = [Reading.of(model, Item.of(one)) for one in prompts]

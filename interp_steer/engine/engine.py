@@ -7,14 +7,19 @@
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import replace
+from itertools import accumulate
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from interp_steer.engine.forward import run
+from interp_steer.engine.admission import Admission, Taps
+from interp_steer.engine.bank import Operands
+from interp_steer.engine.forward import read
+from interp_steer.engine.memory import chunks, free, is_out_of_memory, release, working
 from interp_steer.engine.row import Result, Row, Score
-from interp_steer.engine.stepper import Admission, Stepper, Taps
+from interp_steer.engine.stepper import Stepper
 from interp_steer.errors import RequestError, RunError
 from interp_steer.model.block import exactly
 from interp_steer.model.model import SteeringModel
@@ -22,7 +27,9 @@ from interp_steer.model.site import Site
 from interp_steer.prompts.prompt import Prompt
 from interp_steer.util.console import Report
 
-LARGEST_BATCH = 256
+ALONE = "out of memory with a single row; shorten its prompt"
+LOGITS = 2**24
+"""Logits that are formed at once, of scores."""
 
 
 class Engine:
@@ -61,8 +68,8 @@ class Engine:
         encoded = [self.model.encode(row.prompt) for row in rows]
         # neighbours of one length need no padding, and equal prompts share their prefill
         order = sorted(range(len(rows)), key=lambda r: (len(encoded[r].ids), encoded[r].ids))
-        longest = [
-            len(one.ids) + row.sampling.max_new_tokens
+        needs = [
+            working(self.model, n := len(one.ids), n + row.sampling.max_new_tokens)
             for one, row in zip(encoded, rows, strict=True)
         ]
         results: dict[int, Result] = {}
@@ -74,12 +81,14 @@ class Engine:
             ids = {stepper.add(rows[r], taps): r for r in chunk}
             while stepper.busy:
                 for event in stepper.step():
+                    if event.finish == "memory":
+                        raise RunError(ALONE)
                     if event.finish:
                         results[ids[event.id]] = stepper.pop(event.id)
                 if report:
                     report(len(results) + stepper.share)
 
-        self._in_batches(order, longest, batch, work)
+        self._in_batches(order, needs, batch, work)
         return [results[r] for r in range(len(rows))]
 
     def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, str, str | None]]:
@@ -135,7 +144,7 @@ class Engine:
         pairs = zip(rows, continuations, strict=True)
         given = [self.ids(row.prompt, after) for row, after in pairs]
         lives = [
-            self.admission.take(number, row, taps, given=len(after))
+            self.admission.take(number, row, taps, len(after))
             for number, (row, after) in enumerate(zip(rows, given, strict=True))
         ]
         against = list(reference) if reference is not None else [None] * len(rows)
@@ -150,68 +159,42 @@ class Engine:
                 raise RequestError(f"row {mine} and its reference {other} have different tokens")
         self.admission.judge(lives)
         sequences = [(*live.prompt.ids, *after) for live, after in zip(lives, given, strict=True)]
-        # streams of reference rows are kept; their logits are formed again where they are needed
         wanted = {other for other in against if other is not None}
-        kept: dict[int, Tensor] = {}
-        early: list[int] = []  # rows that were read before the row that they are compared with
+        kept: dict[int, Tensor] = {}  # streams of rows that others are compared with
         found: dict[int, Score] = {}
 
         def work(chunk: list[int]) -> None:
             part = [lives[r] for r in chunk]
-            for live in part:
-                live.seen.clear()  # of a larger batch that did not fit
+            watch = Taps(part) if taps else None
+            ends = [len(given[r]) + 1 for r in chunk]
             with exactly():
-                out = run(
-                    model,
-                    [live.steered for live in part],
-                    [sequences[r] for r in chunk],
-                    watch=Taps(part) if taps else None,
-                )
-                ends = [len(given[r]) + 1 for r in chunk]
-                streams = [x[len(x) - n :] for x, n in zip(out, ends, strict=True)]
+                rows = [live.steered for live in part]
+                ids = [sequences[r] for r in chunk]
+                streams = read(model, Operands(model.device), rows, ids, watch=watch).split(ends)
                 kept.update({r: x for r, x in zip(chunk, streams, strict=True) if r in wanted})
-                # in place: small results that stay between large ones that go would leave holes in
-                # the heap, and a gigabyte of them
-                wanting = len(chunk) if last_logits else 0
-                room = partial(torch.empty, dtype=torch.float32)
-                logprobs, kl = (room(sum(ends)).split(ends) for _ in range(2))
-                finals = room(wanting, model.d_vocab)
-                last: tuple[int, Tensor] | None = None
-                for i, r in enumerate(chunk):
-                    logits = model.unembed(streams[i]).float()
-                    if last_logits:
-                        finals[i] = logits[-1]
-                    logits = logits.log_softmax(-1)
-                    ids = torch.tensor(given[r], dtype=torch.long, device=model.device)
-                    logprobs[i][:-1] = logits[:-1].gather(1, ids[:, None])[:, 0]
-                    if (other := against[r]) is not None and other not in kept:
-                        early.append(r)
-                    elif other is not None:
-                        if last is None or last[0] != other:
-                            last = other, model.unembed(kept[other]).float().log_softmax(-1)
-                        kl[i][:] = (last[1].exp() * (last[1] - logits)).sum(-1)
-                    if report:
-                        report(len(found) + i + 1)
-                for i, r in enumerate(chunk):
-                    found[r] = Score(
-                        given[r],
-                        logprobs[i][:-1].clone(),
-                        finals[i].clone() if last_logits else None,
-                        kl[i].clone() if against[r] is not None else None,
-                        {site: torch.cat(parts) for site, parts in lives[r].seen.items()},
-                    )
+                # rows that others are compared with are compared once all of them are there
+                others = [None if r in wanted else against[r] for r in chunk]
+                compared = [None if other is None else kept[other] for other in others]
+                values = readings(model, streams, [given[r] for r in chunk], compared, last_logits)
+            seen: dict[int, dict[Site, Tensor]] = {}
+            for live, site, x in watch.take() if watch else ():
+                sites = seen.setdefault(live.id, {})
+                sites[site] = torch.cat([sites[site], x]) if site in sites else x.clone()
+            for r, (logprobs, last, kl) in zip(chunk, values, strict=True):
+                found[r] = Score(given[r], logprobs, last, kl, seen.get(r, {}))
+            if report:
+                report(len(found))
 
-        lengths = [len(s) for s in sequences]
+        needs = [working(model, len(s), 0) for s in sequences]
         order = sorted(range(len(rows)), key=lambda r: (len(sequences[r]), sequences[r]))
         # references first, so that their streams are there when they are asked for
-        self._in_batches([r for r in order if r in wanted], lengths, batch, work)
-        for r in early:
-            other, kl = against[r], found[r].kl
-            assert other is not None and kl is not None
-            with torch.no_grad():
-                p, q = (model.unembed(kept[n]).float().log_softmax(-1) for n in (other, r))
-                kl[:] = (p.exp() * (p - q)).sum(-1)
-        self._in_batches([r for r in order if r not in wanted], lengths, batch, work)
+        self._in_batches([r for r in order if r in wanted], needs, batch, work)
+        for r in wanted:
+            if (other := against[r]) is not None:
+                with exactly():
+                    ((_, _, kl),) = readings(model, [kept[r]], [given[r]], [kept[other]])
+                found[r] = replace(found[r], kl=kl)
+        self._in_batches([r for r in order if r not in wanted], needs, batch, work)
         return [found[r] for r in range(len(rows))]
 
     def ids(self, prompt: Prompt, continuation: Sequence[int] | str) -> tuple[int, ...]:
@@ -228,66 +211,90 @@ class Engine:
     def _in_batches(
         self,
         order: list[int],
-        lengths: Sequence[int],
+        needs: Sequence[int],
         batch: int | None,
         work: Callable[[list[int]], None],
     ) -> None:
-        """Does `work` on as many rows at once as memory holds; halves what does not fit."""
+        """Does `work` on as many rows at once as half of the free memory holds; halves what does
+        not fit after all.
+        """
         if batch is not None and batch < 1:
             raise RequestError(f"batch is {batch}, expected at least 1")
-        at = 0
-        while at < len(order):
-            size = batch or self._rows_that_fit(max(lengths[r] for r in order[at:]))
-            self._halving(order[at : at + size], work)
-            at += size
+        if batch:
+            some = [order[at : at + batch] for at in range(0, len(order), batch)]
+        else:
+            some = chunks(order, needs, free(self.model.device) // 2)
+        for chunk in some:
+            self._halving(chunk, work)
 
     def _halving(self, chunk: list[int], work: Callable[[list[int]], None]) -> None:
         try:
             work(chunk)
             return
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(chunk) == 1:
-                raise RunError("out of memory with a single row; shorten its prompt") from error
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+                raise RunError(ALONE) from error
+        release(self.model.device)
         half = (len(chunk) + 1) // 2
         self._halving(chunk[:half], work)
         self._halving(chunk[half:], work)
 
-    def _rows_that_fit(self, tokens: int) -> int:
-        """Rows of so many tokens for which half of the free memory suffices."""
-        if self.model.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.model.device)[0]
-        else:
-            import psutil
 
-            free = psutil.virtual_memory().available
-        each = working(self.model, tokens, tokens)
-        return max(1, min(LARGEST_BATCH, int(free / 2 / each)))
-
-
-def working(model: SteeringModel, read: int, kept: int, device: torch.device | None = None) -> int:
-    """Bytes that one row needs beside the weights, at its peak.
+def readings(
+    model: SteeringModel,
+    streams: Sequence[Float[Tensor, "pos d_model"]],
+    given: Sequence[Sequence[int]],
+    references: Sequence[Float[Tensor, "pos d_model"] | None],
+    last_logits: bool = False,
+) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """Of each row the log probabilities of given tokens, the last logits if asked for, and KL from
+    its reference if it has one; on the CPU.
 
     Args:
-        read: tokens that pass through a block at once: the prompt, or all of a text that is scored.
-        kept: tokens whose keys and values are kept; 0 for scoring.
-        device: where the model will be, if it is not there yet.
+        streams: after the last block, from the last position of the prompt on: one position more
+            than tokens.
+        references: streams that rows are compared with.
     """
-    wide, on_gpu = model.dtype.itemsize, (device or model.device).type == "cuda"
-    cache = 2 * model.n_layers * model.n_kv_heads * model.d_head * wide
-    passing = (4 * model.d_model + 3 * model.shape.d_mlp) * wide * read
-    if on_gpu:  # under a mask, all scores of one block
-        passing += model.n_heads * read**2 * 4
-    # a GPU gives a whole cache at once, an operating system a page when it is written
-    early = cache * (kept if on_gpu else min(read, kept)) + passing
-    logits = 3 * model.d_vocab * 4  # of one position, in float32, and copies to choose from
-    return max(early, cache * kept + logits)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(
-        error, (torch.OutOfMemoryError, MemoryError)
-    ) or "can't allocate memory" in str(error)
+    ends = [len(x) for x in streams]
+    known = {id(x): x for x in references if x is not None}
+    flat, every = torch.cat([*streams]), torch.cat([*known.values(), *streams[:1]])
+    begins = dict(zip(known, accumulate(map(len, known.values()), initial=0), strict=False))
+    numbers = range(len(flat))
+    tokens = [token for ids in given for token in (*ids, 0)]
+    rows = [row for row, n in enumerate(ends) for _ in range(n)]
+    lasts = {n - 1: row for row, n in enumerate(accumulate(ends))}
+    # positions that are compared with the same one are neighbours: its logits are formed once
+    against = [
+        -1 if x is None else begins[id(x)] + position
+        for x, n in zip(references, ends, strict=True)
+        for position in range(n)
+    ]
+    order = sorted(numbers, key=lambda n: (against[n], rows[n]))
+    logprobs, kl = (torch.zeros(len(flat), dtype=torch.float32).to(flat.device) for _ in range(2))
+    size = (len(ends) if last_logits else 0, model.d_vocab)
+    finals = torch.empty(size, dtype=torch.float32, device=flat.device)
+    together = max(1, LOGITS // model.d_vocab)
+    for start in range(0, len(order), together):
+        some = order[start : start + together]
+        others = {other: i for i, other in enumerate(dict.fromkeys(against[n] for n in some))}
+        table = [(n, tokens[n], max(0, against[n]), others[against[n]]) for n in some]
+        here, token, _, which = torch.tensor(table).T.to(flat.device)
+        logits = model.unembed(flat[here]).float()
+        ended = [(i, lasts[n]) for i, n in enumerate(some) if n in lasts] if last_logits else []
+        if ended:
+            i, row = torch.tensor(ended).T.to(flat.device)
+            finals[row] = logits[i]
+        logits = logits.log_softmax(-1)
+        logprobs[here] = logits.gather(1, token[:, None])[:, 0]
+        if max(others) >= 0:
+            index = torch.tensor([max(0, other) for other in others]).to(flat.device)
+            reference = model.unembed(every[index]).float().log_softmax(-1)[which]
+            kl[here] = (reference.exp() * (reference - logits)).sum(-1)
+    parts = zip(logprobs.cpu().split(ends), kl.cpu().split(ends), strict=True)
+    last = [x.clone() for x in finals.cpu()] if last_logits else [None] * len(ends)
+    return [
+        (logprob[:-1].clone(), final, divergence.clone() if reference is not None else None)
+        for (logprob, divergence), final, reference in zip(parts, last, references, strict=True)
+    ]

@@ -1,27 +1,29 @@
-"""Forward passes of a batch whose rows are steered differently.
+"""Whole sequences through the model, rows steered differently, what is equal computed once.
 
-A batch is right-aligned: row r's token at absolute position p stands in slot `pad[r] + p`, and the
-last token of every prompt in the last slot. Slots left of a row's first token are padding: no query
-looks at them, and nothing is steered there.
+A batch is left-aligned: the token at absolute position p stands in slot p, padding at the right
+end. Rows with the same tokens share a pass up to the first block that is steered. Rows that share
+a prompt and its steering, and read on differently, share the whole of it.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from interp_steer.engine.bank import Bank, Hook, compile_banks
-from interp_steer.model.block import Change, exactly
+from interp_steer.engine.bank import Bank, Hook, Operands, Steered, Steering
+from interp_steer.model.block import Change, attention, causal, exactly
+from interp_steer.model.forward import padded
 from interp_steer.model.model import SteeringModel
-from interp_steer.prompts.prompt import Encoded
-from interp_steer.steering.intervention import Intervention
 
-Steered = tuple[Sequence[Intervention], Encoded]
-"""A row as forward passes see it: resolved interventions, and the prompt."""
+SLACK = 64
+"""Tokens of padding that cost less than a pass of their own."""
 
 
 @runtime_checkable
@@ -30,326 +32,318 @@ class Watch(Protocol):
 
     hooks: set[Hook]
 
-    def __call__(self, hook: Hook, x: Tensor, place: Tensor | None) -> None:
-        """`place` says where in `x` each row stands; None if each stands at its own number."""
+    def __call__(
+        self,
+        hook: Hook,
+        x: Tensor,
+        rows: Sequence[int],
+        place: Sequence[int],
+        tokens: Sequence[int],
+    ) -> None:
+        """`x[place[i], :tokens[i]]` holds the newest positions of row `rows[i]`."""
 
 
-class Cache:
-    """Keys and values of a batch, allocated once: `[row, kv_head, slot, d_head]` for each layer."""
+class Segment:
+    """Consecutive tokens of some rows, which pass through the blocks as one batch.
 
-    def __init__(self, model: SteeringModel, rows: int, capacity: int) -> None:
-        shape = (rows, model.n_kv_heads, capacity, model.d_head)
-        self.keys, self.values = (
-            [
-                torch.empty(shape, dtype=model.dtype, device=model.device)
-                for _ in range(model.n_layers)
-            ]
-            for _ in range(2)
-        )
-        self.length = 0
+    Rows with the same tokens after the same ones start as one unsteered entry, their trunk. A row
+    becomes an entry of its own just before its first steered block. A trunk is dropped once no row
+    is left on it.
 
-    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """What a block calls: stores the newest slot, gives all up to it."""
-        end = self.length
-        self.keys[layer][:, :, end - keys.shape[2] : end] = keys
-        self.values[layer][:, :, end - keys.shape[2] : end] = values
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Keeps these rows, in this order."""
-        for layer in range(len(self.keys)):
-            self.keys[layer] = self.keys[layer].index_select(0, rows)
-            self.values[layer] = self.values[layer].index_select(0, rows)
-
-    @staticmethod
-    def joined(model: SteeringModel, parts: Sequence["Cache"], capacity: int) -> "Cache":
-        """Several batches as one, right-aligned at the longest."""
-        rows = sum(part.keys[0].shape[0] for part in parts)
-        both = Cache(model, rows, capacity)
-        both.length = max(part.length for part in parts)
-        for layer in range(model.n_layers):
-            row = 0
-            for part in parts:
-                n, start = part.keys[0].shape[0], both.length - part.length
-                for mine, its in (
-                    (both.keys[layer], part.keys[layer]),
-                    (both.values[layer], part.values[layer]),
-                ):
-                    # padding is masked, but a masked NaN would still spread
-                    mine[row : row + n, :, :start] = 0
-                    mine[row : row + n, :, start : both.length] = its[:, :, : part.length]
-                row += n
-        return both
-
-
-class _Capture:
-    """Stands in for a cache during prefill: keeps what one block computed, adds nothing."""
-
-    keys: Tensor
-    values: Tensor
-
-    def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = keys, values
-        return keys, values
-
-
-def shared_blocks(steer: Sequence[Intervention], n_layers: int) -> int:
-    """How many blocks of a row equal the unsteered model's, keys and values included."""
-    return min(
-        (site.layer + (site.component == "resid_post") for one in steer for site in one.sites),
-        default=n_layers + 1,
-    )
-
-
-def begins_late(row: Steered) -> bool:
-    """Whether a row's prompt is unsteered before its last position."""
-    steer, prompt = row
-    return bool(steer) and not any(any(one.scope.prompt_mask(prompt.content)[:-1]) for one in steer)
-
-
-@dataclass
-class Layout:
-    """A right-aligned batch of token sequences."""
-
-    ids: Int[Tensor, "batch slot"]
-    pad: Int[Tensor, " batch"]
-
-    @classmethod
-    def of(cls, sequences: Sequence[Sequence[int]], device: torch.device) -> "Layout":
-        longest = max(len(sequence) for sequence in sequences)
-        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
-        for row, sequence in enumerate(sequences):
-            ids[row, longest - len(sequence) :] = torch.tensor(sequence)
-        pad = torch.tensor([longest - len(sequence) for sequence in sequences])
-        return cls(ids.to(device), pad.to(device))
-
-    @property
-    def positions(self) -> Int[Tensor, "batch slot"]:
-        """Absolute positions; negative ones are padding."""
-        return torch.arange(self.ids.shape[1], device=self.ids.device)[None] - self.pad[:, None]
-
-    def mask(self) -> Bool[Tensor, "batch 1 slot key_slot"] | None:
-        """Causal, padding left out; None where plain causal says the same."""
-        if not bool(self.pad.any()):
-            return None
-        n, device = self.ids.shape[1], self.ids.device
-        causal = torch.ones(n, n, dtype=torch.bool, device=device).tril()
-        mask = causal[None] & (self.positions >= 0)[:, None, :]
-        mask |= torch.eye(n, dtype=torch.bool, device=device)  # padding looks at itself: no NaN
-        return mask[:, None]
-
-
-class SharedPrefill:
-    """One batch in which rows share what is equal among them.
-
-    Rows with the same tokens start as one unsteered entry, their trunk. A row becomes an entry of
-    its own just before its first steered block. A trunk is dropped once no row is left on it. Rows
-    that are steered alike too, such as a sweep's seeds, stay one entry throughout.
+    Attributes:
+        x: the residual stream, [entry, pos, d_model].
+        keys, values: those of the latest block, [entry, kv_head, pos, d_head].
+        place: the entry of each row.
+        begins, tokens: each row's first position here, and how many it has.
     """
 
+    keys: Float[Tensor, "entry kv_head pos d_head"]
+    values: Float[Tensor, "entry kv_head pos d_head"]
+
     def __init__(
-        self, model: SteeringModel, rows: Sequence[Steered], sequences: Sequence[Sequence[int]]
+        self,
+        model: SteeringModel,
+        rows: Sequence[int],
+        serves: Sequence[tuple[int, int]],
+        ids: Sequence[Sequence[int]],
+        leaves: Sequence[float],
+        trunks: Sequence[Hashable],
+        past: "tuple[Segment, Sequence[int]] | None" = None,
     ) -> None:
-        numbers = {ids: n for n, ids in enumerate(dict.fromkeys(map(tuple, sequences)))}
-        self.trunk_of = [numbers[tuple(ids)] for ids in sequences]
-        self.leaves = [shared_blocks(steer, model.n_layers) for steer, _ in rows]
-        # the prompt too: one sequence may be divided into prompt and continuation in several ways
-        alike = [
-            (trunk, prompt, *map(id, steer))
-            for trunk, (steer, prompt) in zip(self.trunk_of, rows, strict=True)
-        ]
-        firsts = {key: r for r, key in reversed(list(enumerate(alike)))}
-        self.first = [firsts[key] for key in alike]
-        layout = Layout.of(list(numbers), model.device)
-        self._positions, self._mask = layout.positions, layout.mask()
-        self.x = model.embed(layout.ids)
-        self._rotary = model.rotary(self.x, self._positions.clamp_min(0))
-        self.trunk_at = {n: n for n in range(len(numbers))}
-        self.row_at: dict[int, int] = {}
-        self._settle(list(range(len(numbers))))
+        """Embeds the tokens.
+
+        Args:
+            rows: numbers of the distinct rows.
+            serves: (row, which of `rows` it equals here) of all rows.
+            leaves: the first block that is steered, of each row.
+            trunks: rows with the same one have the same tokens and the same past.
+            past: the segment before this one, and which row of it each row follows.
+        """
+        self.model, self.rows, self.serves, self.leaves = model, rows, serves, leaves
+        self.tokens = [len(one) for one in ids]
+        self.past = past[0] if past else None
+        self.follows = past[1] if past else ()
+        self.begins = [self.past.tokens[n] for n in self.follows] if self.past else [0] * len(ids)
+        numbers = {trunk: n for n, trunk in enumerate(dict.fromkeys(trunks))}
+        self.trunk_of = [numbers[trunk] for trunk in trunks]
+        examples = [self.trunk_of.index(n) for n in range(len(numbers))]
+        batch, _ = padded([ids[r] for r in examples], model.device)
+        self.width = batch.shape[1]
+        starts = torch.tensor(_one_if_equal([self.begins[r] for r in examples])).to(model.device)
+        self.x = model.embed(batch)
+        positions = starts[:, None] + torch.arange(self.width, device=model.device)
+        self._rotary = model.rotary(self.x, positions)
+        self._on_trunk = dict(enumerate(range(len(numbers))))
+        self._alone: dict[int, int] = {}
+        self._settle(examples)
 
     def regroup(self, layer: int) -> None:
-        """Lets the rows leave that are steered from this block on."""
-        rows = range(len(self.leaves))
-        followed = sorted({self.trunk_of[r] for r in rows if self.leaves[r] > layer})
-        away = [r for r in rows if self.leaves[r] <= layer and self.first[r] == r]
-        if len(away) == len(self.row_at) and len(followed) == len(self.trunk_at):
-            return
-        sources = [*(self.trunk_at[n] for n in followed), *(self._stands(r) for r in away)]
-        self.x = self.x[torch.tensor(sources, device=self.x.device)]
-        self.trunk_at = {n: i for i, n in enumerate(followed)}
-        self.row_at = {r: len(followed) + i for i, r in enumerate(away)}
-        self._settle([*followed, *(self.trunk_of[r] for r in away)])
+        """Lets the rows leave their trunk that are steered from this block on."""
+        numbers = range(len(self.rows))
+        followed = sorted({self.trunk_of[r] for r in numbers if self.leaves[r] > layer})
+        away = [r for r in numbers if self.leaves[r] <= layer]
+        if len(away) != len(self._alone) or len(followed) != len(self._on_trunk):
+            trunks = [next(r for r in numbers if self._stays(r, n, layer)) for n in followed]
+            sources = [self.standing[r] for r in [*trunks, *away]]
+            self.x = self.x[torch.tensor(sources, device=self.x.device)]
+            self._on_trunk = {n: i for i, n in enumerate(followed)}
+            self._alone = {r: len(followed) + i for i, r in enumerate(away)}
+            self._settle([*trunks, *away])
+        elif self.past and self._followed != self.past.standing:
+            self._settle(self._examples)
 
-    def _stands(self, row: int) -> int:
-        """The entry of the batch that is, or still speaks for, a row."""
-        return self.row_at.get(self.first[row], self.trunk_at.get(self.trunk_of[row], -1))
+    def _stays(self, row: int, trunk: int, layer: int) -> bool:
+        return self.trunk_of[row] == trunk and self.leaves[row] > layer
 
-    def _settle(self, trunks: list[int]) -> None:
-        """What attention needs for a batch whose entries have these trunks' tokens."""
-        index = torch.tensor(trunks, device=self.x.device)
-        self.positions = self._positions[index]
-        self.rotary = self._rotary[0][index], self._rotary[1][index]
-        self.mask = None if self._mask is None else self._mask[index]
-        standing = [self._stands(r) for r in range(len(self.leaves))]
-        self.place = torch.tensor(standing, device=self.x.device)
+    def _settle(self, examples: Sequence[int]) -> None:
+        """What attention needs of entries, of each of which this is a row."""
+        self._examples = examples
+        device = self.model.device
+        self.standing = [
+            self._alone.get(r, self._on_trunk.get(self.trunk_of[r], -1))
+            for r in range(len(self.rows))
+        ]
+        self.place = torch.tensor(self.standing, device=device)
+        cos, sin = self._rotary
+        if len(cos) > 1:
+            index = torch.tensor([self.trunk_of[r] for r in examples], device=device)
+            cos, sin = cos[index], sin[index]
+        self.rotary = cos, sin
+        if self.past:
+            self._followed = self.past.standing
+            behind = [self.past.standing[self.follows[r]] for r in examples]
+            self._behind = torch.tensor(behind, device=device)
+            self._mask = self._seen([self.begins[r] for r in examples])
+
+    def _seen(self, begins: Sequence[int]) -> Tensor | None:
+        """Which keys, those of the past before those of the segment, each position attends to."""
+        assert self.past
+        before, device = self.past.width, self.model.device
+        if self.width == 1 and min(begins) == before:
+            return None
+        key = torch.arange(before + self.width, device=device)
+        own = key - before <= torch.arange(self.width, device=device)[:, None]
+        past = key < torch.tensor(_one_if_equal(begins), device=device)[:, None]
+        return torch.where(key < before, past[:, None], own[None])[:, None]
+
+    def through(self, layer: int, changes: Mapping[str, Change]) -> None:
+        """One block."""
+        self.x = self.model.block(layer, self.x, self.rotary, self._attend, changes)
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.keys, self.values = k, v
+        if not self.past:
+            return causal(layer, q, k, v)
+        pasts = self.past.keys[self._behind], self.past.values[self._behind]
+        k, v = (torch.cat([past, new], 2) for past, new in zip(pasts, (k, v), strict=True))
+        return attention(q, k, v, self._mask)
+
+
+def _one_if_equal(numbers: Sequence[int]) -> list[int]:
+    """Equal numbers as a single one, which broadcasts."""
+    return [*numbers[:1]] if len(set(numbers)) == 1 else [*numbers]
+
+
+Keep = Callable[[int, Segment], None]
+"""Takes the keys and values of a segment after a block."""
+
+Part = tuple[Steering | None, Hashable]
+"""What decides a prompt's stream before its last position: None of a steering that acts later."""
 
 
 @exactly()
-def run(
+def read(
+    model: SteeringModel,
+    operands: Operands,
+    rows: Sequence[Steered],
+    sequences: Sequence[Sequence[int]],
+    keep: Keep | None = None,
+    watch: Watch | None = None,
+) -> Float[Tensor, "tokens d_model"]:
+    """Reads sequences that begin with the rows' prompts.
+
+    A sweep over layers on one prompt costs about half of separate passes. Rows that are steered
+    from the last position of a prompt on, or read on differently, share the rest of that prompt.
+
+    Args:
+        rows: steering and prompt of each row.
+        sequences: token ids of each row: its prompt, or prompt and continuation.
+        keep: receives keys and values.
+
+    Returns:
+        The residual stream after the last block, of each row from the last position of its prompt
+        on, one row after the other.
+    """
+    twins: dict[Hashable, list[int]] = {}
+    for row, ((steering, prompt), ids) in enumerate(zip(rows, sequences, strict=True)):
+        twins.setdefault((steering, prompt, tuple(ids)), []).append(row)
+    wanted = [len(ids) - len(p.ids) + 1 for (_, p), ids in zip(rows, sequences, strict=True)]
+    starts = [0, *accumulate(wanted)]
+    out = torch.empty(starts[-1], model.d_model, dtype=model.dtype, device=model.device)
+    for group in _groups(rows, sequences, [*twins.values()]):
+        segments = _segments(model, rows, sequences, group)
+        _through(model, operands, rows, segments, keep, watch)
+        last = segments[-1]
+        entries: list[int] = []
+        slots: list[int] = []
+        places: list[int] = []
+        for row, n in last.serves:
+            first = len(rows[row][1].ids) - 1 - last.begins[n]
+            entries += [last.standing[n]] * wanted[row]
+            slots += range(first, first + wanted[row])
+            places += range(starts[row], starts[row] + wanted[row])
+        entry, slot, place = torch.tensor([entries, slots, places]).to(model.device)
+        out[place] = last.x[entry, slot]
+    return out
+
+
+@dataclass
+class Group:
+    """Rows that are read in one pass, those alike together.
+
+    Attributes:
+        rows: numbers of rows that are equal, for each distinct row.
+        parts: what each shares with others; None if it shares nothing.
+    """
+
+    rows: list[list[int]]
+    parts: list[Part] | None
+
+
+def _groups(
+    rows: Sequence[Steered], sequences: Sequence[Sequence[int]], twins: Sequence[list[int]]
+) -> Iterator[Group]:
+    """Rows apart by whether others share their prompt, then by length. An eighth of a pass may be
+    padding, a few tokens more, and what would have to be read again.
+    """
+    parts: dict[int, Part] = {}
+    for row, *_ in twins:
+        steering, prompt = rows[row]
+        early = steering.reaches(prompt)
+        parts[row] = (steering, prompt) if early else (None, prompt.ids[:-1])
+    count = Counter(parts.values())
+    kinds: dict[bool, dict[tuple[int, int], list[list[int]]]] = {True: {}, False: {}}
+    for same in twins:
+        before = len(rows[same[0]][1].ids) - 1
+        shared = count[parts[same[0]]] > 1 and before > 0
+        size = len(sequences[same[0]]) - before * shared, before * shared
+        kinds[shared].setdefault(size, []).append(same)
+    for shared, sizes in kinds.items():
+        group: list[list[int]] = []
+        tokens: list[tuple[int, int]] = []
+        for size in sorted(sizes, reverse=True):
+            grown = tokens + [size] * len(sizes[size])
+            prompts = dict.fromkeys(parts[same[0]] for same in [*group, *sizes[size]])
+            again = sum(len(rows[same[0]][1].ids) for same in sizes[size][:1]) * shared
+            total = sum(n for n, _ in grown)
+            waste = max(n for n, _ in grown) * len(grown) - total
+            befores = {b for _, b in grown}
+            waste += (max(befores) - min(befores)) * len(prompts)
+            if group and waste > total // 8 + SLACK + again * len(prompts):
+                yield Group(group, [parts[same[0]] for same in group] if shared else None)
+                group, grown = [], grown[len(tokens) :]
+            group, tokens = group + sizes[size], grown
+        if group:
+            yield Group(group, [parts[same[0]] for same in group] if shared else None)
+
+
+def _segments(
     model: SteeringModel,
     rows: Sequence[Steered],
     sequences: Sequence[Sequence[int]],
-    cache: Cache | None = None,
-    watch: Watch | None = None,
-) -> Float[Tensor, "batch slot d_model"]:
-    """Whole sequences through the model, computing once what is equal.
-
-    A sweep over layers on one prompt costs about half of separate passes.
-
-    Args:
-        rows: interventions and prompt of each row.
-        sequences: token ids of each row: its prompt, or prompt and continuation.
-        cache: receives every row's keys and values.
-
-    Returns:
-        The stream after the last block, right-aligned.
-    """
-    banks = compile_banks(rows, model.device)
-    batch = SharedPrefill(model, rows, sequences)
-    slots = batch.x.shape[1]
-
-    def at(hook: Hook, x: Tensor) -> Tensor:
-        if hook in banks:
-            x = banks[hook].apply(x, batch.positions, batch.place)
-        if watch and hook in watch.hooks:
-            watch(hook, x, batch.place)
-        return x
-
-    inner = _inner(banks, watch, at)
-    for layer in range(model.n_layers):
-        batch.regroup(layer)
-        if layer > 0:
-            batch.x = at(("resid_post", layer - 1), batch.x)
-        batch.x = at(("resid_pre", layer), batch.x)
-        capture = _Capture() if cache else None
-        changes = inner.get(layer, {})
-        batch.x = model.block(layer, batch.x, batch.rotary, batch.mask, capture, changes)
-        if cache and capture:
-            cache.keys[layer][:, :, :slots] = capture.keys[batch.place]
-            cache.values[layer][:, :, :slots] = capture.values[batch.place]
-    batch.regroup(model.n_layers)
-    x = at(("resid_post", model.n_layers - 1), batch.x)
-    if cache:
-        cache.length = slots
-    return x[batch.place]
+    group: Group,
+) -> list[Segment]:
+    """Whole sequences as one segment; or their prompts without the last position, then the rest."""
+    numbers = [same[0] for same in group.rows]
+    leaves = [rows[r][0].first_block for r in numbers]
+    serves = [(row, n) for n, same in enumerate(group.rows) for row in same]
+    ids = [tuple(sequences[r]) for r in numbers]
+    if group.parts is None:
+        return [Segment(model, numbers, serves, ids, leaves, ids)]
+    shared = {part: n for n, part in enumerate(dict.fromkeys(group.parts))}
+    follows = [shared[part] for part in group.parts]
+    examples = [numbers[group.parts.index(part)] for part in shared]
+    prompts = [rows[r][1].ids[:-1] for r in examples]
+    first = Segment(
+        model,
+        examples,
+        [(row, follows[n]) for row, n in serves],
+        prompts,
+        [steering.first_block if steering else math.inf for steering, _ in shared],
+        prompts,
+    )
+    rest = [one[len(rows[r][1].ids) - 1 :] for r, one in zip(numbers, ids, strict=True)]
+    trunks = [(prompts[n], one) for n, one in zip(follows, rest, strict=True)]
+    return [first, Segment(model, numbers, serves, rest, leaves, trunks, (first, follows))]
 
 
-class Stream:
-    """A batch in the middle of decoding: keys and values, compiled interventions, padding."""
-
-    def __init__(self, model: SteeringModel, rows: Sequence[Steered], cache: Cache) -> None:
-        self.model, self.rows, self.cache = model, list(rows), cache
-        lengths = torch.tensor([len(prompt.ids) for _, prompt in rows], device=model.device)
-        self.pad = cache.length - lengths  # of the slots that the prompts fill
-        self._compile()
-
-    def _compile(self) -> None:
-        self.banks = compile_banks(self.rows, self.model.device)
-        self.padded = bool(self.pad.any())
-
-    @classmethod
-    @exactly()
-    def prefill(
-        cls,
-        model: SteeringModel,
-        rows: Sequence[Steered],
-        room: int,
-        watch: Watch | None = None,
-    ) -> tuple["Stream", Float[Tensor, "batch d_model"]]:
-        """Reads prompts, all of them steered late or none.
-
-        Rows that are steered from their last prompt position on share the whole prompt; that
-        position is then read once more, steered, as a decoding step would.
-
-        Returns:
-            The stream with room for `room` more slots, and the residual stream that predicts each
-            row's first token.
-        """
-        late = begins_late(rows[0])
-        longest = max(len(prompt.ids) for _, prompt in rows)
-        cache = Cache(model, len(rows), longest + room)
-        read: list[Steered] = [((), prompt) for _, prompt in rows] if late else list(rows)
-        x = run(model, read, [prompt.ids for _, prompt in rows], cache, watch)
-        stream = cls(model, rows, cache)
-        if not late:
-            return stream, x[:, -1]
-        cache.length -= 1
-        last = torch.tensor([prompt.ids[-1] for _, prompt in rows], device=model.device)
-        return stream, stream.step(last, watch, in_prompt=True)
-
-    @exactly()
-    def step(
-        self, tokens: Int[Tensor, " batch"], watch: Watch | None = None, in_prompt: bool = False
-    ) -> Float[Tensor, "batch d_model"]:
-        """Reads one more token of every row; gives the stream after the last block."""
-        model, cache = self.model, self.cache
-        slot = cache.length
-        cache.length += 1
-        positions = slot - self.pad[:, None]
-        mask = None
-        if self.padded:
-            slots = torch.arange(slot + 1, device=model.device)
-            mask = (slots[None] >= self.pad[:, None])[:, None, None]
-
-        at = partial(self._at, positions, watch, in_prompt)
-        x = model.embed(tokens[:, None])
-        rotary = model.rotary(x, positions)
-        inner = _inner(self.banks, watch, at)
-        for layer in range(model.n_layers):
-            x = at(("resid_pre", layer), x)
-            x = model.block(layer, x, rotary, mask, cache, inner.get(layer, {}))
-            x = at(("resid_post", layer), x)
-        return x[:, 0]
-
-    def _at(
-        self, positions: Tensor, watch: Watch | None, in_prompt: bool, hook: Hook, x: Tensor
-    ) -> Tensor:
-        """What a hook makes of one position of every row."""
-        bank = self.banks.get(hook)
-        if bank is not None:
-            x = bank.apply(x, positions) if in_prompt else bank.apply_next(x, positions)
-        if watch and hook in watch.hooks:
-            watch(hook, x, None)
-        return x
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Leaves out all other rows."""
-        index = torch.tensor(rows, device=self.model.device)
-        self.rows = [self.rows[r] for r in rows]
-        self.pad = self.pad[index]
-        self.cache.select(index)
-        self._compile()
-
-    def joined(self, other: "Stream", room: int) -> "Stream":
-        """Both batches as one, this one's rows first, with room for `room` more slots."""
-        length = max(self.cache.length, other.cache.length)
-        both = Cache.joined(self.model, [self.cache, other.cache], length + room)
-        pads = [s.pad + length - s.cache.length for s in (self, other)]
-        merged = Stream(self.model, [*self.rows, *other.rows], both)
-        merged.pad = torch.cat(pads)
-        merged.padded = bool(merged.pad.any())
-        return merged
-
-
-def _inner(
-    banks: dict[Hook, Bank],
+def _through(
+    model: SteeringModel,
+    operands: Operands,
+    rows: Sequence[Steered],
+    segments: Sequence[Segment],
+    keep: Keep | None,
     watch: Watch | None,
-    at: Callable[[Hook, Tensor], Tensor],
+) -> None:
+    """Segments through all blocks, a block at a time."""
+    acting = []
+    for segment in segments:
+        spans = list(zip(segment.begins, segment.tokens, strict=True))
+        banks = operands.banks([rows[r] for r in segment.rows], spans)
+        at = partial(_at, segment, banks, watch)
+        acting.append((segment, at, inside(banks, watch, at)))
+    for layer in range(model.n_layers + 1):
+        for segment, at, inner in acting:
+            segment.regroup(layer)
+            if layer > 0:
+                segment.x = at(("resid_post", layer - 1), segment.x)
+            if layer == model.n_layers:
+                continue
+            segment.x = at(("resid_pre", layer), segment.x)
+            segment.through(layer, inner.get(layer, {}))
+            if keep:
+                keep(layer, segment)
+
+
+def _at(
+    segment: Segment, banks: Mapping[Hook, Bank], watch: Watch | None, hook: Hook, x: Tensor
+) -> Tensor:
+    """What a hook makes of a segment."""
+    if hook in banks:
+        x = banks[hook].apply(x, segment.place)
+    if watch and hook in watch.hooks:
+        rows, numbers = zip(*segment.serves, strict=True)
+        place = [segment.standing[n] for n in numbers]
+        watch(hook, x, rows, place, [segment.tokens[n] for n in numbers])
+    return x
+
+
+def inside(
+    banks: Mapping[Hook, Bank], watch: Watch | None, at: Callable[[Hook, Tensor], Tensor]
 ) -> dict[int, dict[str, Change]]:
     """Changes inside blocks, by layer and component; none where nobody steers or watches."""
-    inner: dict[int, dict[str, Change]] = {}
+    found: dict[int, dict[str, Change]] = {}
     for component, layer in set(banks) | (watch.hooks if watch else set()):
         if component not in ("resid_pre", "resid_post"):
-            inner.setdefault(layer, {})[component] = partial(at, (component, layer))
-    return inner
+            found.setdefault(layer, {})[component] = partial(at, (component, layer))
+    return found

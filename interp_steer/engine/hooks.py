@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from interp_steer.engine.bank import Bank, Hook, compile_banks
+from interp_steer.engine.admission import Admission
+from interp_steer.engine.bank import Bank, Hook, Operands
 from interp_steer.engine.row import Row, Score
-from interp_steer.engine.stepper import Admission
 from interp_steer.errors import RequestError
 from interp_steer.model.block import exactly
 from interp_steer.model.model import SteeringModel
@@ -53,27 +53,31 @@ def fwd_hooks(
     """
     row = Admission(model).steered(Row(prompt, tuple(steer)))
 
-    @lru_cache(maxsize=4)
-    def banks(batch: int) -> dict[Hook, Bank]:
-        return compile_banks([row] * batch, model.device)
+    operands = Operands(model.device)
 
+    @lru_cache(maxsize=4)
+    def banks(batch: int, begin: int, length: int) -> dict[Hook, Bank]:
+        return operands.banks([row] * batch, [(begin, length)] * batch)
+
+    hooks = {(site.component, site.layer) for site in row[0].steps}
     found = [
         (Site(at[0], at[1], 0 if at[0] == "z" else None).hook_name, _hook(banks, at, cached))
-        for at in banks(1)
+        for at in sorted(hooks)
     ]
     return [("hook_embed", _guard(model, row[1].ids, cached)), *found] if found else []
 
 
 def _hook(
-    banks: Callable[[int], dict[Hook, Bank]], at: Hook, cached: bool
+    banks: Callable[[int, int, int], dict[Hook, Bank]], at: Hook, cached: bool
 ) -> Callable[..., Tensor]:
     read = 0
 
     def steered(x: Tensor, hook: Any) -> Tensor:
         nonlocal read
-        positions = torch.arange(read, read + x.shape[1], device=x.device)
+        begin = read
         read += x.shape[1] if cached else 0
-        return banks(len(x))[at].apply(x, positions.expand(len(x), -1))
+        here = banks(len(x), begin, x.shape[1])
+        return here[at].apply(x.clone()) if at in here else x
 
     return steered
 

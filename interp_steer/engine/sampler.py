@@ -89,14 +89,15 @@ class Sampler:
         noise = gumbel(self.seeds, steps, scores.shape[-1])
         return torch.where(sampled, scores + noise, scores)
 
-    def choose(
-        self, logits: Logits, steps: Int[Tensor, " batch"]
-    ) -> tuple[Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
-        """The next token of every row, marked as seen; and whether its score is a number."""
+    def pick(self, logits: Logits, steps: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+        """The next token of every row; -1 where its score is not a number."""
         best, chosen = self.scores(logits, steps).max(-1)
+        return chosen.where(best.isfinite(), -1)
+
+    def mark(self, chosen: Int[Tensor, " batch"]) -> None:
+        """Counts tokens as seen."""
         if self.seen is not None:
             self.seen.scatter_(1, chosen[:, None], True)
-        return chosen, best.isfinite()
 
     def _outside(self, scores: Logits) -> Bool[Tensor, "batch d_vocab"]:
         """Tokens that top-k, then top-p, leave out."""

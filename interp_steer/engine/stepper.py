@@ -1,7 +1,7 @@
 """Decoding a step at a time, for rows that come and go."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import wraps
 from threading import RLock
 from typing import Any, TypeVar, cast
@@ -9,16 +9,14 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from interp_steer.engine.bank import Hook, steps_at
-from interp_steer.engine.forward import Steered, Stream, begins_late
+from interp_steer.engine.admission import Admission, Live, Taps, watching
+from interp_steer.engine.decoding import Decoding
+from interp_steer.engine.memory import is_out_of_memory, release
 from interp_steer.engine.row import Result, Row
 from interp_steer.engine.sampler import Sampler
 from interp_steer.errors import RequestError
 from interp_steer.model.block import exactly
-from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
-from interp_steer.prompts.prompt import Encoded
-from interp_steer.steering.intervention import Gate, Intervention
 
 
 @dataclass(frozen=True)
@@ -34,134 +32,6 @@ class Event:
     id: int
     token_id: int | None
     finish: str | None
-
-
-@dataclass
-class Live:
-    """A row in work."""
-
-    id: int
-    row: Row
-    prompt: Encoded
-    taps: tuple[Site, ...]
-    length: int  # of the sequence that is read at once: the prompt, and a given continuation
-    steer: tuple[Intervention, ...] = ()  # without those whose gate stayed shut
-    tokens: list[int] = field(default_factory=list)
-    finish: str | None = None
-    seen: dict[Site, list[Tensor]] = field(default_factory=dict)
-
-    @property
-    def left(self) -> int:
-        return self.row.sampling.max_new_tokens - len(self.tokens)
-
-    @property
-    def steered(self) -> Steered:
-        return self.steer, self.prompt
-
-
-class Taps:
-    """Copies activations of the rows that asked for them."""
-
-    def __init__(self, rows: Sequence[Live]) -> None:
-        self.rows = rows
-        self.hooks: set[Hook] = {(s.component, s.layer) for live in rows for s in live.taps}
-
-    def __call__(self, hook: Hook, x: Tensor, place: Tensor | None) -> None:
-        for number, live in enumerate(self.rows):
-            for site in live.taps:
-                if (site.component, site.layer) == hook and live.finish is None:
-                    mine = x[number if place is None else int(place[number])]
-                    if len(mine) > 1:  # a whole sequence, right-aligned: leave the padding out
-                        mine = mine[len(mine) - live.length :]
-                    if site.head is not None:
-                        mine = mine[:, site.head]
-                    live.seen.setdefault(site, []).append(mine.cpu().clone())
-
-
-class Admission:
-    """Lets rows in: checks them against the model, and judges their gates once a prompt.
-
-    The latest verdicts are kept while the weights stay as they are.
-    """
-
-    KEPT = 4096
-
-    def __init__(self, model: SteeringModel, computes: bool = True) -> None:
-        """`computes` is False to check rows only, which needs no weights."""
-        if computes and not model.has_weights:
-            raise RequestError(f"{model.name or 'this model'} has no weights (they are on 'meta')")
-        self.model = model
-        self._verdicts: dict[tuple[tuple[int, ...], Gate], bool] = {}
-        self._judged = ""  # the fingerprint of the weights that gave the verdicts
-
-    def steered(self, row: Row) -> Steered:
-        """A row as forward passes take it: checked, without interventions whose gate is shut."""
-        live = self.take(0, row, ())
-        self.judge([live])
-        return live.steered
-
-    def take(self, id: int, row: Row, taps: Sequence[Site], new: int = 0, given: int = 0) -> Live:
-        """Checks a row against the model, before anything runs.
-
-        Args:
-            new, given: tokens that will be generated, or are given as a continuation.
-        """
-        prompt = self.model.encode(row.prompt)
-        new += given
-        if len(prompt.ids) + new > self.model.n_ctx:
-            raise RequestError(
-                f"the prompt ({len(prompt.ids)} tokens) and {new} new tokens exceed the context "
-                f"of {self.model.name}, {self.model.n_ctx} tokens"
-            )
-        for one in row.steer:
-            one.check(self.model)
-            if one.unit not in ("", "deg"):
-                raise RequestError(
-                    f"{one} has no length yet: resolve it with .resolve(Scale.of(model, prompts))"
-                )
-            if one.scope.kind == "content" and not prompt.located:
-                raise RequestError(
-                    f"{one}: the chat template rewrites messages, so that their content cannot be "
-                    "told from the template; use another scope, such as 'prompt'"
-                )
-        for site in {site for one in row.steer for site in one.sites}:
-            steps_at(row.steer, site)  # refuses what cannot be joined there
-        for site in taps:
-            self.model.check(site, self.model.d_model if site.head is None else self.model.d_head)
-        return Live(id, row, prompt, tuple(taps), len(prompt.ids) + given)
-
-    def judge(self, lives: Sequence[Live]) -> None:
-        """Judges every gate on its unsteered prompt, once, and drops what stays shut."""
-        gated = [(live, one.gate) for live in lives for one in live.row.steer if one.gate]
-        if gated and self._judged != self.model.fingerprint:
-            self._verdicts, self._judged = {}, self.model.fingerprint
-        opens = {
-            (live.prompt.ids, gate): self._verdicts.get((live.prompt.ids, gate))
-            for live, gate in gated
-        }
-        by_prompt: dict[Encoded, set[Gate]] = {}
-        for live, gate in gated:
-            if opens[live.prompt.ids, gate] is None:
-                by_prompt.setdefault(live.prompt, set()).add(gate)
-        for prompt, gates in by_prompt.items():
-            for layer, x, _ in self.model.residuals([prompt]):
-                for gate in gates:
-                    reads = gate.site.layer - (gate.site.component == "resid_pre")
-                    if reads == layer:
-                        cosine = torch.cosine_similarity(
-                            x[0, 1:].float(), gate.vector.to(x.device)[None], dim=-1
-                        )
-                        mean = cosine.mean().item() if len(cosine) else 0.0
-                        passed = mean > gate.threshold if gate.above else mean < gate.threshold
-                        opens[prompt.ids, gate] = self._verdicts[prompt.ids, gate] = passed
-        for oldest in list(self._verdicts)[: -self.KEPT]:
-            del self._verdicts[oldest]
-        for live in lives:
-            live.steer = tuple(
-                one
-                for one in live.row.steer
-                if one.gate is None or opens[live.prompt.ids, one.gate]
-            )
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -185,12 +55,15 @@ class Stepper:
         self._admission, self._model = admission, admission.model
         self._lock = RLock()
         self._waiting: list[Live] = []
-        self._live: list[Live] = []
+        self._live: list[Live] = []  # in the order of the batch, rows that have ended included
         self._ended: dict[int, Live] = {}
         self._count = 0
-        self._stream: Stream | None = None
+        self._full = False  # memory ran out when the last rows were read; none has left since
+        self._decoding = Decoding(self._model)
         self._sampler: Sampler | None = None
-        self._next: Tensor | None = None
+        self._taps: Taps | None = None
+        self._next: Tensor | None = None  # the tokens to read next
+        self._steps: Tensor | None = None  # how many each row has generated
 
     @property
     @_alone
@@ -207,7 +80,7 @@ class Stepper:
 
     @_alone
     def add(self, row: Row, taps: Sequence[Site] = ()) -> int:
-        """Takes a row in; its prompt is read in the next step.
+        """Takes a row in; its prompt is read in the next step that has memory for it.
 
         Returns:
             The row's id.
@@ -225,8 +98,7 @@ class Stepper:
         """Ends a row; what it has generated so far is its result. Ended rows stay as they are."""
         for live in [*self._waiting, *self._live]:
             if live.id == id and live.finish is None:
-                live.finish = "cancelled"
-                self._ended[id] = live
+                self._end(live, "cancelled")
         self._waiting = [live for live in self._waiting if live.finish is None]
 
     @_alone
@@ -239,100 +111,122 @@ class Stepper:
         if id not in self._ended:
             raise RequestError(f"row {id} has not ended, or was popped before")
         live = self._ended.pop(id)
-        late = begins_late(live.steered)
-        taps = {}
-        for site, parts in live.seen.items():
-            if late:  # the last prompt position was read twice: the second time steered
-                parts = [parts[0][:-1], *parts[1:]]
-            taps[site] = torch.cat(parts)
+        taps = {site: torch.cat(parts) for site, parts in live.seen.items()}
         text = self._model.decode(live.tokens, live.row.prompt)
         return Result(live.row, tuple(live.tokens), text, live.finish or "", taps)
 
     @_alone
     @exactly()
     def step(self) -> list[Event]:
-        """Reads waiting prompts, gives every row in work its next token; says what happened."""
-        self._drop_ended()
-        # what can fail for one row's sake comes first: the batch has not moved yet
-        arrived = self._read_waiting()
-        streams = []
-        if self._stream is not None and self._next is not None:
-            streams.append(self._stream.step(self._next, self._watch(self._live)))
-        if arrived:
-            streams += self._join(arrived)
-        if not streams or self._sampler is None:
+        """Reads waiting prompts, gives every row in work its next token; says what happened.
+
+        It is all or nothing: if it raises, every row is as it was, and it may be called again.
+        Waiting rows for which memory does not suffice wait until others leave. One that does not
+        fit alone ends with "memory".
+        """
+        self._leave()
+        arriving = [] if self._full and self._live else list(self._waiting)
+        self._admission.judge(arriving)
+        while True:
+            try:
+                return self._step(arriving)
+            except (RuntimeError, MemoryError) as error:
+                if not arriving or not is_out_of_memory(error):
+                    raise
+            release(self._model.device)
+            if len(arriving) == 1 and not self._live:
+                self._waiting.remove(arriving[0])
+                self._end(arriving[0], "memory")
+                return [Event(arriving[0].id, None, "memory")]
+            arriving, self._full = arriving[: len(arriving) // 2], True
+            if not arriving and not self._live:
+                arriving = self._waiting[:1]
+
+    def _step(self, arriving: list[Live]) -> list[Event]:
+        """A step with some of the waiting rows. What can fail comes first."""
+        if not self._live and not arriving:
             return []
-        logits = self._model.unembed(torch.cat(streams))
-        steps = torch.tensor([len(live.tokens) for live in self._live], device=logits.device)
-        self._next, sane = self._sampler.choose(logits, steps)
-        stops = self._model.stop_ids
-        events = []
-        for live, token, good in zip(self._live, self._next.tolist(), sane.tolist(), strict=True):
-            if live.finish is not None:
-                continue
-            if not good:
-                live.finish = "overflow"
-            elif token in stops:
-                live.finish = "stop"
-            else:
-                live.tokens.append(token)
-                live.finish = "length" if live.left <= 0 else None
-            if live.finish:
-                self._ended[live.id] = live
-            events.append(
-                Event(live.id, token if good and token not in stops else None, live.finish)
-            )
-        return events
-
-    def _watch(self, lives: Sequence[Live]) -> Taps | None:
-        return Taps(lives) if any(live.taps for live in lives) else None
-
-    def _read_waiting(self) -> list[tuple[list[Live], Stream, Tensor]]:
-        """Reads the waiting prompts, those that are steered late apart from the others."""
-        self._admission.judge(self._waiting)
-        read = []
-        for late in (False, True):
-            group = [live for live in self._waiting if begins_late(live.steered) == late]
-            if group:
-                for live in group:
-                    live.seen.clear()  # of a try that failed
-                rows, room = [live.steered for live in group], self._room()
-                read.append((group, *Stream.prefill(self._model, rows, room, self._watch(group))))
-        return read
-
-    def _join(self, arrived: list[tuple[list[Live], Stream, Tensor]]) -> list[Tensor]:
-        """Joins rows that were read to the batch."""
-        room = self._room()
-        for group, stream, _ in arrived:
-            self._stream = stream if self._stream is None else self._stream.joined(stream, room)
-            self._live += group
-        self._waiting = []
-        self._settle()
-        return [x for _, _, x in arrived]
-
-    def _room(self) -> int:
-        """Slots that the longest row still needs."""
-        return max(live.left for live in [*self._live, *self._waiting])
-
-    def _drop_ended(self) -> None:
-        """Ended rows leave once they are a quarter of the batch: leaving copies the others."""
-        going = [i for i, live in enumerate(self._live) if live.finish is None]
-        if not going:
-            self._live, self._stream, self._sampler, self._next = [], None, None, None
-        elif len(going) <= 0.75 * len(self._live) and self._stream and self._next is not None:
-            self._stream.keep(going)
-            self._live = [self._live[i] for i in going]
-            self._next = self._next[torch.tensor(going, device=self._next.device)]
+        live, decoding, before = self._live, self._decoding, int(bool(self._live))
+        streams, arrival, batch, arrived = [], None, None, watching(arriving)
+        if live:
             self._settle()
+            assert self._next is not None
+            streams.append(decoding.step(self._next, self._taps))
+        sampler, steps = self._sampler, self._steps
+        if arriving:
+            rows, rooms = [one.steered for one in arriving], [one.left for one in arriving]
+            arrival = decoding.read(rows, rooms, arrived)
+            streams.append(arrival.x)
+            batch, order = decoding.joined(arrival, before)
+            live = [[*live, *arriving][n] for n in order]
+            streams = [torch.cat(streams)[torch.tensor(order).to(arrival.x.device)]]
+            sampler, steps = self._sampler_of(live), self._counts(live)
+        assert sampler and steps is not None
+        chosen = sampler.pick(self._model.unembed(streams[0]), steps)
+        tokens = chosen.tolist()
+        seen = [found for taps in (self._taps, arrived) if taps for found in taps.take()]
+
+        # from here on nothing fails
+        sampler.mark(chosen.clamp_min_(0))
+        decoding.advance(before, arrival, batch)
+        if arrival:
+            for one, seat in zip(arriving, arrival.seats, strict=True):
+                one.seat = seat
+            self._live, self._sampler, self._taps = live, sampler, watching(live)
+            self._waiting = [one for one in self._waiting if one not in arriving]
+        self._next, self._steps = chosen, steps.add_(1)
+        for one, site, values in seen:
+            one.seen.setdefault(site, []).append(values)
+        going = [(one, token) for one, token in zip(live, tokens, strict=True) if not one.finish]
+        return [self._took(one, token) for one, token in going]
+
+    def _took(self, live: Live, token: int) -> Event:
+        """A row's next token; below 0 if there was none."""
+        if token < 0:
+            self._end(live, "overflow")
+        elif token in self._model.stop_ids:
+            self._end(live, "stop")
+        else:
+            live.tokens.append(token)
+            if live.left <= 0:
+                self._end(live, "length")
+        ended = live.finish in ("overflow", "stop")
+        return Event(live.id, None if ended else token, live.finish)
+
+    def _end(self, live: Live, finish: str) -> None:
+        live.finish = finish
+        self._ended[live.id] = live
+        self._full = False
+
+    def _leave(self) -> None:
+        """Ended rows leave once they are a quarter of the batch, or others wait for their place."""
+        going = [live for live in self._live if live.finish is None]
+        waited = bool(self._waiting) and not self._full
+        if len(going) <= (len(self._live) - 1 if waited else 0.75 * len(self._live)):
+            self._decoding.keep({live.seat for live in going if live.seat})
+            at = {seat: n for n, seat in enumerate(self._decoding.seats)}
+            self._live = sorted(going, key=lambda live: at[live.seat] if live.seat else -1)
+            self._sampler = None
 
     def _settle(self) -> None:
-        """Sampling settings of the rows now in the batch."""
-        settings = [live.row.sampling for live in self._live]
+        """What a step needs of the running rows, where it is not kept from the last one."""
+        if self._sampler is None:
+            device = self._model.device
+            self._next = torch.tensor([live.tokens[-1] for live in self._live]).to(device)
+            self._steps, self._taps = self._counts(self._live), watching(self._live)
+            self._sampler = self._sampler_of(self._live)
+        elif self._taps:
+            self._taps.parts = []  # of a step that failed
+
+    def _counts(self, live: Sequence[Live]) -> Tensor:
+        return torch.tensor([len(one.tokens) for one in live]).to(self._model.device)
+
+    def _sampler_of(self, live: Sequence[Live]) -> Sampler:
+        settings = [one.row.sampling for one in live]
         seen = None
         if any(s.repetition_penalty != 1 for s in settings):
             seen = torch.zeros(len(settings), self._model.d_vocab, dtype=torch.bool)
-            for i, live in enumerate(self._live):
-                seen[i, torch.tensor([*live.prompt.ids, *live.tokens])] = True
+            for marks, one in zip(seen, live, strict=True):
+                marks[torch.tensor([*one.prompt.ids, *one.tokens])] = True
             seen = seen.to(self._model.device)
-        seeds = [live.row.seed for live in self._live]
-        self._sampler = Sampler(settings, seeds, seen, self._model.device)
+        return Sampler(settings, [one.row.seed for one in live], seen, self._model.device)

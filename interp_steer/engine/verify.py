@@ -16,7 +16,7 @@ from torch import Tensor
 
 from interp_steer.engine import hooks
 from interp_steer.engine.bench import NEW_TOKENS, Bench
-from interp_steer.engine.forward import Stream
+from interp_steer.engine.decoding import Decoding
 from interp_steer.engine.row import Row, Sampling
 from interp_steer.model.model import SteeringModel
 from interp_steer.steering.grammar import steer
@@ -114,9 +114,13 @@ def _cached(b: Bench) -> Result:
     for row, answer in zip(b.rows[:8], b.answers[:8], strict=True):
         steered = b.engine.admission.steered(row)
         with torch.no_grad():
-            stream, x = Stream.prefill(b.model, [steered], len(answer))
+            decoding = Decoding(b.model)
+            arrival = decoding.read([steered], [len(answer)])
+            decoding.advance(0, arrival)
+            x = arrival.x
             for token in answer:
-                x = stream.step(torch.tensor([token], device=b.model.device))
+                x = decoding.step(torch.tensor([token], device=b.model.device))
+                decoding.advance(1)
             differences.append(b.apart(b.model.unembed(x).cpu(), b.last([row], [answer])))
     return max(differences), 1e-3 if b.exact else b.close()
 
@@ -297,7 +301,9 @@ def _clean(b: Bench) -> Result:
         def __init__(self, component: str) -> None:
             self.hooks = {(component, b.layer)}
 
-        def __call__(self, hook: object, x: object, place: object) -> None:
+        def __call__(
+            self, hook: object, x: object, rows: object, place: object, tokens: object
+        ) -> None:
             raise Stop
 
     def fails(x: Tensor, hook: object) -> None:
@@ -310,10 +316,11 @@ def _clean(b: Bench) -> Result:
     with torch.no_grad():
         for component in ("resid_pre", "z", "attn_out", "mlp_out", "resid_post"):
             with contextlib.suppress(Stop):
-                Stream.prefill(b.model, [steered], 1, Failing(component))
-            stream, _ = Stream.prefill(b.model, [steered], 1)
+                Decoding(b.model).read([steered], [1], Failing(component))
+            decoding = Decoding(b.model)
+            decoding.advance(0, decoding.read([steered], [1]))
             with contextlib.suppress(Stop):
-                stream.step(token, Failing(component))
+                decoding.step(token, Failing(component))
     made = hooks.fwd_hooks(b.model, row.steer, row.prompt)
     ids = torch.tensor([b.sequence(row, ())], device=b.model.device)
     with contextlib.suppress(Stop), b.model.hooked.hooks(fwd_hooks=made):

@@ -8,23 +8,19 @@ they act, so that no hook is ever registered on a module.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional
 
 Change = Callable[[Tensor], Tensor]
 
-
-@runtime_checkable
-class Keeps(Protocol):
-    """Where a block leaves keys and values, and finds those to attend to."""
-
-    def update(
-        self, keys: Tensor, values: Tensor, layer: int
-    ) -> tuple[Tensor, Tensor]: ...  # [batch kv_head pos d_head] each
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Attention of a block: from its number, queries [batch head pos d], keys and values
+[batch kv_head pos d] to z [batch pos head d]. Keys and values are rotated and new: what they are
+kept in, and what else is attended to, is the function's own affair."""
 
 
 @contextmanager
@@ -94,23 +90,39 @@ def signed(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return cos[:, None], torch.cat([-sin[..., :half], sin[..., half:]], -1)[:, None]
 
 
+def causal(
+    layer: int,
+    q: Float[Tensor, "batch head pos d"],
+    k: Float[Tensor, "batch kv_head pos d"],
+    v: Float[Tensor, "batch kv_head pos d"],
+) -> Float[Tensor, "batch pos head d"]:
+    """softmax(q k' / sqrt(d)) v over each position and those before it; heads share keys in groups.
+
+    Right padding needs no mask: it comes after every real token.
+    """
+    shared = q.shape[1] != k.shape[1]
+    out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
+    return out.transpose(1, 2)
+
+
 def attention(
     q: Float[Tensor, "batch head pos d"],
     k: Float[Tensor, "batch kv_head key_pos d"],
     v: Float[Tensor, "batch kv_head key_pos d"],
-    mask: Bool[Tensor, "#batch 1 pos key_pos"] | None,
+    mask: Shaped[Tensor, "#batch 1 #pos key_pos"] | None = None,
 ) -> Float[Tensor, "batch pos head d"]:
-    """softmax(q k' / sqrt(d)) v; heads in groups that share keys. No mask means causal."""
+    """softmax(q k' / sqrt(d) + mask) v, without a mask over all keys.
+
+    The heads of a group become queries of one head: the keys, most of what a decoding step reads
+    beside the weights, are read once, and no kernel has to know of groups.
+    """
     batch, heads, new, width = q.shape
-    attend = functional.scaled_dot_product_attention
-    if new == 1:
-        # the heads of a group become queries of one head: the keys, most of what a step reads
-        # beside the weights, are read once
-        grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], width)
-        return attend(grouped, k, v, attn_mask=mask).reshape(batch, 1, heads, width)
-    shared = heads != k.shape[1]
-    out = attend(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared)
-    return out.transpose(1, 2)
+    group = heads // k.shape[1]
+    if mask is not None and new > 1:
+        mask = mask.repeat(1, 1, group, 1)
+    q = q.reshape(batch, k.shape[1], group * new, width)
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.reshape(batch, heads, new, width).transpose(1, 2)
 
 
 def block(
@@ -118,8 +130,7 @@ def block(
     number: int,
     x: Float[Tensor, "batch pos d_model"],
     rotary: tuple[Tensor, Tensor],
-    mask: Bool[Tensor, "#batch 1 pos key_pos"] | None,
-    cache: Keeps | None,
+    attend: Attend,
     changes: Mapping[str, Change],
 ) -> Float[Tensor, "batch pos d_model"]:
     """A `LlamaDecoderLayer`; `changes` act on `z`, `attn_out`, `mlp_out`; `rotary` is `signed`."""
@@ -129,10 +140,7 @@ def block(
         linear(h, part).unflatten(-1, (-1, own.head_dim)).transpose(1, 2)
         for part in (own.q_proj, own.k_proj, own.v_proj)
     )
-    q, k = rotated(q, rotary), rotated(k, rotary)
-    if cache is not None:
-        k, v = cache.update(k, v, number)
-    z = _changed(changes, "z", attention(q, k, v, mask))
+    z = _changed(changes, "z", attend(number, rotated(q, rotary), rotated(k, rotary), v))
     x = x + _changed(changes, "attn_out", linear(z.flatten(2), own.o_proj))
     h = normed(x, layer.post_attention_layernorm)
     gate = functional.silu(linear(h, mlp.gate_proj), inplace=True)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp_steer.errors import RequestError
-from interp_steer.model.block import Change, Keeps, block, exactly, linear, normed, signed
+from interp_steer.model.block import Attend, Change, block, causal, exactly, linear, normed, signed
 from interp_steer.model.site import Site
 from interp_steer.prompts.prompt import Encoded
 
@@ -64,20 +64,17 @@ class Forward:
         layer: int,
         x: Float[Tensor, "batch pos d_model"],
         rotary: tuple[Tensor, Tensor],
-        mask: Bool[Tensor, "#batch 1 pos key_pos"] | None,
-        cache: Keeps | None = None,
+        attend: Attend = causal,
         changes: Mapping[str, Change] = MappingProxyType({}),
     ) -> Float[Tensor, "batch pos d_model"]:
-        """One block. `mask` is True where a query may look; None means plain causal.
-
-        Hooks that somebody registers on `hf` are not called here.
+        """One block. Hooks that somebody registers on `hf` are not called here.
 
         Args:
-            cache: its `update` gets the new keys and values, and returns those to attend to.
+            attend: attention; plain causal by default.
             changes: functions that `attn_out`, `mlp_out` `[batch pos d_model]` or `z`
                 `[batch pos head d_head]` of this block pass through.
         """
-        return block(self.hf.model.layers[layer], layer, x, rotary, mask, cache, changes)
+        return block(self.hf.model.layers[layer], layer, x, rotary, attend, changes)
 
     def unembed(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_vocab"]:
         """Final norm and unembedding: logits of a residual stream after the last block."""
@@ -100,20 +97,14 @@ class Forward:
         """
         if not self.has_weights:
             raise RequestError("activations need the model's weights, which are not here")
-        longest = max(len(one.ids) for one in encoded)
-        ids = torch.zeros(len(encoded), longest, dtype=torch.long)
-        real = torch.zeros(len(encoded), longest, dtype=torch.bool)
-        for row, one in enumerate(encoded):
-            ids[row, : len(one.ids)] = torch.tensor(one.ids)
-            real[row, : len(one.ids)] = True
-        ids, real = ids.to(self.device), real.to(self.device)
-        with exactly():  # right padding comes after every real token: plain causal is right
+        ids, real = padded([one.ids for one in encoded], self.device)
+        with exactly():
             x = self.embed(ids)
-            rotary = self.rotary(x, torch.arange(longest, device=self.device)[None])
+            rotary = self.rotary(x, torch.arange(ids.shape[1], device=self.device)[None])
         yield -1, x, real  # outside: what is switched off is so for the whole thread
         for layer in range(self.n_layers):
             with exactly():
-                x = self.block(layer, x, rotary, None, None, _inside(changes, layer))
+                x = self.block(layer, x, rotary, changes=_inside(changes, layer))
             yield layer, x, real
 
     def read(
@@ -158,10 +149,21 @@ class Forward:
             rotary = self.rotary(x, torch.arange(len(one.ids), device=self.device)[None])
             for layer in range(self.n_layers):
                 x = changed(x) if between and layer == at else x
-                x = self.block(layer, x, rotary, None, None, _inside(changes, layer))
+                x = self.block(layer, x, rotary, changes=_inside(changes, layer))
             x = changed(x) if between and at == self.n_layers else x
             logprobs = self.unembed(x[0, :-1]).float().log_softmax(-1)
         return -logprobs.gather(1, ids[0, 1:, None])[:, 0]
+
+
+def padded(
+    sequences: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """Token ids as one left-aligned batch, zeros at the right end of shorter ones; and which
+    positions are real.
+    """
+    longest = max(len(ids) for ids in sequences)
+    whole = torch.tensor([[*ids, *[-1] * (longest - len(ids))] for ids in sequences]).to(device)
+    return whole.clamp_min(0), whole >= 0
 
 
 def _inside(changes: Mapping[tuple[str, int], Change], layer: int) -> dict[str, Change]:

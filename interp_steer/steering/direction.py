@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
@@ -120,7 +121,7 @@ class Direction:
         """The vector at its original length."""
         return self.unit * self.norm
 
-    @property
+    @cached_property
     def sha(self) -> str:
         """Eight hexadecimal digits of the content: unit vector, norm and hook point."""
         text = f"{self.hook_point} {self.norm!r}".encode()
@@ -286,7 +287,7 @@ class DirectionSet:
         """The same directions under another name."""
         return DirectionSet(self._members, name)
 
-    @property
+    @cached_property
     def sha(self) -> str:
         """Eight hexadecimal digits of all members' content."""
         return hashlib.sha256("".join(m.sha for m in self._members).encode()).hexdigest()[:8]

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from interp_steer.engine.bank import steps_at
 from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Row
 from interp_steer.errors import RunError
@@ -142,7 +141,7 @@ def _step_lengths(engine: Engine, chunk: Chunk) -> list[float | None]:
         if not row.steer:
             continue
         site = row.steer[0].sites[0]
-        steps = steps_at(row.steer, site)
+        steps = engine.admission.steering(row.steer).steps[site]
         if len(steps) == 1 and steps[0].kind == "add":
             lengths[i] = steps[0].operands[0].norm().item()
         elif site.head is None:
