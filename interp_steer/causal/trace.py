@@ -86,8 +86,8 @@ class _Apart:
         names: Sequence[str],
         steered: Sequence[Sequence[bool]],
         layer: int,
-        plain: Sequence[Float[Tensor, "pos d_model"]],
-        moved: Sequence[Float[Tensor, "pos d_model"]],
+        plain: Sequence[Float[Tensor, "_ d_model"]],
+        moved: Sequence[Float[Tensor, "_ d_model"]],
     ) -> None:
         """Streams after a block, of prompts with these names and steered positions."""
         lasts = torch.stack([torch.stack([x[-1] for x in side]) for side in (plain, moved)])

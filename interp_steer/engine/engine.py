@@ -244,9 +244,9 @@ class Engine:
 
 def readings(
     model: SteeringModel,
-    streams: Sequence[Float[Tensor, "pos d_model"]],
+    streams: Sequence[Float[Tensor, "_ d_model"]],
     given: Sequence[Sequence[int]],
-    references: Sequence[Float[Tensor, "pos d_model"] | None],
+    references: Sequence[Float[Tensor, "_ d_model"] | None],
     last_logits: bool = False,
 ) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
     """Of each row the log probabilities of given tokens, the last logits if asked for, and KL from

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.linalg import expm
 
-from interp_steer.engine.bank import compile_banks, steps_at
+from interp_steer.engine.bank import Bank, Hook, Operands, Steering
 from interp_steer.errors import RequestError
 from interp_steer.model.site import Site
 from interp_steer.prompts.prompt import Encoded
@@ -18,6 +18,7 @@ WIDTH, HEADS, HEAD_WIDTH = 12, 3, 6
 PLAIN = [one for one in OPERATORS if one != "latent_clamp"]  # that needs an SAE: test_sae.py
 CPU = torch.device("cpu")
 Rows = list[tuple[tuple[Intervention, ...], Encoded]]
+Spans = list[tuple[int, int]]
 
 
 def way(seed: int, width: int = WIDTH, name: str | None = None, layer: int = 0, **more):
@@ -156,11 +157,29 @@ def stream(component: str, batch: int, slots: int, seed: int = 0) -> torch.Tenso
     return 2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def right_aligned(rows: Rows, after: int) -> torch.Tensor:
-    """Positions of a batch whose prompts end in one slot, `after` generated tokens behind it."""
-    longest = max(len(said.ids) for _, said in rows)
-    pads = torch.tensor([[longest - len(said.ids)] for _, said in rows])
-    return torch.arange(longest + after)[None] - pads
+def spans_of(rows: Rows, after: int) -> Spans:
+    """Whole prompts, and `after` generated tokens behind each."""
+    return [(0, len(said.ids) + after) for _, said in rows]
+
+
+def positions_of(spans: Spans) -> torch.Tensor:
+    """Absolute positions in a left-aligned batch, -1 at padding."""
+    slots = torch.arange(max(length for _, length in spans))
+    begin, length = torch.tensor(spans).T
+    return torch.where(slots < length[:, None], begin[:, None] + slots, -1)
+
+
+def banks_of(rows: Rows, spans: Spans) -> dict[Hook, Bank]:
+    return Operands(CPU).banks([(Steering(steers, CPU), said) for steers, said in rows], spans)
+
+
+def hooks_of(rows: Rows) -> set[Hook]:
+    return {(site.component, site.layer) for row, _ in rows for one in row for site in one.sites}
+
+
+def applied(banks: dict[Hook, Bank], hook: Hook, x: torch.Tensor, *place: torch.Tensor):
+    """A bank may be left out where nobody is steered, and may write to what it is given."""
+    return banks[hook].apply(x.clone(), *place) if hook in banks else x
 
 
 BATCHES = range(25)
@@ -188,59 +207,72 @@ def _joint_sites(row: tuple[Intervention, ...]) -> list[Site]:
 @pytest.mark.parametrize("seed", BATCHES)
 def test_a_bank_is_the_slow_loop(seed):
     rows = any_batch(seed)
-    positions = right_aligned(rows, after=4)
-    banks = compile_banks(rows, CPU)
-    hooks = {(site.component, site.layer) for row, _ in rows for one in row for site in one.sites}
-    assert set(banks) == hooks
-    for (component, layer), bank in banks.items():
+    spans = spans_of(rows, after=4)
+    positions, banks = positions_of(spans), banks_of(rows, spans)
+    assert set(banks) <= hooks_of(rows)
+    for component, layer in hooks_of(rows):
         x = stream(component, len(rows), positions.shape[1], seed)
-        before = x.clone()
-        got = bank.apply(x, positions)
+        got = applied(banks, (component, layer), x)
         assert close(got, reference(rows, component, layer, x, positions))
-        assert torch.equal(x, before)
-        padding = positions < 0
-        assert torch.equal(got[padding], x[padding])
+        assert torch.equal(got[positions < 0], x[positions < 0])
 
 
 @pytest.mark.parametrize("seed", BATCHES)
-def test_apply_next_is_apply_beyond_the_prompt(seed):
+def test_a_decoding_step_is_the_slow_loop(seed):
     rows = any_batch(seed)
-    for (component, layer), bank in compile_banks(rows, CPU).items():
-        for step in (0, 1, 5, 20):
-            positions = torch.tensor([[len(said.ids) + step] for _, said in rows])
+    for step in (0, 1, 5, 20):
+        spans = [(len(said.ids) + step, 1) for _, said in rows]
+        banks = banks_of(rows, spans)
+        for component, layer in hooks_of(rows):
             x = stream(component, len(rows), 1, seed + step)
-            got = bank.apply_next(x, positions)
-            assert torch.equal(got, bank.apply(x, positions))
-            assert close(got, reference(rows, component, layer, x, positions))
+            got = applied(banks, (component, layer), x)
+            assert close(got, reference(rows, component, layer, x, positions_of(spans)))
 
 
 @pytest.mark.parametrize("seed", BATCHES)
 def test_place_says_where_each_row_stands(seed):
     rows = any_batch(seed)
-    positions = right_aligned(rows, after=2)
+    spans = spans_of(rows, after=2)
     order = torch.randperm(len(rows) + 2, generator=torch.Generator().manual_seed(seed))
     place = order[: len(rows)]  # two more rows stand there, of no bank
-    moved_positions = torch.zeros(len(order), positions.shape[1], dtype=torch.long)
-    moved_positions[:] = torch.arange(positions.shape[1])
-    moved_positions[place] = positions
-    for (component, _), bank in compile_banks(rows, CPU).items():
-        x = stream(component, len(order), positions.shape[1], seed)
-        got = bank.apply(x, moved_positions, place)
-        assert torch.allclose(got[place], bank.apply(x[place], positions), atol=1e-6)
+    banks = banks_of(rows, spans)
+    for hook in banks:
+        x = stream(hook[0], len(order), positions_of(spans).shape[1], seed)
+        got = applied(banks, hook, x, place)
+        assert torch.allclose(got[place], applied(banks, hook, x[place]), atol=1e-6)
         others = order[len(rows) :]
         assert torch.equal(got[others], x[others])
 
 
 def test_rows_do_not_depend_on_their_neighbours():
     rows = [row for seed in range(3) for row in any_batch(seed)]
-    positions = right_aligned(rows, after=2)
-    banks = compile_banks(rows, CPU)
+    spans = spans_of(rows, after=2)
+    banks = banks_of(rows, spans)
     for i, row in enumerate(rows):
-        for (component, layer), bank in compile_banks([row], CPU).items():
-            x = stream(component, len(rows), positions.shape[1], i)
-            alone = bank.apply(x[i : i + 1], positions[i : i + 1])
-            together = banks[component, layer].apply(x, positions)[i : i + 1]
+        own = banks_of([row], spans[i : i + 1])
+        for hook in own:
+            x = stream(hook[0], len(rows), positions_of(spans).shape[1], i)
+            alone = applied(own, hook, x[i : i + 1, : spans[i][1]])
+            together = applied(banks, hook, x)[i : i + 1, : spans[i][1]]
             assert torch.allclose(alone, together, atol=1e-5)
+
+
+def test_what_rows_share_is_kept_once():
+    """256 rows of one ablation at 96 sites: a vector and its dual, and no copies of them."""
+    v = way(1, 512)
+    sites = [Site(component, n) for n in range(32) for component in ("resid_pre", "mlp_out")]
+    steering = Steering((steer("ablate", v, at=[*sites]),), CPU)
+    operands = Operands(CPU)
+    rows = [(steering, prompt(40))] * 256
+    banks = operands.banks(rows, [(0, 40)] * 256)
+    assert len(banks) == 64 and len(operands) == 1
+    tensors = {
+        part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()
+        for bank in banks.values()
+        for stage in bank.stages
+        for part in (*stage.operands, stage.rows, stage.which, stage.mask)
+    }
+    assert sum(tensors.values()) <= 2 * 512 * 4 + 256 * (40 + 3 * 8) + 64
 
 
 # --- by hand ----------------------------------------------------------------------------------
@@ -253,24 +285,23 @@ def test_padding_is_never_touched_even_if_it_is_not_finite(operator):
     coefficient += " deg" if "deg" in units else ""
     ways = [way(i) for i in range(count)]
     one = steer(operator, *ways, coefficient=coefficient, at=0, on="all+first")
-    (bank,) = compile_banks([((one,), prompt(3)), ((one,), prompt(1))], CPU).values()
-    positions = torch.tensor([[0, 1, 2, 3], [-2, -1, 0, 1]])
+    spans = [(0, 4), (0, 2)]
+    (bank,) = banks_of([((one,), prompt(3)), ((one,), prompt(1))], spans).values()
     x = stream("resid_post", 2, 4)
-    x[1, 0], x[1, 1] = math.nan, math.inf
-    got = bank.apply(x, positions)
-    assert got[1, 0].isnan().all() and (got[1, 1] == math.inf).all()
-    assert got[0].isfinite().all() and got[1, 2:].isfinite().all()
-    assert not (got == x)[positions >= 0].all(-1).any()
+    x[1, 2], x[1, 3] = math.nan, math.inf
+    got = bank.apply(x.clone())
+    assert got[1, 2].isnan().all() and (got[1, 3] == math.inf).all()
+    assert got[0].isfinite().all() and got[1, :2].isfinite().all()
+    assert not (got == x)[positions_of(spans) >= 0].all(-1).any()
 
 
 def test_rows_without_interventions_are_unchanged_to_the_bit():
     rows = [(parse("add(v, 3) at 0", {"v": way(1)}), prompt(2)), ((), prompt(3))]
-    bank = compile_banks(rows, CPU)["resid_post", 0]
-    x = stream("resid_post", 2, 3)
-    assert torch.equal(bank.apply(x, right_aligned(rows, 0))[1], x[1])
-    x = stream("resid_post", 2, 1)
-    assert torch.equal(bank.apply_next(x, torch.tensor([[2], [3]]))[1], x[1])
-    assert compile_banks([((), prompt(2))], CPU) == {}
+    for spans in (spans_of(rows, 0), [(2, 1), (3, 1)]):
+        bank = banks_of(rows, spans)["resid_post", 0]
+        x = stream("resid_post", 2, positions_of(spans).shape[1])
+        assert torch.equal(bank.apply(x.clone())[1], x[1])
+    assert banks_of([((), prompt(2))], [(0, 2)]) == {}
 
 
 @pytest.mark.parametrize(
@@ -292,9 +323,10 @@ def test_a_decoding_step_steers_only_rows_whose_scope_goes_on(scope, live):
         (parse(add, {"v": way(1)}), prompt(4)),
         (parse("add(w, 1) at 0", {"w": way(2)}), prompt(2)),
     ]
-    bank = compile_banks(rows, CPU)["resid_post", 0]
+    bank = banks_of(rows, [(4, 1), (2, 1)])["resid_post", 0]
+    assert len(bank.stages[0].rows) == 1 + live
     x = stream("resid_post", 2, 1)
-    got = bank.apply_next(x, torch.tensor([[4], [2]]))
+    got = bank.apply(x.clone())
     step = 3 * way(1).unit if live else torch.zeros(WIDTH)
     assert torch.allclose(got[0, 0], x[0, 0] + step, atol=1e-6)
     assert torch.allclose(got[1, 0], x[1, 0] + way(2).unit, atol=1e-6)
@@ -313,10 +345,9 @@ def test_bfloat16_stays_bfloat16(text):
 def test_a_set_steers_each_layer_with_its_own_and_max_is_each_layers():
     many = DirectionSet(way(i, name="v", layer=i, max_activation=1.0 + i) for i in range(3))
     rows = [((steer("add", many, coefficient="2 max", at="0-2"),), prompt(1))]
-    banks = compile_banks(rows, CPU)
-    x = torch.zeros(1, 1, WIDTH)
+    banks = banks_of(rows, [(1, 1)])
     for layer in range(3):
-        got = banks["resid_post", layer].apply(x, torch.tensor([[1]]))
+        got = banks["resid_post", layer].apply(torch.zeros(1, 1, WIDTH))
         assert torch.allclose(got[0, 0], 2 * (1.0 + layer) * many[layer].unit)
 
 
@@ -326,17 +357,17 @@ def test_clamps_join_at_the_place_of_the_last_one():
     text = (
         "add(u, 1) at 0; clamp(v, 2) at 0; rotate(v, u, 5 deg) at 0; ablate(w) at 0; add(w, 3) at 0"
     )
-    kinds = [step.kind for step in steps_at(parse(text, known), site)]
-    assert kinds == ["add", "rotate", "clamp", "add"]
-    assert [step.kind for step in steps_at(parse(text, known), Site("resid_post", 1))] == []
+    steps = Steering(parse(text, known), CPU).steps
+    assert [step.kind for step in steps[site]] == ["add", "rotate", "clamp", "add"]
+    assert set(steps) == {site}
 
 
 def test_joined_clamps_hold_every_target():
     known = {name: way(i, name=name) for i, name in enumerate("vwu")}
     text = "clamp(v, 2) at 0; clamp(w, -1) at 0; ablate(u) at 0"
     rows = [(parse(text, known), prompt(1)), (parse("clamp(v, 7) at 0", known), prompt(1))]
-    bank = compile_banks(rows, CPU)["resid_post", 0]
-    got = bank.apply(stream("resid_post", 2, 4), torch.arange(4)[None].repeat(2, 1))[:, 1:]
+    bank = banks_of(rows, [(0, 4), (0, 4)])["resid_post", 0]
+    got = bank.apply(stream("resid_post", 2, 4))[:, 1:]
     for name, target in (("v", 2.0), ("w", -1.0), ("u", 0.0)):
         assert torch.allclose(got[0] @ known[name].unit, torch.tensor(target), atol=1e-5)
     assert torch.allclose(got[1] @ known["v"].unit, torch.tensor(7.0), atol=1e-5)
@@ -361,12 +392,11 @@ def test_joined_clamps_hold_every_target():
 def test_what_cannot_be_stacked_is_refused(text, said):
     near = way(1) + 1e-3 * way(2)
     known = {"v": way(1, name="v"), "w": way(2, name="w"), "near": near.named("near")}
-    rows = [(parse("add(v, 1) at 0", known), prompt(2)), (parse(text, known), prompt(2))]
     with pytest.raises(RequestError, match=said):
-        compile_banks(rows, CPU)
+        Steering(parse(text, known), CPU)
 
 
 def test_clamps_at_different_places_are_not_joined():
     known = {"v": way(1), "w": way(2)}
     text = "clamp(v, 1) at 0 on prompt; clamp_min(w, 1) at 1; clamp_max(w, 2) at mlp_out 0"
-    assert len(compile_banks([(parse(text, known), prompt(2))], CPU)) == 3
+    assert len(banks_of([(parse(text, known), prompt(2))], [(0, 2)])) == 3

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from interp_steer.engine import forward, hooks
+from interp_steer.engine import hooks
+from interp_steer.engine.decoding import Decoding
 from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Row, Sampling, record
 from interp_steer.engine.sampler import Sampler
@@ -203,9 +204,9 @@ def blocks(monkeypatch) -> list[tuple[int, int, int]]:
     seen: list[tuple[int, int, int]] = []
     block = SteeringModel.block
 
-    def watched(self, layer, x, *rest):
+    def watched(self, layer, x, *rest, **more):
         seen.append((layer, x.shape[0], x.shape[1]))
-        return block(self, layer, x, *rest)
+        return block(self, layer, x, *rest, **more)
 
     monkeypatch.setattr(SteeringModel, "block", watched)
     return seen
@@ -251,13 +252,34 @@ def test_one_sequence_divided_in_two_ways_is_two_rows(tiny, engine, directions):
     assert not torch.allclose(together[0].last_logits, together[1].last_logits, atol=1e-2)
 
 
-def test_late_rows_share_the_whole_prompt(tiny, directions, blocks):
-    setting = steer("add", directions["one"], coefficient=3, at=1, on="generated")
-    rows = [((setting,), tiny.encode(PROMPTS[1]))] * 5
-    with torch.no_grad():
-        forward.Stream.prefill(tiny, rows, 1)
-    length = len(rows[0][1].ids)
-    assert sum(size * n for _, size, n in blocks) == tiny.n_layers * (length + 5)
+@pytest.mark.parametrize("scores", [False, True])
+def test_late_rows_share_the_whole_prompt(tiny, engine, directions, blocks, scores):
+    """Read once but for the last position, whether an answer is generated or given."""
+    settings = [
+        (steer("add", directions["one"], coefficient=c, at=1, on="generated"),) for c in range(1, 6)
+    ]
+    rows = [Row(PROMPTS[1], setting, Sampling(max_new_tokens=1)) for setting in settings]
+    length = len(tiny.encode(PROMPTS[1]).ids)
+    if scores:
+        engine.score(rows, [(5, 6)] * 5)
+    else:
+        engine.generate(rows)
+    new = 3 if scores else 1
+    shared = 2 * new + (tiny.n_layers - 2) * 5 * new  # of the rest, before block 2 and after
+    assert sum(size * n for _, size, n in blocks) == tiny.n_layers * (length - 1) + shared
+
+
+def test_continuations_of_one_prompt_share_it(tiny, engine, directions, blocks):
+    """Also where the prompt itself is steered."""
+    setting = (steer("add", directions["one"], coefficient=3, at=1),)
+    given = [(5, 6), (7,), (), (8, 9, 10)]
+    together = engine.score([Row(PROMPTS[1], setting)] * 4, given, last_logits=True)
+    length = len(tiny.encode(PROMPTS[1]).ids)
+    assert sum(size * n for _, size, n in blocks if n > 4) == tiny.n_layers * (length - 1)
+    for ids, score in zip(given, together, strict=True):
+        alone = engine.score([Row(PROMPTS[1], setting)], [ids], last_logits=True)[0]
+        assert torch.allclose(score.last_logits, alone.last_logits, atol=1e-4)
+        assert torch.allclose(score.logprobs, alone.logprobs, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -411,26 +433,38 @@ def test_ended_rows_leave_the_batch(engine, blocks):
     assert blocks[-1][1] == 1
 
 
-def test_batches_that_do_not_fit_are_halved(engine, rows, answers, monkeypatch):
-    run, tried = forward.Stream.prefill.__func__, []
+def test_rows_that_do_not_fit_wait(engine, rows, answers, monkeypatch):
+    read, tried = Decoding.read, []
 
-    def small(cls, model, some, *rest):
+    def small(self, some, *rest):
         tried.append(len(some))
-        if len(some) > 5:
+        if len(some) + len(self.seats) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return run(cls, model, some, *rest)
+        return read(self, some, *rest)
 
-    monkeypatch.setattr(forward.Stream, "prefill", classmethod(small))
+    monkeypatch.setattr(Decoding, "read", small)
     assert [r.token_ids for r in engine.generate(rows[:20])] == answers[:20]
     assert max(tried) > 5
     done = []
     engine.generate(rows[:20], report=lambda n, note="": done.append(n))
     assert max(done) == done[-1] == 20
-    monkeypatch.setattr(
-        forward.Stream, "prefill", classmethod(lambda *_: (_ for _ in ()).throw(MemoryError()))
-    )
+    monkeypatch.setattr(Decoding, "read", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(RunError, match="single row"):
         engine.generate(rows[:2])
+
+
+def test_batches_that_do_not_fit_are_halved(engine, rows, answers, monkeypatch):
+    step, tried = Decoding.step, []
+
+    def small(self, *given):
+        tried.append(len(self.seats))
+        if len(self.seats) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, *given)
+
+    monkeypatch.setattr(Decoding, "step", small)
+    assert [r.token_ids for r in engine.generate(rows[:20])] == answers[:20]
+    assert max(tried) > 5
 
 
 def test_progress_counts_a_row_once_though_memory_ran_out_late(engine, monkeypatch):
@@ -452,7 +486,7 @@ def test_errors_of_another_kind_are_not_swallowed(engine, rows, monkeypatch):
     def broken(*_):
         raise RuntimeError("a real bug")
 
-    monkeypatch.setattr(forward.Stream, "prefill", broken)
+    monkeypatch.setattr(Decoding, "read", broken)
     with pytest.raises(RuntimeError, match="a real bug"):
         engine.generate(rows[:2])
 
@@ -470,10 +504,10 @@ def test_a_gate_reads_the_mean_cosine_of_the_prompt(tiny, engine, directions):
     for threshold, opens in [(mean - 1e-4, True), (mean + 1e-4, False)]:
         text = f"add(one, 4) at 1 if cos(two, resid_post 2) > {threshold}"
         steered, _ = engine.admission.steered(Row(PROMPTS[1], parse(text, directions)))
-        assert bool(steered) is opens
+        assert bool(steered.interventions) is opens
         text = text.replace(">", "<").replace("resid_post 2", "resid_pre 3")
         steered, _ = engine.admission.steered(Row(PROMPTS[1], parse(text, directions)))
-        assert bool(steered) is not opens
+        assert bool(steered.interventions) is not opens
 
 
 def test_keys_tell_contents_apart(tiny, rows, directions):
@@ -521,7 +555,7 @@ def test_a_pass_that_breaks_off_leaves_the_model_as_it_was(tiny, engine, directi
         def __init__(self):
             self.hooks = {(component, 2)}
 
-        def __call__(self, hook, x, place):
+        def __call__(self, hook, x, rows, place, tokens):
             x.zero_()
             raise Stop
 
@@ -532,10 +566,11 @@ def test_a_pass_that_breaks_off_leaves_the_model_as_it_was(tiny, engine, directi
     with torch.no_grad():
         logits = tiny.hf(ids).logits
         with pytest.raises(Stop):
-            forward.Stream.prefill(tiny, [steered], 1, Failing())
-        stream, _ = forward.Stream.prefill(tiny, [steered], 1)
+            Decoding(tiny).read([steered], [1], Failing())
+        decoding = Decoding(tiny)
+        decoding.advance(0, decoding.read([steered], [1]))
         with pytest.raises(Stop):
-            stream.step(torch.tensor([7]), Failing())
+            decoding.step(torch.tensor([7]), Failing())
         assert all(torch.equal(before[name], w) for name, w in tiny.hf.state_dict().items())
         assert torch.equal(tiny.hf(ids).logits, logits)
 
@@ -595,7 +630,7 @@ def test_a_failed_prefill_leaves_the_running_rows_where_they_were(engine, answer
     stepper.step()
     late = stepper.add(Row(PROMPTS[1], (), Sampling(max_new_tokens=10)))
     with monkeypatch.context() as patch:
-        patch.setattr(forward.Stream, "prefill", classmethod(lambda *_: 1 / 0))
+        patch.setattr(Decoding, "read", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             stepper.step()
     while stepper.busy:

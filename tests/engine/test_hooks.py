@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from interp_steer.engine import hooks
-from interp_steer.engine.bank import compile_banks
+from interp_steer.engine.bank import Operands, Steering
 from interp_steer.errors import RequestError
 from interp_steer.model.model import SteeringModel
 from interp_steer.steering.direction import Direction
@@ -93,11 +93,11 @@ def test_rows_of_other_prompts_are_refused(tiny, way, other, side):
 
 
 def test_a_bank_takes_a_batch_of_its_size(tiny, way):
-    row = parse("add(way, 4) at 2", {"way": way}), tiny.encode(PROMPT)
-    bank = compile_banks([row], torch.device("cpu"))["resid_post", 2]
-    x, positions = torch.zeros(2, 3, 64), torch.arange(3).expand(2, -1)
+    cpu = torch.device("cpu")
+    row = Steering(parse("add(way, 4) at 2", {"way": way}), cpu), tiny.encode(PROMPT)
+    bank = Operands(cpu).banks([row], [(0, 3)])["resid_post", 2]
     with pytest.raises(RequestError, match="steers 1 rows, the batch has 2"):
-        bank.apply(x, positions)
+        bank.apply(torch.zeros(2, 3, 64))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 from interp_steer.engine.bench import Bench
 from interp_steer.engine.engine import Engine
-from interp_steer.engine.forward import Stream
+from interp_steer.engine.decoding import Decoding
 from interp_steer.engine.verify import CHECKS, Check
 from interp_steer.model.model import SteeringModel
 
@@ -128,7 +128,7 @@ def leave_gradients(model: SteeringModel) -> None:
 def test_what_is_left_after_an_exception_is_seen(model, monkeypatch, sabotage):
     bench = Bench(model)
     assert found(bench, CLEAN).passed
-    step = Stream.step
+    step = Decoding.step
 
     def broken(self, *given, **told):
         try:
@@ -137,7 +137,7 @@ def test_what_is_left_after_an_exception_is_seen(model, monkeypatch, sabotage):
             sabotage(model)
             raise
 
-    monkeypatch.setattr(Stream, "step", broken)
+    monkeypatch.setattr(Decoding, "step", broken)
     assert not found(bench, CLEAN).passed
 
 

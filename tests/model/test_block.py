@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from interp_steer import SteeringModel
-from interp_steer.engine.forward import Cache
 from interp_steer.errors import RequestError
-from interp_steer.model.block import attention, linear, signed
+from interp_steer.model.block import attention, causal, linear, signed
 
 WIDE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -35,18 +34,22 @@ def test_products_have_gradients_where_they_are_asked_for():
 
 
 @pytest.mark.parametrize("new", [1, 5])
-@pytest.mark.parametrize("masked", [False, True])
-def test_heads_that_share_keys(new, masked):
+@pytest.mark.parametrize("kind", ["causal", "masked", "every key"])
+def test_heads_that_share_keys(new, kind):
     """softmax(q k' / sqrt(d)) v, head by head, in double precision."""
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 6, new, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
-    mask = None
-    allowed = torch.ones(new, 5, dtype=torch.bool).tril(5 - new).expand(2, new, 5)
-    if masked:
-        allowed = allowed & (torch.arange(5) >= torch.tensor([[[0]], [[2]]]))
+    allowed = torch.ones(2, new, 5, dtype=torch.bool)
+    if kind == "causal":
+        k, v = k[:, :, :new], v[:, :, :new]
+        allowed = allowed[..., :new].tril()
+        out = causal(0, q, k, v)
+    elif kind == "masked":
+        allowed = allowed.tril(5 - new) & (torch.arange(5) >= torch.tensor([[[0]], [[2]]]))
         allowed = allowed | torch.eye(new, 5, dtype=torch.bool)  # a query sees itself: no NaN
-        mask = allowed[:, None]
-    out = attention(q, k, v, mask)
+        out = attention(q, k, v, allowed[:, None])
+    else:
+        out = attention(q, k, v)
     for head in range(6):
         scores = q[:, head].double() @ k[:, head // 2].double().mT / 8**0.5
         weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
@@ -57,28 +60,28 @@ def test_heads_that_share_keys(new, masked):
 
 @pytest.mark.parametrize("dtype", WIDE)
 def test_a_block_is_hugging_faces(tiny_folder, dtype):
-    """Whole, and a position at a time with a cache; rows of two lengths."""
+    """Whole, and a position at a time."""
     model = SteeringModel.load(str(tiny_folder), dtype=dtype)
     x = torch.randn(2, 9, model.d_model, generator=torch.Generator().manual_seed(0)).to(dtype)
-    positions = torch.arange(9)[None] - torch.tensor([[0], [3]])
-    rotary = model.rotary(x, positions.clamp_min(0))
-    mask = torch.ones(9, 9, dtype=torch.bool).tril() & (positions >= 0)[:, None]
-    mask = (mask | torch.eye(9, dtype=torch.bool))[:, None]
-    theirs_rotary = model.hf.model.rotary_emb(x, position_ids=positions.clamp_min(0))
+    positions = torch.arange(9)[None]
+    rotary = model.rotary(x, positions)
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()[None, None].expand(2, 1, 9, 9)
+    theirs_rotary = model.hf.model.rotary_emb(x, position_ids=positions)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def next_one(layer, q, k, v):
+        kept.append((k, v))
+        return attention(q, *(torch.cat(parts, 2) for parts in zip(*kept, strict=True)))
+
     with torch.no_grad():
         theirs = model.hf.model.layers[1](x, mask, position_embeddings=theirs_rotary)
-        mine = model.block(1, x, rotary, mask)
-        cache, steps = Cache(model, 2, 9), []
-        for slot in range(9):
-            cache.length = slot + 1
-            here = tuple(part[:, :, slot : slot + 1] for part in rotary)
-            seen = mask[:, :, slot : slot + 1, : slot + 1]
-            steps.append(model.block(1, x[:, slot : slot + 1], here, seen, cache))
+        mine = model.block(1, x, rotary)
+        steps = []
+        for at in range(9):
+            here = tuple(part[:, :, at : at + 1] for part in rotary)
+            steps.append(model.block(1, x[:, at : at + 1], here, next_one))
     assert torch.allclose(mine, theirs, atol=WIDE[dtype], rtol=WIDE[dtype])
-    real = positions >= 0
-    assert torch.allclose(
-        torch.cat(steps, 1)[real], theirs[real], atol=WIDE[dtype], rtol=WIDE[dtype]
-    )
+    assert torch.allclose(torch.cat(steps, 1), theirs, atol=WIDE[dtype], rtol=WIDE[dtype])
 
 
 def test_the_sign_of_the_sines():
