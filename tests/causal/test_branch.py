@@ -54,7 +54,9 @@ def test_a_variant_resumes_from_its_first_edit(tiny, monkeypatch):
     monkeypatch.setattr(
         tiny,
         "block",
-        lambda layer, x, *rest: rows.append((layer, len(x))) or block(layer, x, *rest),
+        lambda layer, x, *rest, **more: (
+            rows.append((layer, len(x))) or block(layer, x, *rest, **more)
+        ),
     )
     trunk.branch([(edit,) for edit in zero])
     assert rows == [(layer, layer + 1) for layer in range(6)]

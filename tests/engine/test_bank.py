@@ -335,11 +335,11 @@ def test_a_decoding_step_steers_only_rows_whose_scope_goes_on(scope, live):
 @pytest.mark.parametrize("text", ["add(v, 3) at 0", "clamp(v, 3) at 0; add(w, 1) at 0"])
 def test_bfloat16_stays_bfloat16(text):
     rows = [(parse(text, {"v": way(1), "w": way(2)}), prompt(2))] * 2
-    bank = compile_banks(rows, CPU)["resid_post", 0]
-    x, positions = stream("resid_post", 2, 1).bfloat16(), torch.tensor([[2], [2]])
-    got = bank.apply_next(x, positions)
+    bank = banks_of(rows, [(2, 1), (2, 1)])["resid_post", 0]
+    x = stream("resid_post", 2, 1).bfloat16()
+    got = bank.apply(x.clone())
     assert got.dtype == torch.bfloat16
-    assert torch.equal(got, bank.apply(x, positions))
+    assert torch.equal(got, bank.apply(x.clone()))
 
 
 def test_a_set_steers_each_layer_with_its_own_and_max_is_each_layers():

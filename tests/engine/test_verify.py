@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from interp_steer.engine.bench import Bench
-from interp_steer.engine.engine import Engine
 from interp_steer.engine.decoding import Decoding
+from interp_steer.engine.engine import Engine
 from interp_steer.engine.verify import CHECKS, Check
 from interp_steer.model.model import SteeringModel
 
