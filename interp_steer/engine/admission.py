@@ -14,6 +14,7 @@ from interp_steer.errors import RequestError
 from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
 from interp_steer.prompts.prompt import Encoded
+from interp_steer.steering.encoder import Encoders
 from interp_steer.steering.intervention import Gate, Intervention
 
 
@@ -101,11 +102,14 @@ class Admission:
     KEPT = 4096
     TOGETHER = 16
 
-    def __init__(self, model: SteeringModel, computes: bool = True) -> None:
+    def __init__(
+        self, model: SteeringModel, computes: bool = True, encoders: Encoders | None = None
+    ) -> None:
         """`computes` is False to check rows only, which needs no weights."""
         if computes and not model.has_weights:
             raise RequestError(f"{model.name or 'this model'} has no weights (they are on 'meta')")
-        self.model = model
+        self.model, self._encoders = model, encoders
+        self._device = model.device if computes else torch.device("cpu")
         self._steerings: WeakValueDictionary[tuple[object, ...], Steering] = WeakValueDictionary()
         self._verdicts: dict[tuple[tuple[int, ...], Gate], bool] = {}
         self._judged = ""  # the fingerprint of the weights that gave the verdicts
@@ -122,7 +126,8 @@ class Admission:
         )
         known = self._steerings.get(key)
         if known is None:
-            known = self._steerings[key] = Steering(interventions, self.model.device)
+            known = Steering(interventions, self._device, self._encoders)
+            self._steerings[key] = known
         return known
 
     def steered(self, row: Row) -> Steered:

@@ -19,7 +19,7 @@ from interp_steer.errors import RequestError
 from interp_steer.model.site import Site
 from interp_steer.prompts.prompt import Encoded
 from interp_steer.steering import encoder, operators
-from interp_steer.steering.encoder import Encoder
+from interp_steer.steering.encoder import Encoder, Encoders
 from interp_steer.steering.intervention import CLAMPS, Intervention, Scope
 
 Hook = tuple[str, int]
@@ -49,8 +49,17 @@ class Steering:
         first_block: the first block whose keys and values differ from the unsteered model's.
     """
 
-    def __init__(self, interventions: Sequence[Intervention], device: torch.device) -> None:
+    def __init__(
+        self,
+        interventions: Sequence[Intervention],
+        device: torch.device,
+        encoders: Encoders | None = None,
+    ) -> None:
         """Computes the steps.
+
+        Args:
+            device: where SAEs are to encode.
+            encoders: where SAEs come from; None is the store that all share.
 
         Raises:
             RequestError: clamps that cannot be joined: different scopes, one-sided targets, nearly
@@ -69,7 +78,7 @@ class Steering:
                 for one, length in here
             )
             if alike not in known:
-                known[alike] = tuple(_steps(here, site, device))
+                known[alike] = tuple(_steps(here, site, device, encoders))
             self.steps[site] = known[alike]
         blocks = [site.layer + (site.component == "resid_post") for site in acting]
         self.first_block = min(blocks, default=math.inf)
@@ -84,13 +93,15 @@ Steered = tuple[Steering, Encoded]
 """A row as forward passes see it: its steering, and its prompt."""
 
 
-def _steps(here: Sequence[Acting], site: Site, device: torch.device) -> Iterable[Step]:
+def _steps(
+    here: Sequence[Acting], site: Site, device: torch.device, encoders: Encoders | None
+) -> Iterable[Step]:
     clamps = [(one, length) for one, length in here if one.operator in CLAMPS]
     latents = [(one, length) for one, length in here if one.operator == "latent_clamp"]
     for one, length in here:
         if one.operator == "latent_clamp":
             if one is latents[-1][0]:
-                yield _latents(latents, site, device)
+                yield _latents(latents, site, device, encoders)
         elif one.operator not in CLAMPS:
             yield _single(one, length, site)
         elif one is clamps[-1][0]:
@@ -139,10 +150,13 @@ def _one_scope(clamps: Sequence[Acting], site: Site) -> Scope:
     return clamps[0][0].scope
 
 
-def _latents(clamps: Sequence[Acting], site: Site, device: torch.device) -> Step:
+def _latents(
+    clamps: Sequence[Acting], site: Site, device: torch.device, encoders: Encoders | None
+) -> Step:
     scope = _one_scope(clamps, site)
     features = [one.at(site)[0] for one, _ in clamps]
-    saes = [encoder.features().encoder(feature.source).on(device) for feature in features]
+    encoders = encoders or encoder.features().encoder
+    saes = [encoders(feature.source, device) for feature in features]
     sae = saes[0]
     if any(other is not sae for other in saes):
         raise RequestError(

@@ -25,6 +25,7 @@ from interp_steer.model.block import exactly
 from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
 from interp_steer.prompts.prompt import Prompt
+from interp_steer.steering.encoder import Encoders
 from interp_steer.util.console import Report
 
 ALONE = "out of memory with a single row; shorten its prompt"
@@ -35,9 +36,12 @@ LOGITS = 2**24
 class Engine:
     """Runs rows on a model."""
 
-    def __init__(self, model: SteeringModel) -> None:
+    def __init__(self, model: SteeringModel, encoders: Encoders | None = None) -> None:
+        """`encoders` gives the SAEs of latent clamps, such as `SaeStore(budget).encoder`; None is
+        the store that all share.
+        """
         self.model = model
-        self.admission = Admission(model)
+        self.admission = Admission(model, encoders=encoders)
 
     def stepper(self) -> Stepper:
         """A machine to add rows to at any time; several may be in use in turn."""

@@ -72,7 +72,9 @@ class Sampler:
         self.seen = seen
         self.penalised = any(s.repetition_penalty != 1 for s in settings)
         self.drawn = any(s.temperature > 0 for s in settings)
-        self.cut = any(s.temperature > 0 and (s.top_p < 1 or s.top_k) for s in settings)
+        cuts = [s.top_k for s in settings if s.temperature > 0 and (s.top_p < 1 or s.top_k)]
+        self.cut = bool(cuts)
+        self.best = max(cuts) if all(cuts) and cuts else 0  # how many need ranking; 0 is all
 
     def scores(self, logits: Logits, steps: Int[Tensor, " batch"]) -> Logits:
         """What the next token is the argmax of: penalised, scaled, cut, with noise."""
@@ -100,12 +102,13 @@ class Sampler:
             self.seen.scatter_(1, chosen[:, None], True)
 
     def _outside(self, scores: Logits) -> Bool[Tensor, "batch d_vocab"]:
-        """Tokens that top-k, then top-p, leave out."""
-        ranked, order = scores.sort(-1, descending=True)
-        kth = (self.top_k.clamp(1, scores.shape[-1]) - 1).long()
-        too_low = (self.top_k > 0) & (ranked < ranked.gather(1, kth))
-        ranked = ranked.masked_fill(too_low, -torch.inf)
-        before = ranked.softmax(-1).cumsum(-1).roll(1, -1)
+        """Tokens that top-k, then top-p, leave out; equals of the k-th best stay."""
+        size = scores.shape[-1]
+        width = min(self.best or size, size)
+        ranked, order = scores.topk(width) if width < size else scores.sort(descending=True)
+        low = (self.top_k > 0) & (scores < ranked.gather(1, self.top_k.clamp(1, width) - 1))
+        upto = scores.masked_fill(low, -torch.inf).softmax(-1).gather(1, order).cumsum(-1)
+        before = upto.roll(1, -1)
         before[:, 0] = 0  # the best token always stays
-        beyond = too_low | ((self.top_p < 1) & (before >= self.top_p))
-        return torch.zeros_like(beyond).scatter(1, order, beyond)
+        last = (upto[:, -1:] >= self.top_p).expand(scores.shape)  # what is not ranked comes last
+        return low | ((self.top_p < 1) & last.scatter(1, order, before >= self.top_p))

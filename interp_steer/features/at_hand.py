@@ -5,6 +5,7 @@ The units of a label's largest activation depend on the SAE: see `decoder.folds`
 
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from interp_steer.errors import SteerError
 from interp_steer.features.decoder import LAYOUTS, ONE_KIND
@@ -13,12 +14,15 @@ from interp_steer.labels.naming import getting
 from interp_steer.labels.registry import STARTER
 from interp_steer.steering.encoder import Encoder, Source
 
+if TYPE_CHECKING:
+    import torch
 
-def encoder(source: Source) -> Encoder:
-    """The encoder of a feature's SAE; the same object for the same SAE."""
-    from interp_steer.features.sae import Sae
 
-    return Sae.load(source["release"], source.get("sae_id") or None)
+def encoder(source: Source, device: "torch.device") -> Encoder:
+    """The encoder of a feature's SAE; the same object for the same SAE and device."""
+    from interp_steer.features.sae import STORE
+
+    return STORE.encoder(source, device)
 
 
 def maximum(source: Source, norm: float, stored: float) -> tuple[Source, float | None]:

@@ -5,15 +5,18 @@ and the fit check do. SAELens loads it, in the model's own residual units: whate
 training used is folded into the weights.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from interp_steer.engine.memory import free
 from interp_steer.errors import RequestError, RunError
 from interp_steer.features.decoder import steerable
 from interp_steer.features.feature import Located, locate
@@ -21,6 +24,7 @@ from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
 from interp_steer.prompts.prompt import Encoded
 from interp_steer.steering.direction import Direction
+from interp_steer.steering.encoder import Source
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -67,7 +71,7 @@ class Sae:
             RequestError: an unknown name, or an SAE that cannot be used here, with the reason.
             RunError: it cannot be fetched, or its files are damaged.
         """
-        return _load(locate(where, sae_id), str(device))
+        return STORE.load(locate(where, sae_id), torch.device(device))
 
     @classmethod
     def of(cls, direction: Direction, device: str | torch.device = "cpu") -> "Sae":
@@ -131,7 +135,7 @@ class Sae:
     def on(self, device: str | torch.device) -> "Sae":
         """The same SAE on a device."""
         here = torch.device(device) == self.inner.W_dec.device
-        return self if here else _load(self.where, str(device))
+        return self if here else STORE.load(self.where, torch.device(device))
 
     def encode(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_sae"]:
         """Latents of activations, as SAELens computes them."""
@@ -215,9 +219,53 @@ class Sae:
                 yield kept, own.encode(kept)
 
 
-@lru_cache(maxsize=2)  # two, so that a comparison does not read them again and again
-def _load(where: Located, device: str) -> Sae:
-    inner = where.whole(device)
+class SaeStore:
+    """Loads SAEs, each once a device. One that somebody holds is never loaded again; of the others
+    the latest are kept, within a budget.
+    """
+
+    def __init__(self, budget: int | None = None) -> None:
+        """`budget` is in bytes; None is a quarter of the memory that is free when first asked."""
+        self.budget = budget
+        self._held: WeakValueDictionary[tuple[Located, str], Sae] = WeakValueDictionary()
+        self._latest: OrderedDict[tuple[Located, str], Sae] = OrderedDict()
+        self._lock = RLock()
+
+    def load(self, where: Located, device: torch.device) -> Sae:
+        """An SAE on a device; raises as `Sae.load` does."""
+        with self._lock:
+            if self.budget is None:
+                self.budget = free(device) // 4
+            key = where, str(device)
+            sae = self._held.get(key)
+            if sae is None:
+                sae = self._held[key] = _loaded(where, device)
+            self._latest[key] = sae
+            self._latest.move_to_end(key)
+            while len(self._latest) > 1 and self.bytes > self.budget:
+                self._latest.popitem(last=False)
+            return sae
+
+    def encoder(self, source: Source, device: torch.device) -> Sae:
+        """The SAE of a feature, by its direction's source."""
+        return self.load(locate(source["release"], source.get("sae_id") or None), device)
+
+    @property
+    def bytes(self) -> int:
+        """What the kept SAEs take."""
+        return sum(
+            weight.numel() * weight.element_size()
+            for sae in self._latest.values()
+            for weight in sae.inner.parameters()
+        )
+
+
+STORE = SaeStore()
+"""Where SAEs come from, unless an engine is given another store."""
+
+
+def _loaded(where: Located, device: torch.device) -> Sae:
+    inner = where.whole(str(device))
     hook = steerable(str(inner.cfg.metadata.hook_name or ""), where.name)
     sae = Sae(inner, Site.parse(hook), where)
     if "transcoder" in sae.architecture:

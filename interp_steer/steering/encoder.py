@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
+Encoders = Callable[["Source", "torch.device"], "Encoder"]
+"""Gives encoders: the same object for the same SAE and device."""
+
 Source = Mapping[str, str]
 """Where a feature is from: its release, sae_id, index and more, as `Direction.source` has it."""
 
@@ -36,16 +39,13 @@ class Encoder(Protocol):
     ) -> "Float[Tensor, 'batch pos k']":
         """Some latents of every row of a batch: each row its own."""
 
-    def on(self, device: "str | torch.device") -> "Encoder":
-        """The same on a device."""
-
 
 @runtime_checkable
 class Features(Protocol):
     """What is known of features beyond their directions."""
 
-    def encoder(self, source: Source) -> Encoder:
-        """The encoder of a feature's SAE, on the CPU; the same object for the same SAE."""
+    def encoder(self, source: Source, device: "torch.device") -> Encoder:
+        """The encoder of a feature's SAE; the same object for the same SAE and device."""
 
     def maximum(self, source: Source, norm: float, stored: float) -> tuple[Source, float | None]:
         """(source, largest activation) of a stored feature by today's rule."""

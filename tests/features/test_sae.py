@@ -1,11 +1,13 @@
 """Whole SAEs against SAELens's own objects; the latent clamp against plain Hugging Face hooks."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from sae_lens import (
+    SAE,
     GatedSAE,
     GatedSAEConfig,
     JumpReLUSAE,
@@ -18,8 +20,8 @@ from sae_lens import (
 
 from interp_steer import Engine, RequestError, Row, Sampling, chat, parse, steer
 from interp_steer.engine.hooks import run_with_cache
-from interp_steer.features.feature import feature
-from interp_steer.features.sae import Sae
+from interp_steer.features.feature import feature, locate
+from interp_steer.features.sae import Sae, SaeStore
 from interp_steer.model.site import Site
 from interp_steer.steering.intervention import line
 
@@ -288,12 +290,9 @@ def test_an_encoder_across_positions_is_refused(tmp_path):
 def test_changed_files_are_noticed(tiny, topk):
     row = feature(topk, 5)
     saved(topk, "topk", seed=4)
-    from interp_steer.features import sae
-
-    sae._load.cache_clear()  # as in a later process
     clamp = steer("latent_clamp", row, coefficient=1, at=LAYER)
     with pytest.raises(RequestError, match=r"is not the decoder row of .* any more"):
-        Engine(tiny).score([Row(chat("Name three fruits."), (clamp,))], [()])
+        Engine(tiny, SaeStore().encoder).score([Row(chat("Name three fruits."), (clamp,))], [()])
 
 
 def test_an_sae_that_does_not_fit_is_refused(tiny, starter, topk, tmp_path):
@@ -304,3 +303,67 @@ def test_an_sae_that_does_not_fit_is_refused(tiny, starter, topk, tmp_path):
         Sae.load(far).check(tiny)
     with pytest.raises(RequestError, match=r"feature 256 is out of range: .* has features 0-255"):
         Sae.load(topk).index(256)
+
+
+# --- the store --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[str]:
+    """Folders that SAELens reads an SAE from, from here on."""
+    seen, real = [], SAE.load_from_disk.__func__
+
+    def counted(cls, folder, *rest, **more):
+        seen.append(str(folder))
+        return real(cls, folder, *rest, **more)
+
+    monkeypatch.setattr(SAE, "load_from_disk", classmethod(counted))
+    return seen
+
+
+@pytest.fixture
+def three(tmp_path):
+    return [saved(tmp_path / f"sae{n}", "topk", seed=n) for n in range(3)]
+
+
+def test_three_saes_and_six_rows_are_three_loads(tiny, three, loads):
+    rows = [
+        Row(chat("Name three fruits."), (steer("latent_clamp", one, coefficient=2, at=LAYER),))
+        for one in (feature(folder, index) for folder in three for index in (5, 6))
+    ]
+    loads.clear()
+    engine = Engine(tiny, SaeStore(budget=0).encoder)  # nothing is kept that nobody holds
+    together = engine.score(rows, [(5,)] * 6)
+    assert sorted(loads) == sorted(map(str, three))
+    engine.generate(rows)
+    assert len(loads) <= 6
+    for row, score in zip(rows, together, strict=True):
+        assert torch.allclose(
+            Engine(tiny).score([row], [(5,)])[0].logprobs, score.logprobs, atol=1e-4
+        )
+
+
+def test_the_latest_saes_are_kept_within_a_budget(three, loads):
+    places = [locate(folder) for folder in three]
+    cpu = torch.device("cpu")
+    store = SaeStore(budget=10**9)
+    one = store.load(places[0], cpu)
+    size = store.bytes
+    assert size == sum(p.numel() for p in one.inner.parameters()) * 4
+    del one
+    store = SaeStore(budget=2 * size)
+    for n in (0, 1, 0, 2, 0):  # 2 takes the place of 1, which was asked for before 0
+        store.load(places[n], cpu)
+        assert store.bytes <= 2 * size
+    assert loads[1:] == [str(three[n]) for n in (0, 1, 2)]
+    held = store.load(places[1], cpu)
+    for n in (0, 2):
+        store.load(places[n], cpu)
+    assert store.load(places[1], cpu) is held
+
+
+def test_two_threads_load_an_sae_once(three, loads):
+    store, place = SaeStore(), locate(three[0])
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: store.load(place, torch.device("cpu")), range(8)))
+    assert len(loads) == 1 and all(one is found[0] for one in found)
