@@ -315,11 +315,11 @@ def _means(
         counted = trunk.changed()
         count += int(counted.sum())
         for hook in hooks:
-            total = trunk.value(*hook)[counted].double().sum(0)
+            total = trunk.value(*hook)[counted].float().sum(0).cpu().double()
             sums[hook] = sums[hook] + total if hook in sums else total
     if not count:
         raise RequestError("no prompt is two tokens long: there is no mean but of first positions")
-    return {hook: (total / count).to(model.dtype) for hook, total in sums.items()}
+    return {hook: (total / count).to(model.device, model.dtype) for hook, total in sums.items()}
 
 
 def _partners(model: SteeringModel, readings: Sequence[Reading]) -> list[tuple[int, ...]]:

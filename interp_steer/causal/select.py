@@ -186,8 +186,8 @@ def _differences(
             for layer, x, _ in model.residuals(some):
                 if layer >= 0:
                     for n, position in enumerate(positions):
-                        there = x[torch.arange(len(some)), (ends + position).to(x.device)]
-                        total[layer, n] += there.double().sum(0).cpu()
+                        there = x[torch.arange(len(some)), ends + position]
+                        total[layer, n] += there.cpu().double().sum(0)
         means.append(total / len(side))
     return list(positions), (means[0] - means[1]).float()
 

@@ -127,7 +127,7 @@ def top_contexts(
         if tally:
             tally.count(latents)
         mine = latents if features is None else latents[:, index.to(latents.device)]
-        peaks, at = mine.cpu().max(0)
+        peaks, at = (part.cpu() for part in mine.max(0))
         better = (peaks > best[-1]).nonzero()[:, 0]
         if len(better):
             values = torch.cat([best[:, better], peaks[None, better]])

@@ -77,11 +77,11 @@ class _Variance:
         self._square = self._error = 0.0
 
     def add(self, x: Tensor, back: Tensor) -> None:
-        wide = x.double()
+        wide, reconstruction = x.cpu().double(), back.cpu().double()
         self.tokens += len(x)
-        self._sum += wide.sum(0).cpu()
+        self._sum += wide.sum(0)
         self._square += wide.square().sum().item()
-        self._error += (wide - back.double()).square().sum().item()
+        self._error += (wide - reconstruction).square().sum().item()
 
     @property
     def explained(self) -> float:
