@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from interp_steer.engine.forward import run
+from interp_steer.engine.memory import chunks, free, is_out_of_memory, release, working
 from interp_steer.engine.row import Result, Row, Score
 from interp_steer.engine.stepper import Admission, Stepper, Taps
 from interp_steer.errors import RequestError, RunError
@@ -21,8 +22,6 @@ from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
 from interp_steer.prompts.prompt import Prompt
 from interp_steer.util.console import Report
-
-LARGEST_BATCH = 256
 
 
 class Engine:
@@ -61,8 +60,8 @@ class Engine:
         encoded = [self.model.encode(row.prompt) for row in rows]
         # neighbours of one length need no padding, and equal prompts share their prefill
         order = sorted(range(len(rows)), key=lambda r: (len(encoded[r].ids), encoded[r].ids))
-        longest = [
-            len(one.ids) + row.sampling.max_new_tokens
+        needs = [
+            working(self.model, len(one.ids), len(one.ids) + row.sampling.max_new_tokens)
             for one, row in zip(encoded, rows, strict=True)
         ]
         results: dict[int, Result] = {}
@@ -79,7 +78,7 @@ class Engine:
                 if report:
                     report(len(results) + stepper.share)
 
-        self._in_batches(order, longest, batch, work)
+        self._in_batches(order, needs, batch, work)
         return [results[r] for r in range(len(rows))]
 
     def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, str, str | None]]:
@@ -201,17 +200,17 @@ class Engine:
                         {site: torch.cat(parts) for site, parts in lives[r].seen.items()},
                     )
 
-        lengths = [len(s) for s in sequences]
+        needs = [working(model, len(s), 0) for s in sequences]
         order = sorted(range(len(rows)), key=lambda r: (len(sequences[r]), sequences[r]))
         # references first, so that their streams are there when they are asked for
-        self._in_batches([r for r in order if r in wanted], lengths, batch, work)
+        self._in_batches([r for r in order if r in wanted], needs, batch, work)
         for r in early:
             other, kl = against[r], found[r].kl
             assert other is not None and kl is not None
             with torch.no_grad():
                 p, q = (model.unembed(kept[n]).float().log_softmax(-1) for n in (other, r))
                 kl[:] = (p.exp() * (p - q)).sum(-1)
-        self._in_batches([r for r in order if r not in wanted], lengths, batch, work)
+        self._in_batches([r for r in order if r not in wanted], needs, batch, work)
         return [found[r] for r in range(len(rows))]
 
     def ids(self, prompt: Prompt, continuation: Sequence[int] | str) -> tuple[int, ...]:
@@ -228,66 +227,30 @@ class Engine:
     def _in_batches(
         self,
         order: list[int],
-        lengths: Sequence[int],
+        needs: Sequence[int],
         batch: int | None,
         work: Callable[[list[int]], None],
     ) -> None:
         """Does `work` on as many rows at once as memory holds; halves what does not fit."""
         if batch is not None and batch < 1:
             raise RequestError(f"batch is {batch}, expected at least 1")
-        at = 0
-        while at < len(order):
-            size = batch or self._rows_that_fit(max(lengths[r] for r in order[at:]))
-            self._halving(order[at : at + size], work)
-            at += size
+        if batch:
+            some = [order[at : at + batch] for at in range(0, len(order), batch)]
+        else:
+            some = chunks(order, needs, free(self.model.device) // 2)
+        for chunk in some:
+            self._halving(chunk, work)
 
     def _halving(self, chunk: list[int], work: Callable[[list[int]], None]) -> None:
         try:
             work(chunk)
             return
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(chunk) == 1:
                 raise RunError("out of memory with a single row; shorten its prompt") from error
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(self.model.device)
         half = (len(chunk) + 1) // 2
         self._halving(chunk[:half], work)
         self._halving(chunk[half:], work)
-
-    def _rows_that_fit(self, tokens: int) -> int:
-        """Rows of so many tokens for which half of the free memory suffices."""
-        if self.model.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.model.device)[0]
-        else:
-            import psutil
-
-            free = psutil.virtual_memory().available
-        each = working(self.model, tokens, tokens)
-        return max(1, min(LARGEST_BATCH, int(free / 2 / each)))
-
-
-def working(model: SteeringModel, read: int, kept: int, device: torch.device | None = None) -> int:
-    """Bytes that one row needs beside the weights, at its peak.
-
-    Args:
-        read: tokens that pass through a block at once: the prompt, or all of a text that is scored.
-        kept: tokens whose keys and values are kept; 0 for scoring.
-        device: where the model will be, if it is not there yet.
-    """
-    wide, on_gpu = model.dtype.itemsize, (device or model.device).type == "cuda"
-    cache = 2 * model.n_layers * model.n_kv_heads * model.d_head * wide
-    passing = (4 * model.d_model + 3 * model.shape.d_mlp) * wide * read
-    if on_gpu:  # under a mask, all scores of one block
-        passing += model.n_heads * read**2 * 4
-    # a GPU gives a whole cache at once, an operating system a page when it is written
-    early = cache * (kept if on_gpu else min(read, kept)) + passing
-    logits = 3 * model.d_vocab * 4  # of one position, in float32, and copies to choose from
-    return max(early, cache * kept + logits)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(
-        error, (torch.OutOfMemoryError, MemoryError)
-    ) or "can't allocate memory" in str(error)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from interp_steer.engine.engine import Engine, working
+from interp_steer.engine.engine import Engine
+from interp_steer.engine.memory import working
 from interp_steer.engine.row import Row
 from interp_steer.engine.stepper import Admission
 from interp_steer.features.matched import matched_features
