@@ -12,7 +12,7 @@ from interp_steer.engine.memory import working
 from interp_steer.engine.row import Row
 from interp_steer.engine.stepper import Admission
 from interp_steer.features.matched import matched_features
-from interp_steer.model.loading import pick_device
+from interp_steer.model.device import pick_device
 from interp_steer.model.model import SteeringModel
 from interp_steer.prompts.file import numbered
 from interp_steer.prompts.item import Item
