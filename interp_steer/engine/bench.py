@@ -1,7 +1,9 @@
 """What the checks of `verify` share: prompts, directions, rows, and reference computations."""
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -91,6 +93,16 @@ class Bench:
 
     def last(self, rows: Sequence[Row], answers: Sequence[Sequence[int]]) -> Tensor:
         scores = self.engine.score(rows, answers, last_logits=True)
+        return torch.stack([s.last_logits for s in scores if s.last_logits is not None])
+
+    @cached_property
+    def on_cpu(self) -> Tensor:
+        """The same, from a copy of the model on the CPU."""
+        model = self.model
+        weights = {id(p): torch.nn.Parameter(p.detach().cpu()) for p in model.hf.parameters()}
+        twin: Any = copy.deepcopy(model.hf, weights)
+        here = SteeringModel(twin.to("cpu"), model.tokenizer, model.name, date=model.date)
+        scores = Engine(here).score(self.rows, self.answers, last_logits=True)
         return torch.stack([s.last_logits for s in scores if s.last_logits is not None])
 
     def apart(self, a: Tensor, b: Tensor) -> float:

@@ -372,6 +372,13 @@ def _bridge(b: Bench) -> Result | None:
     return b.apart(b.alone[row : row + 1], logits), b.close()
 
 
+@_check("last logits = those on the CPU")
+def _on_cpu(b: Bench) -> Result | None:
+    if b.model.device.type in ("cpu", "cuda"):
+        return None  # what the tests, and those who made this, run on
+    return b.apart(b.alone, b.on_cpu), b.close()
+
+
 def verify(model: SteeringModel, report: Report | None = None) -> list[Check]:
     """Runs every check that applies to the model.
 

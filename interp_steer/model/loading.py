@@ -11,42 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from interp_steer.errors import RequestError, RunError, first_line, nearest
+from interp_steer.model.device import KINDS
 from interp_steer.util.console import progress
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""The number formats that weights are loaded in."""
-
 FORMATS = ("F32", "BF16", "F16", "F64")  # of weights, as safetensors names them
-
-
-def pick_device(told: str | torch.device | None, here: bool = True) -> torch.device:
-    """The device that is asked for.
-
-    Args:
-        here: whether it must be one of this machine.
-    """
-    if told is None:
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(told)
-        if here:
-            torch.empty(0, device=device)
-    except Exception as error:  # torch raises several kinds, with paragraphs of advice
-        raise RequestError(f"device {str(told)!r} is not available here; try 'cpu'") from error
-    return device
-
-
-def pick_dtype(told: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    if told is None:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if isinstance(told, torch.dtype):
-        told = str(told).removeprefix("torch.")
-    if told not in KINDS:
-        raise RequestError(f"unknown dtype {told!r}{nearest(told, KINDS)}")
-    return KINDS[told]
 
 
 def find_folder(name: str, revision: str | None, weights: bool = True) -> tuple[Path, str]:

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from interp_steer.errors import RequestError
+from interp_steer.errors import RequestError, note
+from interp_steer.model.device import pick_device, pick_dtype, remarks
 from interp_steer.model.fingerprint import Fingerprint
 from interp_steer.model.forward import Forward
 from interp_steer.model.loading import (
     find_folder,
     has_weights,
-    pick_device,
-    pick_dtype,
     read,
     refuse_unsupported,
     refuse_wrong_weights,
@@ -91,8 +90,8 @@ class SteeringModel(Forward):
 
         Args:
             name: what to load; a hub id is downloaded once and later read offline.
-            dtype: default bfloat16 on a GPU, float32 on a CPU. Converting later would
-                break the sharing of the weights.
+            dtype: default bfloat16 on a GPU, float32 on a CPU; a note says so where another one is
+                slower there. Converting later would break the sharing of the weights.
             device: default the first CUDA GPU if there is one, else the CPU.
             revision: the hub's branch, tag or commit.
             date: told to a chat template that asks for the date, as Llama 3.2's does; default
@@ -122,7 +121,11 @@ class SteeringModel(Forward):
         weights = weights or has_weights(folder)
         if weights:
             place = pick_device(place)
-        return cls(*read(folder, name, kind, place, weights), name=name, revision=commit, date=day)
+        read_in = read(folder, name, kind, place, weights)
+        model = cls(*read_in, name=name, revision=commit, date=day)
+        for remark in remarks(kind, place) if weights else ():
+            note(remark)
+        return model
 
     def __repr__(self) -> str:
         return (

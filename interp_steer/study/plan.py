@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from interp_steer.engine.admission import Admission
-from interp_steer.engine.engine import Engine
+from interp_steer.engine.engine import LOGITS, Engine
 from interp_steer.engine.memory import working
 from interp_steer.engine.row import Row
 from interp_steer.features.matched import matched_features
-from interp_steer.model.loading import pick_device
+from interp_steer.model.device import pick_device
 from interp_steer.model.model import SteeringModel
 from interp_steer.prompts.file import numbered
 from interp_steer.prompts.item import Item
@@ -182,7 +182,7 @@ def _working(study: Design, model: SteeringModel, rows: int, device: torch.devic
     prompt = len(model.encode(_longest(study, model).prompt).ids)
     new = study.sampling.max_new_tokens
     scored = rows * working(model, prompt + new, 0, device)
-    scored += 3 * 4 * model.d_vocab * new  # logits, a row at a time
+    scored += 4 * 4 * min(LOGITS, rows * (new + 1) * model.d_vocab)  # logits, and copies of them
     return max(rows * working(model, prompt, prompt + new, device), scored) + BESIDE
 
 

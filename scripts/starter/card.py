@@ -44,7 +44,7 @@ if __name__ == "__main__":
     parser.add_argument("--sae", default="starter")
     parser.add_argument("--wikitext", type=Path, help="folder with valid.txt and test.txt")
     parser.add_argument("--docs", type=Path, help="folder with docs_ and glosses_heldout.jsonl")
-    parser.add_argument("--dtype", default="bfloat16", help="of the model; the SAE is in float32")
+    parser.add_argument("--dtype", help="of the model; the SAE is in float32")
     parser.add_argument("--loss-texts", type=int, default=64)
     parser.add_argument("--most", type=int, help="fewer texts of each kind, for a trial")
     given = parser.parse_args()

@@ -72,9 +72,10 @@ if __name__ == "__main__":
     parser.add_argument("--sae", default="starter")
     parser.add_argument("--out", type=Path, default=Path("interp_steer/data/starter_sae"))
     parser.add_argument("--most", type=int, default=1500, help="pieces of 256 tokens of each file")
+    parser.add_argument("--dtype", help="of the model; what ships was made in bfloat16")
     given = parser.parse_args()
 
-    model = SteeringModel.load("starter", dtype="bfloat16")
+    model = SteeringModel.load("starter", dtype=given.dtype)
     sae = Sae.load(given.sae)
     encoded = []
     for file in given.texts:

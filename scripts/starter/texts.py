@@ -60,9 +60,9 @@ def missing(model: SteeringModel, text: str) -> int:
     return LENGTH - len(model.encode(text).ids)
 
 
-def chats(out: Path, wanted: int, first_seed: int) -> None:
+def chats(out: Path, wanted: int, first_seed: int, dtype: str | None) -> None:
     """Appends batches until there are enough; a batch is written whole, so a rerun goes on."""
-    model = SteeringModel.load("starter", dtype="bfloat16")
+    model = SteeringModel.load("starter", dtype=dtype)
     engine = Engine(model)
     done = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
     seed = 1 + max((json.loads(line)["seed"] for line in done), default=first_seed - 1)
@@ -142,9 +142,10 @@ if __name__ == "__main__":
     parser.add_argument("--chats", type=int, default=2000)
     parser.add_argument("--most", type=int, default=2_000_000, help="characters of each folder")
     parser.add_argument("--seed", type=int, default=0, help="of the first batch")
+    parser.add_argument("--dtype", help="of the model; what ships was made in bfloat16")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if given.kind == "docs":
         docs(given.out / f"{given.name}.jsonl", given.places, given.most)
     else:
-        chats(given.out / f"{given.name}.jsonl", given.chats, given.seed)
+        chats(given.out / f"{given.name}.jsonl", given.chats, given.seed, given.dtype)

@@ -134,9 +134,10 @@ if __name__ == "__main__":
     parser.add_argument("--texts", type=Path, default=Path("cache/starter_sae"))
     parser.add_argument("--out", type=Path, default=Path("cache/starter_sae/sae"))
     parser.add_argument("--tokens", type=int, default=3_300_000)
+    parser.add_argument("--dtype", help="of the model; what ships was made in bfloat16")
     given = parser.parse_args()
 
-    model = SteeringModel.load("starter", dtype="bfloat16")
+    model = SteeringModel.load("starter", dtype=given.dtype)
     parts = []
     for name, times, most in KINDS:
         found = rows(model, given.texts / f"{name}.jsonl")

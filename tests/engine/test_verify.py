@@ -11,11 +11,14 @@ from interp_steer.engine.decoding import Decoding
 from interp_steer.engine.engine import Engine
 from interp_steer.engine.verify import CHECKS, Check
 from interp_steer.model.model import SteeringModel
+from tests.conftest import make_llama, state
 
 CHECK = dict(CHECKS)
 CLEAN = "nothing is left on the model after an exception"
 READ_ANSWERS = [
-    name for name in CHECK if not name.startswith(("rotary", "positions", "engine = Tr", "nothing"))
+    name
+    for name in CHECK
+    if not name.startswith(("rotary", "positions", "engine = Tr", "nothing", "last logits"))
 ]
 GREEDY = [name for name in CHECK if name.startswith("greedy")]
 
@@ -63,6 +66,18 @@ def test_an_engine_that_goes_on_after_the_end_fails(model):
     assert stop in model.stop_ids and len(bench.answers[0]) == 12
     for name in GREEDY:
         assert not found(bench, name).passed
+
+
+def test_another_device_is_compared_with_a_copy_on_the_cpu(tmp_path, monkeypatch):
+    model = SteeringModel.load(make_llama(tmp_path, tie_word_embeddings=True))
+    name, bench, before = "last logits = those on the CPU", Bench(model), state(model)
+    assert CHECK[name](bench) is None  # the model is there itself
+    apart = (bench.on_cpu - bench.alone).abs().max()
+    assert apart < min(1e-4, bench.close()) and state(model) == before
+    monkeypatch.setattr(SteeringModel, "device", torch.device("mps"))
+    assert found(bench, name).passed
+    bench.alone = bench.alone + 0.1  # of a device whose products are wrong
+    assert not found(bench, name).passed
 
 
 SETTINGS = {

@@ -107,9 +107,15 @@ def test_8b_is_planned_without_its_weights(llama_8b, tmp_path):
     out, _ = command(*words)
     assert "of which 16.06 GB are weights" in out and "time    about" not in out
     assert "the model's weights are not here; the study's time" in out
-    # on a GPU a whole cache is there at once; this machine need not have one
-    there = json.loads(command(*words, "--device", "cuda", "--json")[0])
-    assert there["weights"] == planned["weights"] and there["memory"] != planned["memory"]
+    # on a GPU the cache is whole while a long prompt is read; this machine need not have one
+    prompts = {name: [f"I {name} the fox. " * 40] for name in ("choose", "prove")}
+    of_8b(tmp_path, prompts=prompts, sampling={"max_new_tokens": 20})
+    there, here = (
+        json.loads(command(*words, "--device", device, "--json")[0]) for device in ("cuda", "cpu")
+    )
+    assert there["weights"] == here["weights"] == planned["weights"]
+    answer = 20 * 32 * 2 * 8 * 128 * 2  # bytes: 20 tokens, 32 blocks, keys and values of 8 heads
+    assert there["memory"] - here["memory"] == answer * max(here["rows"].values())
 
 
 def test_what_needs_weights_is_refused_without_them(llama_8b, tmp_path):
