@@ -24,6 +24,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from interp_steer.model.model import SteeringModel
@@ -183,11 +184,9 @@ class Operations(TorchDispatchMode):
         given = tensors((args, [*kwargs.values()]))
         mine = [one for one in given if isinstance(one, Gpu)]
         to = kwargs["device"].type if kwargs.get("device") else ""
-        if (
-            not mine
-            and to != "cuda"
-            and not (to == "meta" and name in ("_to_copy", "scalar_tensor"))
-        ):
+        if to == "meta" and (name == "scalar_tensor" or (name == "_to_copy" and given[0].is_cpu)):
+            to = "cuda"
+        if not mine and to != "cuda":
             return func(*args, **kwargs)
         if to:
             kwargs["device"] = "cpu"
@@ -257,37 +256,35 @@ def on_meta(value: Any) -> Any:
     return "meta" if named or (isinstance(value, str) and value.startswith("cuda")) else value
 
 
-def attending(counts: Counts) -> Callable[..., Tensor]:
-    """`scaled_dot_product_attention`, which torch would take apart where it knows no GPU."""
-    attend = functional.scaled_dot_product_attention
+class Calls(TorchFunctionMode):
+    """What torch would take apart wrongly: tensors made of numbers, and attention."""
+
+    def __init__(self, counts: Counts) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            return self.attended(*args, **kwargs)
+        if func in (torch.tensor, torch.as_tensor) and "cuda" in str(kwargs.get("device")):
+            return func(*args, **{**kwargs, "device": "cpu"}).to("cuda:0")
+        return func(*args, **kwargs)
 
     def attended(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **more: Any
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **more: Any
     ) -> Tensor:
-        given = [query, key, value, *([] if attn_mask is None else [attn_mask])]
-        if not any(isinstance(one, Gpu) for one in given):
-            return attend(query, key, value, attn_mask, **more)
-        if not all(isinstance(one, Gpu) for one in given):
+        attend, given = functional.scaled_dot_product_attention, [query, key, value, attn_mask]
+        mine = [isinstance(one, Gpu) for one in given if one is not None]
+        if not any(mine):
+            return attend(*given, **more)
+        if not all(mine):
             raise RuntimeError(f"{SAME} (attention, {line()})")
         if attn_mask is not None and more.get("enable_gqa"):
-            counts.math_attention.append(line())
-        counts.launches["scaled_dot_product_attention"] += 1
-        out = attend(*map(inner, (query, key, value, attn_mask)), **more)
-        return Gpu(out, Block(counts, out.untyped_storage().nbytes()))
-
-    return attended
-
-
-def uploading(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`torch.tensor` or `torch.as_tensor`, which fill the GPU's memory themselves."""
-
-    def made(*args: Any, device: Any = None, **more: Any) -> Tensor:
-        device = on_meta(device)
-        if device != "meta":
-            return make(*args, device=device, **more)
-        return make(*args, device="cpu", **more).to(device)
-
-    return made
+            self.counts.math_attention.append(line())
+        self.counts.launches["scaled_dot_product_attention"] += 1
+        out = attend(*map(inner, given), **more)
+        return Gpu(out, Block(self.counts, out.untyped_storage().nbytes()))
 
 
 @contextmanager
@@ -302,13 +299,7 @@ def fake_gpu(memory: int = 2**34) -> Iterator[Counts]:
         "empty_cache": lambda: None,
         "get_device_name": lambda device=None: "fake GPU",
     }
-    makers = {name: uploading(getattr(torch, name)) for name in ("tensor", "as_tensor")}
-    with (
-        mock.patch.multiple(torch.cuda, **cuda),
-        mock.patch.multiple(torch, **makers),
-        mock.patch.object(functional, "scaled_dot_product_attention", attending(counts)),
-        Operations(counts),
-    ):
+    with mock.patch.multiple(torch.cuda, **cuda), Operations(counts), Calls(counts):
         yield counts
 
 

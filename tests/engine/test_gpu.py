@@ -11,6 +11,7 @@ import torch
 from interp_steer.causal.ablate import ablate
 from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Result, Row, Sampling, Score
+from interp_steer.features.feature import feature
 from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
 from interp_steer.prompts.item import Item
@@ -21,6 +22,7 @@ from interp_steer.steering.scale import Scale
 from interp_steer.study.metrics import METRICS, Measured
 from tests.conftest import make_llama
 from tests.fakegpu import Counts, fake_gpu, on_gpu
+from tests.features.test_sae import LAYER, saved
 
 MOST_WAITS = 2  # of the CPU for the GPU in a decoding step, whatever the rows and taps
 MOST_LAUNCHES = 37  # of kernels for each layer in an unsteered decoding step in bfloat16
@@ -151,14 +153,11 @@ def test_rows_come_and_go(tiny, gpu, moved, rows):
     assert not gpu.doubles
 
 
-def test_an_sae_acts(gpu, starter):
-    from interp_steer.features.feature import feature
-
-    named = {"f": feature("starter", 5)}
-    chosen = parse("add(f, 3) at 3; latent_clamp(f, 2) at 13", named)
-    rows = [Row("The quick brown", chosen, Sampling(max_new_tokens=5))]
-    other = Engine(starter).generate(rows)
-    check_results(Engine(on_gpu(SteeringModel.load("starter"))).generate(rows), other)
+def test_an_sae_acts(tiny, gpu, moved, tmp_path):
+    latents = {"f": feature(saved(tmp_path / "sae", "topk"), 5)}
+    chosen = parse(f"add(f, 3) at 2; latent_clamp(f, 2) at {LAYER}", latents)
+    rows = [Row(prompt, chosen, SAMPLINGS[0]) for prompt in PROMPTS]
+    check_results(Engine(moved).generate(rows), Engine(tiny).generate(rows))
 
 
 def test_ablation(tiny, gpu, moved):
