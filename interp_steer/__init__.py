@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from interp_steer.engine.stepper import Event, Stepper
     from interp_steer.errors import RequestError, RunError, SteerError, SteerWarning
     from interp_steer.features.feature import feature
-    from interp_steer.features.sae import Sae
+    from interp_steer.features.sae import Sae, SaeStore
     from interp_steer.model.model import SteeringModel
     from interp_steer.model.site import Site
     from interp_steer.prompts.file import PromptFile, read_items, read_prompts
@@ -55,7 +55,7 @@ _HOME = {
     "prompts.file": ("PromptFile", "read_items", "read_prompts"),
     "engine.row": ("Result", "Row", "Sampling", "Score", "record"),
     "report.run": ("Run",),
-    "features.sae": ("Sae",),
+    "features.sae": ("Sae", "SaeStore"),
     "steering.scale": ("Scale",),
     "model.site": ("Site",),
     "engine.stepper": ("Event", "Stepper"),
@@ -84,6 +84,7 @@ __all__ = [
     "Run",
     "RunError",
     "Sae",
+    "SaeStore",
     "Sampling",
     "Scale",
     "Scope",

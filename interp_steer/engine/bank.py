@@ -46,6 +46,7 @@ class Steering:
         interventions: the resolved interventions.
         steps: at each site, in order. Clamps of one site are one joint clamp, at the place of the
             last of them, and so are its latent clamps.
+        count: how many different steps there are.
         first_block: the first block whose keys and values differ from the unsteered model's.
     """
 
@@ -80,6 +81,7 @@ class Steering:
             if alike not in known:
                 known[alike] = tuple(_steps(here, site, device, encoders))
             self.steps[site] = known[alike]
+        self.count = sum(map(len, known.values()))
         blocks = [site.layer + (site.component == "resid_post") for site in acting]
         self.first_block = min(blocks, default=math.inf)
 

@@ -166,7 +166,8 @@ class Decoding:
         for shelf, count in standing.items():
             if count > shelf.allocated:
                 shelf.resize(count + (count // 8 if shelf.seats else 0))
-        if len(self._operands) > 2 * len(rows) + 1024:  # mostly of rows that have left
+        steerings = {steering for steering, _ in (*rows, *(seat.row for seat in self.seats))}
+        if len(self._operands) > 2 * sum(one.count for one in steerings) + 64:  # of rows that left
             self._operands, self._batch = Operands(self.model.device), None
         mine = [seats[r] for r in range(len(rows))]
         ids = [prompt.ids for _, prompt in rows]

@@ -95,8 +95,9 @@ class Result:
         row: the row.
         token_ids: generated ids, without the stop id.
         text: their text.
-        finish: "stop" (a stop id), "length" (max_new_tokens), "cancelled", or "overflow": the
-            coefficient was too large for the number format and no token could be told.
+        finish: "stop" (a stop id), "length" (max_new_tokens), "cancelled", "overflow" (the
+            coefficient was too large for the number format and no token could be told), or of a
+            `Stepper`'s row "memory" (it does not fit alone).
         taps: activations that were asked for, by site: every position that the model has read
             (the prompt and the generated tokens, the last one only before a stop id), after any
             intervention there.
