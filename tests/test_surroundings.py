@@ -83,9 +83,9 @@ def test_a_block_of_its_own_runs_under_autocast(tiny):
     x = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(5)[None]
     with torch.no_grad():
-        exact = tiny.block(1, x, tiny.rotary(x, positions), None)
+        exact = tiny.block(1, x, tiny.rotary(x, positions))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = tiny.block(1, x, tiny.rotary(x, positions), None)
+            found = tiny.block(1, x, tiny.rotary(x, positions))
     assert (found.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 

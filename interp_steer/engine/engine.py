@@ -8,13 +8,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_steer.engine.admission import Admission, Taps
+from interp_steer.engine.admission import Admission, Live, watching
 from interp_steer.engine.bank import Operands
 from interp_steer.engine.forward import read
 from interp_steer.engine.memory import chunks, free, is_out_of_memory, release, working
@@ -78,22 +79,30 @@ class Engine:
         ]
         results: dict[int, Result] = {}
 
-        def work(chunk: list[int]) -> None:
-            for r in chunk:
-                results.pop(r, None)  # of a larger batch that did not fit
-            stepper = self.stepper()
-            ids = {stepper.add(rows[r], taps): r for r in chunk}
-            while stepper.busy:
-                for event in stepper.step():
-                    if event.finish == "memory":
-                        raise RunError(ALONE)
-                    if event.finish:
-                        results[ids[event.id]] = stepper.pop(event.id)
-                if report:
-                    report(len(results) + stepper.share)
-
-        self._in_batches(order, needs, batch, work)
+        self._in_batches(order, needs, batch, partial(self._finish, rows, taps, results, report))
         return [results[r] for r in range(len(rows))]
+
+    def _finish(
+        self,
+        rows: Sequence[Row],
+        taps: Sequence[Site],
+        results: dict[int, Result],
+        report: Report | None,
+        chunk: list[int],
+    ) -> None:
+        """Runs some of the rows to their end."""
+        for r in chunk:
+            results.pop(r, None)  # of a larger batch that did not fit
+        stepper = self.stepper()
+        ids = {stepper.add(rows[r], taps): r for r in chunk}
+        while stepper.busy:
+            for event in stepper.step():
+                if event.finish == "memory":
+                    raise RunError(ALONE)
+                if event.finish:
+                    results[ids[event.id]] = stepper.pop(event.id)
+            if report:
+                report(len(results) + stepper.share)
 
     def stream(self, rows: Sequence[Row]) -> Iterator[tuple[int, str, str | None]]:
         """Runs rows in one batch and yields (row number, new text, finish) as text appears.
@@ -162,44 +171,17 @@ class Engine:
             if (lives[mine].prompt.ids, given[mine]) != (lives[other].prompt.ids, given[other]):
                 raise RequestError(f"row {mine} and its reference {other} have different tokens")
         self.admission.judge(lives)
-        sequences = [(*live.prompt.ids, *after) for live, after in zip(lives, given, strict=True)]
-        wanted = {other for other in against if other is not None}
-        kept: dict[int, Tensor] = {}  # streams of rows that others are compared with
-        found: dict[int, Score] = {}
-
-        def work(chunk: list[int]) -> None:
-            part = [lives[r] for r in chunk]
-            watch = Taps(part) if taps else None
-            ends = [len(given[r]) + 1 for r in chunk]
-            with exactly():
-                rows = [live.steered for live in part]
-                ids = [sequences[r] for r in chunk]
-                streams = read(model, Operands(model.device), rows, ids, watch=watch).split(ends)
-                kept.update({r: x for r, x in zip(chunk, streams, strict=True) if r in wanted})
-                # rows that others are compared with are compared once all of them are there
-                others = [None if r in wanted else against[r] for r in chunk]
-                compared = [None if other is None else kept[other] for other in others]
-                values = readings(model, streams, [given[r] for r in chunk], compared, last_logits)
-            seen: dict[int, dict[Site, Tensor]] = {}
-            for live, site, x in watch.take() if watch else ():
-                sites = seen.setdefault(live.id, {})
-                sites[site] = torch.cat([sites[site], x]) if site in sites else x.clone()
-            for r, (logprobs, last, kl) in zip(chunk, values, strict=True):
-                found[r] = Score(given[r], logprobs, last, kl, seen.get(r, {}))
-            if report:
-                report(len(found))
-
-        needs = [working(model, len(s), 0) for s in sequences]
-        order = sorted(range(len(rows)), key=lambda r: (len(sequences[r]), sequences[r]))
+        scoring = _Scoring(model, lives, given, against, last_logits)
+        needs = [working(model, len(ids), 0) for ids in scoring.sequences]
+        order = sorted(
+            range(len(rows)), key=lambda r: (len(scoring.sequences[r]), scoring.sequences[r])
+        )
+        work = partial(scoring.read, report)
         # references first, so that their streams are there when they are asked for
-        self._in_batches([r for r in order if r in wanted], needs, batch, work)
-        for r in wanted:
-            if (other := against[r]) is not None:
-                with exactly():
-                    ((_, _, kl),) = readings(model, [kept[r]], [given[r]], [kept[other]])
-                found[r] = replace(found[r], kl=kl)
-        self._in_batches([r for r in order if r not in wanted], needs, batch, work)
-        return [found[r] for r in range(len(rows))]
+        self._in_batches([r for r in order if r in scoring.wanted], needs, batch, work)
+        scoring.compare()
+        self._in_batches([r for r in order if r not in scoring.wanted], needs, batch, work)
+        return [scoring.found[r] for r in range(len(rows))]
 
     def ids(self, prompt: Prompt, continuation: Sequence[int] | str) -> tuple[int, ...]:
         """Token ids of a continuation: as given, or of a text that follows the prompt directly."""
@@ -244,6 +226,62 @@ class Engine:
         half = (len(chunk) + 1) // 2
         self._halving(chunk[:half], work)
         self._halving(chunk[half:], work)
+
+
+class _Scoring:
+    """Given continuations of rows, read in batches.
+
+    Attributes:
+        sequences: token ids of each row's prompt and continuation.
+        wanted: rows that others are compared with.
+        found: scores of the rows that were read.
+    """
+
+    def __init__(
+        self,
+        model: SteeringModel,
+        lives: Sequence[Live],
+        given: Sequence[tuple[int, ...]],
+        against: Sequence[int | None],
+        last_logits: bool,
+    ) -> None:
+        self.model, self.lives, self.given, self.against = model, lives, given, against
+        self.last_logits = last_logits
+        self.sequences = [(*x.prompt.ids, *after) for x, after in zip(lives, given, strict=True)]
+        self.wanted = {other for other in against if other is not None}
+        self.found: dict[int, Score] = {}
+        self._kept: dict[int, Tensor] = {}  # streams of rows that others are compared with
+
+    @exactly()
+    def read(self, report: Report | None, chunk: list[int]) -> None:
+        """Reads some of the rows."""
+        part = [self.lives[r] for r in chunk]
+        watch = watching(part)
+        operands, rows = Operands(self.model.device), [live.steered for live in part]
+        flat = read(self.model, operands, rows, [self.sequences[r] for r in chunk], watch=watch)
+        streams = flat.split([len(self.given[r]) + 1 for r in chunk])
+        self._kept |= {r: x for r, x in zip(chunk, streams, strict=True) if r in self.wanted}
+        others = [None if r in self.wanted else self.against[r] for r in chunk]
+        compared = [None if other is None else self._kept[other] for other in others]
+        given = [self.given[r] for r in chunk]
+        values = readings(self.model, streams, given, compared, self.last_logits)
+        seen: dict[int, dict[Site, Tensor]] = {}
+        for live, site, x in watch.take() if watch else ():
+            sites = seen.setdefault(live.id, {})
+            sites[site] = torch.cat([sites[site], x]) if site in sites else x.clone()
+        for r, (logprobs, last, kl) in zip(chunk, values, strict=True):
+            self.found[r] = Score(self.given[r], logprobs, last, kl, seen.get(r, {}))
+        if report:
+            report(len(self.found))
+
+    @exactly()
+    def compare(self) -> None:
+        """KL of rows that others are compared with: all of them have been read."""
+        for r in self.wanted:
+            if (other := self.against[r]) is not None:
+                pair = [self._kept[r]], [self.given[r]], [self._kept[other]]
+                ((_, _, kl),) = readings(self.model, *pair)
+                self.found[r] = replace(self.found[r], kl=kl)
 
 
 def readings(

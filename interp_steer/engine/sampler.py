@@ -60,15 +60,12 @@ class Sampler:
     ) -> None:
         """`seen` marks the ids of each row so far; needed if any row has a repetition penalty."""
 
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, device=device, dtype=torch.float32)[:, None]
-
-        self.temperature = column([s.temperature for s in settings])
-        self.penalty = column([s.repetition_penalty for s in settings])
-        self.top_p = column([s.top_p for s in settings])
-        self.top_k = torch.tensor([[s.top_k] for s in settings], device=device)
+        numbers = [[s.temperature, s.repetition_penalty, s.top_p] for s in settings]
+        columns = torch.tensor(numbers, dtype=torch.float32).to(device)
+        self.temperature, self.penalty, self.top_p = columns.split(1, dim=1)
+        self.top_k = torch.tensor([[s.top_k] for s in settings]).to(device)
         wrapped = [((s + 2**63) % 2**64) - 2**63 for s in seeds]
-        self.seeds = torch.tensor(wrapped, device=device, dtype=torch.int64)
+        self.seeds = torch.tensor(wrapped, dtype=torch.int64).to(device)
         self.seen = seen
         self.penalised = any(s.repetition_penalty != 1 for s in settings)
         self.drawn = any(s.temperature > 0 for s in settings)
@@ -111,4 +108,5 @@ class Sampler:
         before = upto.roll(1, -1)
         before[:, 0] = 0  # the best token always stays
         last = (upto[:, -1:] >= self.top_p).expand(scores.shape)  # what is not ranked comes last
-        return low | ((self.top_p < 1) & last.scatter(1, order, before >= self.top_p))
+        outside: Tensor = low | ((self.top_p < 1) & last.scatter(1, order, before >= self.top_p))
+        return outside

@@ -105,11 +105,11 @@ def test_a_gate_is_judged_by_the_weights_as_they_are(model):
     threshold = cosine()
     text = f"add(way, 4) at 1 if cos(way, 2) > {threshold - 1e-4}"
     row = Row("The quick brown fox", parse(text, {"way": way}))
-    assert admission.steered(row)[0]
+    assert admission.steered(row)[0].interventions
     with torch.no_grad():
         model.hf.model.layers[2].mlp.down_proj.weight -= way.unit[:, None]
         model.hf.model.layers[1].mlp.down_proj.weight *= -1
-    assert bool(admission.steered(row)[0]) == (cosine() > threshold - 1e-4)
+    assert bool(admission.steered(row)[0].interventions) == (cosine() > threshold - 1e-4)
     assert cosine() < threshold - 1e-2  # else nothing was tried
 
 
@@ -124,9 +124,9 @@ def test_verdicts_do_not_grow_without_end(tiny, monkeypatch):
     ]
     lives = [admission.take(n, Row("The fox", s), ()) for n, s in enumerate(settings)]
     admission.judge(lives)
-    assert [bool(live.steer) for live in lives] == [False, True] * 10
+    assert [bool(live.steering.interventions) for live in lives] == [False, True] * 10
     assert len(admission._verdicts) == 4
-    assert [bool(admission.steered(live.row)[0]) for live in lives] == [False, True] * 10
+    assert [bool(admission.steered(live.row)[0].count) for live in lives] == [False, True] * 10
 
 
 def test_the_second_view_follows_weights_that_moved(model):

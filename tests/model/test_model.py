@@ -70,7 +70,7 @@ def test_block_by_block_equals_the_whole(tiny):
         x = tiny.embed(ids)
         rotary = tiny.rotary(x, torch.arange(30)[None])
         for layer in range(tiny.n_layers):
-            x = tiny.block(layer, x, rotary, None)
+            x = tiny.block(layer, x, rotary)
         assert torch.allclose(tiny.unembed(x), tiny.hf(ids).logits, atol=1e-5)
 
 
