@@ -98,8 +98,8 @@ def test_every_row_equals_transformerlens(tiny, engine, rows, answers):
 
 
 @pytest.mark.parametrize("sampling", [
-    Sampling(max_new_tokens=24),
-    Sampling(temperature=0.9, top_p=0.95, top_k=40, repetition_penalty=1.2, max_new_tokens=24),
+    Sampling(max_new_tokens=12),
+    Sampling(temperature=0.9, top_p=0.95, top_k=40, repetition_penalty=1.2, max_new_tokens=12),
 ])  # fmt: skip
 def test_texts_alone_and_batched_are_equal_or_part_at_a_near_tie(engine, rows, sampling):
     rows = [Row(r.prompt, r.steer, sampling, seed) for seed, r in enumerate(rows)]
