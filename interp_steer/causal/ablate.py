@@ -203,14 +203,14 @@ def ablate(
             return torch.zeros((), dtype=model.dtype, device=model.device)
 
         @cache
-        def edit(operator: str, component: str, layer: int, head: int | None) -> Edit:
+        def edit(operator: str, component: str, layer: int, head: int | None) -> Variant:
             if operator not in METHODS and vector is not None:
                 site, scope = Site(component, layer), Scope(first=first)
                 one = Intervention(operator, (vector,), 0.0, "", (site,), scope)
                 steering = Steering((one,), model.device)
-                return trunk.steered([(steering, prompt) for prompt in own])[0]
+                return trunk.steered([(steering, prompt) for prompt in own])
             known = value(operator, component, layer, head)
-            return Edit(component, layer, partial(put, changed, known), head)
+            return (Edit(component, layer, partial(put, changed, known), head),)
 
         @cache
         def begun(operator: str, component: str, layer: int) -> Edit:
@@ -221,10 +221,11 @@ def ablate(
             return Edit("resid_post", layer, partial(put, changed, x))
 
         def variant(cut: Cut) -> Variant:
-            edits = [edit(cut.operator, *place, cut.head) for place in cut.places(vector)]
+            parts = [edit(cut.operator, *place, cut.head) for place in cut.places(vector)]
             if cut.closed:
-                edits[: len(HOOKS[cut.component])] = [begun(cut.operator, cut.component, cut.first)]
-            return tuple(edits)
+                first_one = begun(cut.operator, cut.component, cut.first)
+                parts[: len(HOOKS[cut.component])] = [(first_one,)]
+            return tuple(one for part in parts for one in part)
 
         return [variant(cut) for cut in cuts]
 

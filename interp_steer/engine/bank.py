@@ -47,7 +47,7 @@ class Steering:
         steps: at each site, in order. Clamps of one site are one joint clamp, at the place of the
             last of them, and so are its latent clamps.
         count: how many different steps there are.
-        first_block: the first block whose keys and values differ from the unsteered model's.
+        first_block: the first block that is changed, or whose input is; infinite for none.
     """
 
     def __init__(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from interp_steer.engine.bank import Hook, Operands, Steered
 from interp_steer.engine.forward import Segment, Watch, inside, read
+from interp_steer.engine.memory import unless_memory_lacks
 from interp_steer.model.block import attention, exactly
 from interp_steer.model.model import SteeringModel
 
@@ -30,7 +31,7 @@ class Shelf:
         capacity: slots of every row.
         seats: the rows that stand here; row n of the tensors is `seats[n]`'s.
         allocated: rows for which there is memory.
-        written: slots that may hold something, of rows that left.
+        written: no row has ever held anything from this slot on.
     """
 
     def __init__(self, model: SteeringModel, capacity: int) -> None:
@@ -42,9 +43,17 @@ class Shelf:
         self.layers = [[empty, empty] for _ in range(model.n_layers)]
 
     def resize(self, rows: int) -> None:
-        """Memory for so many rows. A layer at a time, so that little exists twice; what is there
-        stays until its copy is.
-        """
+        """Memory for so many rows: all layers, or if it fails as before."""
+        before = self.allocated
+        try:
+            self._resize(rows)
+        except Exception:
+            with unless_memory_lacks():
+                self._resize(before)
+            raise
+
+    def _resize(self, rows: int) -> None:
+        """A layer at a time, so that little exists twice; what is there stays until its copy is."""
         self.allocated = min(rows, self.allocated)
         kept = min(rows, len(self.seats))
         for layer in self.layers:
@@ -71,7 +80,7 @@ class Seat:
     Attributes:
         row: its steering and prompt.
         number: its number on the shelf.
-        length: tokens whose keys and values are there.
+        length: tokens that it has read; one that has ended may wait in the shelf's last slot.
     """
 
     row: Steered
@@ -79,9 +88,10 @@ class Seat:
     number: int
     length: int
 
-    def after(self, steps: int) -> int:
-        """Its length after more steps. A row that has ended may stay in the last slot."""
-        return min(self.length + steps, self.shelf.capacity - 1)
+    @property
+    def slot(self) -> int:
+        """Where its next token's keys and values go."""
+        return min(self.length, self.shelf.capacity - 1)
 
 
 class Batch:
@@ -205,11 +215,11 @@ class Decoding:
         return self._batch
 
     def joined(self, arrival: Arrival, steps: int) -> tuple[Batch, list[int]]:
-        """The batch after running rows have made so many steps and others have arrived; and where
-        each of its rows stands in running rows and arrived ones, one after the other.
+        """The batch after running rows have made so many steps and others have arrived. Of each of
+        its rows also the number in a list of the running rows, then the arrived ones.
         """
         seats = [*self.seats, *arrival.seats]
-        lengths = [seat.after(steps) for seat in self.seats] + [s.length for s in arrival.seats]
+        lengths = [s.length + steps for s in self.seats] + [s.length for s in arrival.seats]
         rank = {shelf: n for n, shelf in enumerate([*self.shelves, *arrival.shelves])}
         order = sorted(range(len(seats)), key=lambda n: (rank[seats[n].shelf], seats[n].number))
         seats, lengths = [seats[n] for n in order], [lengths[n] for n in order]
@@ -220,7 +230,7 @@ class Decoding:
     ) -> None:
         """Makes steps count, and takes rows in; `batch` is what `joined` gave, if it was asked."""
         for seat in self.seats:
-            seat.length = seat.after(steps)
+            seat.length += steps
         if arrival:
             self.shelves += arrival.shelves
             for seat in sorted(arrival.seats, key=lambda seat: seat.number):
@@ -232,19 +242,25 @@ class Decoding:
 
     def keep(self, seats: set[Seat]) -> None:
         """Frees the other rows' places; the last rows of a shelf move into the holes."""
-        self._batch = None
+        moves: list[tuple[Seat, int]] = []
         for shelf in self.shelves:
             stay = [seat for seat in shelf.seats if seat in seats]
             holes = sorted(set(range(len(stay))) - {seat.number for seat in stay})
             movers = [seat for seat in stay if seat.number >= len(stay)]
             if movers:
                 shelf.move([seat.number for seat in movers], holes)
-            for seat, hole in zip(movers, holes, strict=True):
-                seat.number = hole
+            moves += zip(movers, holes, strict=True)
+        self._batch = None  # all is copied: now it counts
+        for seat, hole in moves:
+            seat.number = hole
+        for shelf in self.shelves:
+            stay = [seat for seat in shelf.seats if seat in seats]
             shelf.seats = sorted(stay, key=lambda seat: seat.number)
-            if 0 < 2 * len(stay) <= shelf.allocated:
-                shelf.resize(len(stay))
         self.shelves = [shelf for shelf in self.shelves if shelf.seats]
+        for shelf in self.shelves:
+            if 2 * len(shelf.seats) <= shelf.allocated:
+                with unless_memory_lacks():
+                    shelf.resize(len(shelf.seats))
 
 
 def _at(batch: Batch, watch: Watch | None, hook: Hook, x: Tensor) -> Tensor:
@@ -265,11 +281,11 @@ class _Attention:
         start = 0
         for shelf in shelves:
             rows = slice(start, start := start + len(shelf.seats))
-            lengths = {seat.length for seat in shelf.seats}
-            longest = max(lengths) + 1
+            taken = {seat.slot for seat in shelf.seats}
+            longest = max(taken) + 1
             shelf.written = max(shelf.written, longest)
             slots = mask = None
-            if len(lengths) > 1:  # rows that have ended may stand beyond the last slot
+            if len(taken) > 1:  # rows that have ended may stand beyond the last slot
                 slots = batch.positions[rows].clamp_max(shelf.capacity - 1)
                 seen = torch.arange(longest, device=slots.device) <= slots[:, None]
                 kind = shelf.layers[0][0].dtype
@@ -322,9 +338,10 @@ class Filling:
             seat = self._seats[row]
             shelves.setdefault(seat.shelf, []).append((seat.number, n, segment.begins[n]))
         for shelf, rows in shelves.items():
+            end = max(begin for _, _, begin in rows) + segment.width
             numbers, served, begins = torch.tensor(rows).T.to(segment.x.device)
             stale, shelf.written = (
                 shelf.written,
-                max(shelf.written, min(segment.width, shelf.capacity)),
+                max(shelf.written, min(end, shelf.capacity)),
             )
             yield shelf, numbers, served, begins, stale

@@ -179,7 +179,8 @@ class Engine:
         work = partial(scoring.read, report)
         # references first, so that their streams are there when they are asked for
         self._in_batches([r for r in order if r in scoring.wanted], needs, batch, work)
-        scoring.compare()
+        chained = [r for r in order if r in scoring.wanted and against[r] is not None]
+        self._in_batches(chained, needs, batch, scoring.compare)
         self._in_batches([r for r in order if r not in scoring.wanted], needs, batch, work)
         return [scoring.found[r] for r in range(len(rows))]
 
@@ -275,13 +276,15 @@ class _Scoring:
             report(len(self.found))
 
     @exactly()
-    def compare(self) -> None:
-        """KL of rows that others are compared with: all of them have been read."""
-        for r in self.wanted:
-            if (other := self.against[r]) is not None:
-                pair = [self._kept[r]], [self.given[r]], [self._kept[other]]
-                ((_, _, kl),) = readings(self.model, *pair)
-                self.found[r] = replace(self.found[r], kl=kl)
+    def compare(self, chunk: list[int]) -> None:
+        """KL of rows that others are compared with themselves, after all of them were read."""
+        others = [self.against[r] for r in chunk]
+        compared = [None if other is None else self._kept[other] for other in others]
+        streams, given = [self._kept[r] for r in chunk], [self.given[r] for r in chunk]
+        for r, (_, _, kl) in zip(
+            chunk, readings(self.model, streams, given, compared), strict=True
+        ):
+            self.found[r] = replace(self.found[r], kl=kl)
 
 
 def readings(
@@ -321,8 +324,8 @@ def readings(
     for start in range(0, len(order), together):
         some = order[start : start + together]
         others = {other: i for i, other in enumerate(dict.fromkeys(against[n] for n in some))}
-        table = [(n, tokens[n], max(0, against[n]), others[against[n]]) for n in some]
-        here, token, _, which = torch.tensor(table).T.to(flat.device)
+        table = [(n, tokens[n], others[against[n]]) for n in some]
+        here, token, which = torch.tensor(table).T.to(flat.device)
         logits = model.unembed(flat[here]).float()
         ended = [(i, lasts[n]) for i, n in enumerate(some) if n in lasts] if last_logits else []
         if ended:

@@ -1,8 +1,8 @@
 """Whole sequences through the model, rows steered differently, what is equal computed once.
 
 A batch is left-aligned: the token at absolute position p stands in slot p, padding at the right
-end. Rows with the same tokens share a pass up to the first block that is steered. Rows that share
-a prompt and its steering, and read on differently, share the whole of it.
+end. Rows with the same tokens share a pass up to the first block that is steered. Rows whose prompt
+is steered alike, and who differ from its last position on, share all of it before that position.
 """
 
 import math
@@ -74,7 +74,7 @@ class Segment:
 
         Args:
             rows: numbers of the distinct rows.
-            serves: (row, which of `rows` it equals here) of all rows.
+            serves: for every row its number, and the place in `rows` of the row that it equals.
             leaves: the first block that is steered, of each row.
             trunks: rows with the same one have the same tokens and the same past.
             past: the segment before this one, and which row of it each row follows.
@@ -168,7 +168,9 @@ Keep = Callable[[int, Segment], None]
 """Takes the keys and values of a segment after a block."""
 
 Part = tuple[Steering | None, Hashable]
-"""What decides a prompt's stream before its last position: None of a steering that acts later."""
+"""What decides a prompt's stream before its last position: its steering there (None: unsteered)
+and its tokens.
+"""
 
 
 @exactly()
@@ -233,8 +235,10 @@ class Group:
 def _groups(
     rows: Sequence[Steered], sequences: Sequence[Sequence[int]], twins: Sequence[list[int]]
 ) -> Iterator[Group]:
-    """Rows apart by whether others share their prompt, then by length. An eighth of a pass may be
-    padding, a few tokens more, and what would have to be read again.
+    """Rows that share their prompt apart from the others, and each kind by length.
+
+    A pass ends where padding would be more than an eighth of its tokens, beside `SLACK` and the
+    prompts that a new pass would have to read again.
     """
     parts: dict[int, Part] = {}
     for row, *_ in twins:

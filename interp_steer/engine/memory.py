@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -123,9 +123,19 @@ def chunks(order: Sequence[int], needs: Sequence[int], budget: int) -> list[list
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory has run out."""
-    return isinstance(
-        error, (torch.OutOfMemoryError, MemoryError)
-    ) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or any(words in str(error) for words in said)
+
+
+@contextmanager
+def unless_memory_lacks() -> Iterator[None]:
+    """For what may be left out: if memory runs out, it is."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
 
 
 def release(device: torch.device) -> None:

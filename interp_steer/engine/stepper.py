@@ -58,7 +58,7 @@ class Stepper:
         self._live: list[Live] = []  # in the order of the batch, rows that have ended included
         self._ended: dict[int, Live] = {}
         self._count = 0
-        self._full = False  # memory ran out when the last rows were read; none has left since
+        self._full = False  # memory ran out with rows that waited; none has ended since
         self._decoding = Decoding(self._model)
         self._sampler: Sampler | None = None
         self._taps: Taps | None = None
@@ -126,9 +126,9 @@ class Stepper:
         """
         self._leave()
         arriving = [] if self._full and self._live else list(self._waiting)
-        self._admission.judge(arriving)
         while True:
             try:
+                self._admission.judge(arriving)
                 return self._step(arriving)
             except (RuntimeError, MemoryError) as error:
                 if not arriving or not is_out_of_memory(error):
@@ -139,8 +139,6 @@ class Stepper:
                 self._end(arriving[0], "memory")
                 return [Event(arriving[0].id, None, "memory")]
             arriving, self._full = arriving[: len(arriving) // 2], True
-            if not arriving and not self._live:
-                arriving = self._waiting[:1]
 
     def _step(self, arriving: list[Live]) -> list[Event]:
         """A step with some of the waiting rows. What can fail comes first."""
@@ -158,7 +156,8 @@ class Stepper:
             arrival = decoding.read(rows, rooms, arrived)
             streams.append(arrival.x)
             batch, order = decoding.joined(arrival, before)
-            live = [[*live, *arriving][n] for n in order]
+            both = [*live, *arriving]
+            live = [both[n] for n in order]
             streams = [torch.cat(streams)[torch.tensor(order).to(arrival.x.device)]]
             sampler, steps = self._sampler_of(live), self._counts(live)
         assert sampler and steps is not None
@@ -173,7 +172,7 @@ class Stepper:
             for one, seat in zip(arriving, arrival.seats, strict=True):
                 one.seat = seat
             self._live, self._sampler, self._taps = live, sampler, watching(live)
-            self._waiting = [one for one in self._waiting if one not in arriving]
+            self._waiting = self._waiting[len(arriving) :]  # the first ones
         self._next, self._steps = chosen, steps.add_(1)
         for one, site, values in seen:
             one.seen.setdefault(site, []).append(values)
@@ -206,7 +205,7 @@ class Stepper:
             self._decoding.keep({live.seat for live in going if live.seat})
             at = {seat: n for n, seat in enumerate(self._decoding.seats)}
             self._live = sorted(going, key=lambda live: at[live.seat] if live.seat else -1)
-            self._sampler = None
+            self._sampler = self._taps = None
 
     def _settle(self) -> None:
         """What a step needs of the running rows, where it is not kept from the last one."""

@@ -220,13 +220,14 @@ class Sae:
 
 
 class SaeStore:
-    """Loads SAEs, each once a device. One that somebody holds is never loaded again; of the others
-    the latest are kept, within a budget.
+    """Loads SAEs, each once a device. One that somebody holds is never loaded again. The latest are
+    held by the store, on each device within a budget.
     """
 
     def __init__(self, budget: int | None = None) -> None:
-        """`budget` is in bytes; None is a quarter of the memory that is free when first asked."""
-        self.budget = budget
+        """`budget` is in bytes a device; None is a quarter of its memory that is free at first."""
+        self._budget = budget
+        self._budgets: dict[str, int] = {}
         self._held: WeakValueDictionary[tuple[Located, str], Sae] = WeakValueDictionary()
         self._latest: OrderedDict[tuple[Located, str], Sae] = OrderedDict()
         self._lock = RLock()
@@ -234,28 +235,29 @@ class SaeStore:
     def load(self, where: Located, device: torch.device) -> Sae:
         """An SAE on a device; raises as `Sae.load` does."""
         with self._lock:
-            if self.budget is None:
-                self.budget = free(device) // 4
-            key = where, str(device)
+            key = where, (place := str(device))
+            if place not in self._budgets:
+                self._budgets[place] = free(device) // 4 if self._budget is None else self._budget
             sae = self._held.get(key)
             if sae is None:
                 sae = self._held[key] = _loaded(where, device)
             self._latest[key] = sae
             self._latest.move_to_end(key)
-            while len(self._latest) > 1 and self.bytes > self.budget:
-                self._latest.popitem(last=False)
+            here = [one for one in self._latest if one[1] == place]
+            while len(here) > 1 and self.bytes(place) > self._budgets[place]:
+                del self._latest[here.pop(0)]
             return sae
 
     def encoder(self, source: Source, device: torch.device) -> Sae:
         """The SAE of a feature, by its direction's source."""
         return self.load(locate(source["release"], source.get("sae_id") or None), device)
 
-    @property
-    def bytes(self) -> int:
-        """What the kept SAEs take."""
+    def bytes(self, device: str) -> int:
+        """What the SAEs that the store holds on a device take."""
         return sum(
             weight.numel() * weight.element_size()
-            for sae in self._latest.values()
+            for (_, place), sae in self._latest.items()
+            if place == device
             for weight in sae.inner.parameters()
         )
 

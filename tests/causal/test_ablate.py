@@ -411,3 +411,12 @@ def test_the_benchmark_runs(tiny_folder, monkeypatch, capsys):
 
 def test_every_component_has_a_name_that_is_tested():
     assert set(COMPONENTS) == {*HOOKS, "feature"}
+
+
+def test_a_prompt_of_one_token_leaves_nothing_to_ablate(tiny):
+    """Its first position is kept; the others of the run are ablated as ever."""
+    way = Direction.of(torch.ones(tiny.d_model), "blocks.2.hook_resid_post", "way")
+    items = [Item.of("The quick brown fox"), Item.of("<|begin|>")]
+    found = ablate(tiny, items, ["direction"], ["directional"], vector=way, layers=[2], batch=1)
+    short = found.table[found.table["item"] == items[1].id]
+    assert len(short) and (short["value"] - short["clean"]).abs().max() < 1e-6

@@ -274,3 +274,69 @@ def test_a_row_that_never_fits_is_told_of(engine):
     assert [stepper.pop(id).token_ids for id in ids] == expected
     assert [event for event in events if event.id == large] == [Event(large, None, "memory")]
     assert stepper.pop(large).token_ids == () and stepper.pop(last).token_ids == expected[0]
+
+
+def test_a_row_that_moves_takes_its_prompts_last_keys_along(engine, directions):
+    """Rows that share a prompt read its last token apart; three leave at once, the fourth moves."""
+    rows = []
+    for c, new in ((3, 1), (4, 1), (5, 1), (6, 6)):
+        steering = parse(f"add(one, {c}) at 2 on generated", directions)
+        rows.append(Row(prompt(engine, 9), steering, Sampling(max_new_tokens=new)))
+    site = Site("resid_post", 5)
+    alone = engine.generate(rows[3:], taps=[site])[0].taps[site]
+    together = engine.generate(rows, taps=[site])[3].taps[site]
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_rows_that_wait_in_their_last_slot_turn_nobody(engine):
+    """An ended row's position goes on; the others' angles must not be taken from it."""
+    short = Row(prompt(engine, 5), (), Sampling(max_new_tokens=5))
+    others = [Row(prompt(engine, 3), (), Sampling(max_new_tokens=40), seed=n) for n in range(5)]
+    expected = [engine.generate([row])[0].token_ids for row in others]
+    stepper = engine.stepper()
+    stepper.add(short)
+    stepper.step()
+    ids = [stepper.add(row) for row in others]
+    while stepper.busy:
+        stepper.step()
+    assert [stepper.pop(id).token_ids for id in ids] == expected
+
+
+def test_rows_that_do_not_fit_leave_no_memory_behind(engine):
+    """Layers of the cache that had grown already are given back."""
+    stepper = engine.stepper()
+    for n in range(4):
+        stepper.add(Row(prompt(engine, 6), (), Sampling(max_new_tokens=20), seed=n))
+    stepper.step()
+    before = cache_bytes(stepper._decoding)
+    for n in range(12):
+        stepper.add(Row(prompt(engine, 6), (), Sampling(max_new_tokens=20), seed=n))
+    grown, tensors = 0, stepper._decoding.shelves[0].layers
+
+    class Full(Fails):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal grown
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+            if isinstance(out, torch.Tensor) and out.shape[1:] == tensors[0][0].shape[1:]:
+                grown += len(out) > 4
+                if grown > 5 and len(out) > 4:
+                    raise torch.OutOfMemoryError("out of memory, as a test wants it")
+            return out
+
+    with Full():
+        stepper.step()
+    assert grown > 5 and cache_bytes(stepper._decoding) == before
+
+
+def test_a_gate_that_memory_does_not_suffice_for_stops_no_row(engine, directions):
+    stepper = engine.stepper()
+    row = Row(prompt(engine, 6), (), Sampling(max_new_tokens=4))
+    first = stepper.add(row)
+    stepper.step()
+    gated = parse("add(one, 4) at 1 if cos(two, 2) > 0", directions)
+    late = stepper.add(Row(prompt(engine, 450), gated, Sampling(max_new_tokens=4)))
+    with Fails(largest=20_000):
+        while stepper.busy:
+            stepper.step()
+    assert stepper.pop(first).token_ids == engine.generate([row])[0].token_ids
+    assert stepper.pop(late).finish == "memory"

@@ -348,13 +348,13 @@ def test_the_latest_saes_are_kept_within_a_budget(three, loads):
     cpu = torch.device("cpu")
     store = SaeStore(budget=10**9)
     one = store.load(places[0], cpu)
-    size = store.bytes
+    size = store.bytes("cpu")
     assert size == sum(p.numel() for p in one.inner.parameters()) * 4
     del one
     store = SaeStore(budget=2 * size)
     for n in (0, 1, 0, 2, 0):  # 2 takes the place of 1, which was asked for before 0
         store.load(places[n], cpu)
-        assert store.bytes <= 2 * size
+        assert store.bytes("cpu") <= 2 * size
     assert loads[1:] == [str(three[n]) for n in (0, 1, 2)]
     held = store.load(places[1], cpu)
     for n in (0, 2):
