@@ -3,7 +3,7 @@
     feature    `feature`: a decoder row as a Direction; `locate`: where an SAE is
     decoder    one decoder row out of an SAE's files, in each layout that SAELens reads
     hub        files of the Hugging Face hub: cached, whole, or a few bytes of one
-    sae        Sae: a whole SAE beside the model, to encode and decode
+    sae        Sae: a whole SAE beside the model, to encode and decode; SaeStore loads each once
     at_hand    what steering asks of features: encoders, largest activations
     contexts   where features fire over texts
     screen     which features move an output when they are steered

@@ -2,9 +2,9 @@
 # Two checkouts of this project side by side: the same rows on the same machine, in turns, a process
 # each. It says how the second one's times compare with the first one's.
 #
-#     git worktree add /tmp/before HEAD~1
-#     python scripts/benchmarks/revisions.py /tmp/before . --repeats 5
-#     python scripts/benchmarks/revisions.py /tmp/before . sweep mixed --dtype bfloat16 --json
+#     git worktree add ../before HEAD~1
+#     python scripts/benchmarks/revisions.py ../before . --repeats 5
+#     python scripts/benchmarks/revisions.py ../before . sweep mixed --dtype bfloat16 --json
 #
 # Only what both checkouts have in public is used: rows, engine, interventions.
 
