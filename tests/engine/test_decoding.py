@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from interp_steer.engine.decoding import WIDEST, Decoding
+from interp_steer.engine.decoding import Decoding
 from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Result, Row, Sampling
 from interp_steer.engine.stepper import Event
@@ -137,8 +137,19 @@ def test_a_long_row_makes_no_short_one_long(engine):
     stepper.step()
     shelves = stepper._decoding.shelves
     needed = sum(need(engine, row) for row in [*short, long])
-    assert needed <= cache_bytes(stepper._decoding) <= 1.2 * needed < WIDEST * needed
+    assert needed <= cache_bytes(stepper._decoding) <= 1.2 * needed
     assert ids == [id(t) for s in shelves[:-1] for layer in s.layers for t in layer]
+
+
+def test_short_rows_do_not_sit_down_on_a_long_rows_shelf(engine):
+    stepper = engine.stepper()
+    long = Row(prompt(engine, 400), (), Sampling(max_new_tokens=20))
+    rows = [long, *[Row(prompt(engine, 6), (), Sampling(max_new_tokens=20))] * 16]
+    for row in rows:
+        stepper.add(row)
+        stepper.step()
+    needed = sum(need(engine, row) for row in rows)
+    assert needed <= cache_bytes(stepper._decoding) <= 1.5 * needed
 
 
 def test_leaving_frees_and_joining_fills(engine):
@@ -171,7 +182,9 @@ def test_numbers_that_are_none_do_not_outlive_their_row(tiny_folder, directions)
     late = Row(prompt(engine, 18), (), Sampling(max_new_tokens=32))
     expected = engine.generate([late])[0].token_ids
     stepper = engine.stepper()
-    first, _ = stepper.add(broken), stepper.add(stays)
+    for _ in range(3):  # enough to stay: nobody moves into the place, and no memory is given back
+        stepper.add(stays)
+    first = stepper.add(broken)
     while not any(event.id == first and event.finish for event in stepper.step()):
         pass
     assert stepper.pop(first).finish == "overflow"
