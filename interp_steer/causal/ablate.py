@@ -213,18 +213,17 @@ def ablate(
             return (Edit(component, layer, partial(put, changed, known), head),)
 
         @cache
-        def begun(operator: str, component: str, layer: int) -> Edit:
+        def begun(operator: str, component: str, layer: int) -> Variant:
             x = trunk.streams[layer]
             for part in ("attn_out", "mlp_out"):
                 gone = part in HOOKS[component]
                 x = x + (value(operator, part, layer, None) if gone else trunk.value(part, layer))
-            return Edit("resid_post", layer, partial(put, changed, x))
+            return (Edit("resid_post", layer, partial(put, changed, x)),)
 
         def variant(cut: Cut) -> Variant:
             parts = [edit(cut.operator, *place, cut.head) for place in cut.places(vector)]
             if cut.closed:
-                first_one = begun(cut.operator, cut.component, cut.first)
-                parts[: len(HOOKS[cut.component])] = [(first_one,)]
+                parts[: len(HOOKS[cut.component])] = [begun(cut.operator, cut.component, cut.first)]
             return tuple(one for part in parts for one in part)
 
         return [variant(cut) for cut in cuts]

@@ -244,9 +244,7 @@ def mediation(
     check_names("component", components, RESTORED)
     if not steer:
         raise RequestError("mediation needs an intervention whose effect is traced")
-    begins = min(
-        site.layer + (site.component == "resid_post") for one in steer for site in one.sites
-    )
+    begins = min(site.block for one in steer for site in one.sites)
     if begins >= model.n_layers:
         raise RequestError("steering after the last block is mediated by none; steer earlier")
     readings = [Reading.of(model, Item.of(one)) for one in prompts]

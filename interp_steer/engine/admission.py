@@ -9,6 +9,7 @@ from torch import Tensor
 
 from interp_steer.engine.bank import Hook, Steered, Steering
 from interp_steer.engine.decoding import Seat
+from interp_steer.engine.forward import Place
 from interp_steer.engine.row import Row
 from interp_steer.errors import RequestError
 from interp_steer.model.model import SteeringModel
@@ -50,17 +51,10 @@ class Taps:
         self.parts: list[tuple[Hook, list[tuple[Live, int]], Tensor]] = []
         self._indices: dict[tuple[int, ...], Tensor] = {}
 
-    def __call__(
-        self,
-        hook: Hook,
-        x: Tensor,
-        rows: Sequence[int],
-        place: Sequence[int],
-        tokens: Sequence[int],
-    ) -> None:
+    def __call__(self, hook: Hook, x: Tensor, places: Sequence[Place]) -> None:
         wanted = [
             (self.rows[row], entry, n)
-            for row, entry, n in zip(rows, place, tokens, strict=True)
+            for row, entry, n in places
             if self.rows[row].finish is None
             and any((site.component, site.layer) == hook for site in self.rows[row].taps)
         ]
@@ -200,7 +194,7 @@ class Admission:
         self, prompts: Sequence[Encoded], gates: Sequence[Gate]
     ) -> dict[tuple[Encoded, Gate], bool]:
         """Whether each gate opens on each prompt, from one pass up to the last gate's layer."""
-        reads = [gate.site.layer - (gate.site.component == "resid_pre") for gate in gates]
+        reads = [gate.site.block - 1 for gate in gates]  # what the block before leaves
         means: list[Tensor] = [torch.zeros(0)] * len(gates)
         for layer, x, real in self.model.residuals(prompts):
             for n, gate in enumerate(gates):

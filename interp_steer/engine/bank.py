@@ -82,8 +82,7 @@ class Steering:
                 known[alike] = tuple(_steps(here, site, device, encoders))
             self.steps[site] = known[alike]
         self.count = sum(map(len, known.values()))
-        blocks = [site.layer + (site.component == "resid_post") for site in acting]
-        self.first_block = min(blocks, default=math.inf)
+        self.first_block = min((site.block for site in acting), default=math.inf)
 
     def reaches(self, prompt: Encoded) -> bool:
         """Whether it steers a position of the prompt before the last one."""

@@ -91,8 +91,13 @@ class Bench:
             [self.last([r], [a]) for r, a in zip(self.rows, self.answers, strict=True)]
         )
 
-    def last(self, rows: Sequence[Row], answers: Sequence[Sequence[int]]) -> Tensor:
-        scores = self.engine.score(rows, answers, last_logits=True)
+    def last(
+        self,
+        rows: Sequence[Row],
+        answers: Sequence[Sequence[int]],
+        engine: Engine | None = None,
+    ) -> Tensor:
+        scores = (engine or self.engine).score(rows, answers, last_logits=True)
         return torch.stack([s.last_logits for s in scores if s.last_logits is not None])
 
     @cached_property
@@ -102,8 +107,7 @@ class Bench:
         weights = {id(p): torch.nn.Parameter(p.detach().cpu()) for p in model.hf.parameters()}
         twin: Any = copy.deepcopy(model.hf, weights)
         here = SteeringModel(twin.to("cpu"), model.tokenizer, model.name, date=model.date)
-        scores = Engine(here).score(self.rows, self.answers, last_logits=True)
-        return torch.stack([s.last_logits for s in scores if s.last_logits is not None])
+        return self.last(self.rows, self.answers, Engine(here))
 
     def apart(self, a: Tensor, b: Tensor) -> float:
         return float((a.float() - b.float()).abs().max())

@@ -268,8 +268,7 @@ def _at(batch: Batch, watch: Watch | None, hook: Hook, x: Tensor) -> Tensor:
     if hook in batch.banks:
         x = batch.banks[hook].apply(x)
     if watch and hook in watch.hooks:
-        rows = range(len(batch.seats))
-        watch(hook, x, rows, rows, [1] * len(rows))
+        watch(hook, x, [(n, n, 1) for n in range(len(batch.seats))])
     return x
 
 

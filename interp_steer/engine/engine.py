@@ -304,7 +304,8 @@ def readings(
     """
     ends = [len(x) for x in streams]
     known = {id(x): x for x in references if x is not None}
-    flat, every = torch.cat([*streams]), torch.cat([*known.values(), *streams[:1]])
+    flat = torch.cat([*streams])
+    every = torch.cat([*known.values()]) if known else flat[:0]
     begins = dict(zip(known, accumulate(map(len, known.values()), initial=0), strict=False))
     numbers = range(len(flat))
     tokens = [token for ids in given for token in (*ids, 0)]
@@ -317,9 +318,9 @@ def readings(
         for position in range(n)
     ]
     order = sorted(numbers, key=lambda n: (against[n], rows[n]))
-    logprobs, kl = (torch.zeros(len(flat), dtype=torch.float32).to(flat.device) for _ in range(2))
     size = (len(ends) if last_logits else 0, model.d_vocab)
     finals = torch.empty(size, dtype=torch.float32, device=flat.device)
+    logprobs, kl = finals.new_zeros(2, len(flat))
     together = max(1, LOGITS // model.d_vocab)
     for start in range(0, len(order), together):
         some = order[start : start + together]

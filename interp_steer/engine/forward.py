@@ -26,21 +26,18 @@ SLACK = 64
 """Tokens of padding that cost less than a pass of their own."""
 
 
+Place = tuple[int, int, int]
+"""A row's number, its entry in a batch, and how many new positions it has there."""
+
+
 @runtime_checkable
 class Watch(Protocol):
     """Reads activations on their way, after the interventions there."""
 
     hooks: set[Hook]
 
-    def __call__(
-        self,
-        hook: Hook,
-        x: Tensor,
-        rows: Sequence[int],
-        place: Sequence[int],
-        tokens: Sequence[int],
-    ) -> None:
-        """`x[place[i], :tokens[i]]` holds the newest positions of row `rows[i]`."""
+    def __call__(self, hook: Hook, x: Tensor, places: Sequence[Place]) -> None:
+        """`x[entry, :new]` holds the newest positions of a row, for (row, entry, new) of places."""
 
 
 class Segment:
@@ -336,9 +333,8 @@ def _at(
     if hook in banks:
         x = banks[hook].apply(x, segment.place)
     if watch and hook in watch.hooks:
-        rows, numbers = zip(*segment.serves, strict=True)
-        place = [segment.standing[n] for n in numbers]
-        watch(hook, x, rows, place, [segment.tokens[n] for n in numbers])
+        serves = segment.serves
+        watch(hook, x, [(row, segment.standing[n], segment.tokens[n]) for row, n in serves])
     return x
 
 

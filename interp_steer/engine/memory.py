@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from interp_steer.errors import SteerError
 from interp_steer.model.model import SteeringModel
 
 CGROUPS = {
@@ -122,7 +123,9 @@ def chunks(order: Sequence[int], needs: Sequence[int], budget: int) -> list[list
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory has run out."""
+    """Whether an error says that memory has run out; our own is a verdict, not tried again."""
+    if isinstance(error, SteerError):
+        return False
     said = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     return known or any(words in str(error) for words in said)

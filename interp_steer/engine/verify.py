@@ -301,9 +301,7 @@ def _clean(b: Bench) -> Result:
         def __init__(self, component: str) -> None:
             self.hooks = {(component, b.layer)}
 
-        def __call__(
-            self, hook: object, x: object, rows: object, place: object, tokens: object
-        ) -> None:
+        def __call__(self, hook: object, x: object, places: object) -> None:
             raise Stop
 
     def fails(x: Tensor, hook: object) -> None:

@@ -141,16 +141,15 @@ class Forward:
             return x if change is None else torch.cat([x[:, :1], change(x[:, 1:]).to(x.dtype)], 1)
 
         between = site.component in ("resid_pre", "resid_post")
-        at = site.layer + (site.component == "resid_post")
         ids = torch.tensor([one.ids], device=self.device)
         changes = {} if between else {(site.component, site.layer): changed}
         with exactly():
             x = self.embed(ids)
             rotary = self.rotary(x, torch.arange(len(one.ids), device=self.device)[None])
             for layer in range(self.n_layers):
-                x = changed(x) if between and layer == at else x
+                x = changed(x) if between and layer == site.block else x
                 x = self.block(layer, x, rotary, changes=_inside(changes, layer))
-            x = changed(x) if between and at == self.n_layers else x
+            x = changed(x) if between and site.block == self.n_layers else x
             logprobs = self.unembed(x[0, :-1]).float().log_softmax(-1)
         return -logprobs.gather(1, ids[0, 1:, None])[:, 0]
 

@@ -44,6 +44,11 @@ class Site:
             raise RequestError("a site at z names a head, such as 'z 15h3'; no other site does")
 
     @property
+    def block(self) -> int:
+        """The first block that a change here reaches: its own, or behind `resid_post` the next."""
+        return self.layer + (self.component == "resid_post")
+
+    @property
     def hook_name(self) -> str:
         """TransformerLens's hook name; `z` is one hook for all heads of a block."""
         return f"blocks.{self.layer}.{_HOOKS[self.component]}"

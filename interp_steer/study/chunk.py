@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from interp_steer.engine.bank import Steering
 from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Row
 from interp_steer.errors import RunError
@@ -90,6 +91,8 @@ def measure(engine: Engine, chunk: Chunk, report: Report | None = None) -> list[
     applicable = [
         m for m in map(measures.find, chunk.metrics) if all(m.applies(i) for i in chunk.items)
     ]
+    # held, so that what is generated, read and measured of the chunk shares them
+    steerings = [engine.admission.steering(row.steer) for row in chunk.rows]
     measured = Measured(
         engine, chunk.rows, chunk.items, (), chunk.concept, batch=len(chunk), report=report
     )
@@ -108,7 +111,7 @@ def measure(engine: Engine, chunk: Chunk, report: Report | None = None) -> list[
         for metric in applicable
     }
     results = measured.results if generated else [None] * len(chunk)
-    steps = _step_lengths(engine, chunk)
+    steps = _step_lengths(engine, chunk, steerings)
     return [
         {
             "key": key,
@@ -128,7 +131,9 @@ def measure(engine: Engine, chunk: Chunk, report: Report | None = None) -> list[
     ]
 
 
-def _step_lengths(engine: Engine, chunk: Chunk) -> list[float | None]:
+def _step_lengths(
+    engine: Engine, chunk: Chunk, steerings: Sequence[Steering]
+) -> list[float | None]:
     """How far each row moves the residual stream at its first site: the norm of what is added.
 
     A single addition moves it by its own length. Of any other operator it is the mean over the
@@ -141,7 +146,7 @@ def _step_lengths(engine: Engine, chunk: Chunk) -> list[float | None]:
         if not row.steer:
             continue
         site = row.steer[0].sites[0]
-        steps = engine.admission.steering(row.steer).steps[site]
+        steps = steerings[i].steps[site]
         if len(steps) == 1 and steps[0].kind == "add":
             lengths[i] = steps[0].operands[0].norm().item()
         elif site.head is None:
