@@ -14,11 +14,15 @@ import json
 import sys
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from interp_steer.model.model import SteeringModel
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -87,6 +91,22 @@ def make_llama(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, 
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder
+
+
+def config_8b(**more) -> "LlamaConfig":
+    """The configuration of Llama 3.1 8B."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
+        rms_norm_eps=1e-5, tie_word_embeddings=False,
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+        },
+        **more,
+    )  # fmt: skip
 
 
 def hf_streams(model: SteeringModel, ids: tuple[int, ...]) -> list[torch.Tensor]:

@@ -311,12 +311,13 @@ def on_gpu(model: SteeringModel) -> SteeringModel:
 
 class fail_at(TorchDispatchMode):
     """Lets memory run out at one allocation, on the CPU and the fake GPU: `fail_at(k)` at the k-th
-    from 1 on, `fail_at(0)` never; `count` says how many there were. All others succeed.
+    from 1 on, `fail_at(0)` never; and at each of more than `largest` numbers. `count` says how many
+    allocations there were. All others succeed.
     """
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int = 0, largest: float = float("inf")) -> None:
         super().__init__()
-        self.at, self.count = at, 0
+        self.at, self.largest, self.count = at, largest, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -324,6 +325,6 @@ class fail_at(TorchDispatchMode):
         made = [one for one in tensors(out) if place(one) not in known and one.numel()]
         if made or func is torch.ops.aten.lift_fresh.default:  # the latter: of `torch.tensor`
             self.count += 1
-            if self.count == self.at:
+            if self.count == self.at or any(one.numel() > self.largest for one in made):
                 raise torch.OutOfMemoryError(f"allocation {self.at}: out of memory, as asked for")
         return out

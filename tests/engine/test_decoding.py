@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from interp_steer.engine.decoding import Decoding
 from interp_steer.engine.engine import Engine
@@ -15,6 +14,7 @@ from interp_steer.model.site import Site
 from interp_steer.steering.direction import Direction
 from interp_steer.steering.grammar import parse
 from tests.conftest import make_llama
+from tests.fakegpu import fail_at
 
 LINES = (
     "",
@@ -199,29 +199,13 @@ def test_numbers_that_are_none_do_not_outlive_their_row(tiny_folder, directions)
 # --- all or nothing ----------------------------------------------------------------------------
 
 
-class Fails(TorchDispatchMode):
-    """Runs out of memory at one allocation, or at each of more numbers than that."""
-
-    def __init__(self, at: int = 0, largest: float = float("inf")) -> None:
-        super().__init__()
-        self.at, self.largest, self.count = at, largest, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not func._schema.returns[0].alias_info:
-            self.count += 1
-            if self.count == self.at or out.numel() > self.largest:
-                raise torch.OutOfMemoryError("out of memory, as a test wants it")
-        return out
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Engine:
     folder = make_llama(tmp_path_factory.mktemp("small"), num_hidden_layers=2)
     return Engine(SteeringModel.load(str(folder)))
 
 
-def stepped(engine: Engine, directions, fails: Fails) -> list[Result]:
+def stepped(engine: Engine, directions, fails: fail_at) -> list[Result]:
     """Four rows, and two more at the third step; a step that fails is made again."""
     sampling = Sampling(max_new_tokens=3, temperature=0.8, repetition_penalty=1.2, top_k=20)
     texts = (
@@ -249,11 +233,11 @@ def stepped(engine: Engine, directions, fails: Fails) -> list[Result]:
 
 
 def all_or_nothing(engine: Engine, directions, every: int) -> None:
-    counting = Fails()
+    counting = fail_at()
     expected = stepped(engine, directions, counting)
     assert counting.count > 300
     for at in range(1, counting.count + 1, every):
-        fails = Fails(at)
+        fails = fail_at(at)
         for mine, other in zip(stepped(engine, directions, fails), expected, strict=True):
             assert mine.token_ids == other.token_ids, at
             assert mine.finish == other.finish
@@ -281,7 +265,7 @@ def test_a_row_that_never_fits_is_told_of(engine):
     large = stepper.add(Row(prompt(engine, 450), (), Sampling(max_new_tokens=20)))
     last = stepper.add(rows[0])
     events = []
-    with Fails(largest=60_000):
+    with fail_at(largest=60_000):
         while stepper.busy:
             events += stepper.step()
     assert [stepper.pop(id).token_ids for id in ids] == expected
@@ -326,7 +310,7 @@ def test_rows_that_do_not_fit_leave_no_memory_behind(engine):
         stepper.add(Row(prompt(engine, 6), (), Sampling(max_new_tokens=20), seed=n))
     grown, tensors = 0, stepper._decoding.shelves[0].layers
 
-    class Full(Fails):
+    class Full(fail_at):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal grown
             out = super().__torch_dispatch__(func, types, args, kwargs)
@@ -348,7 +332,7 @@ def test_a_gate_that_memory_does_not_suffice_for_stops_no_row(engine, directions
     stepper.step()
     gated = parse("add(one, 4) at 1 if cos(two, 2) > 0", directions)
     late = stepper.add(Row(prompt(engine, 450), gated, Sampling(max_new_tokens=4)))
-    with Fails(largest=20_000):
+    with fail_at(largest=20_000):
         while stepper.busy:
             stepper.step()
     assert stepper.pop(first).token_ids == engine.generate([row])[0].token_ids

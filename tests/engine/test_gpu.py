@@ -15,12 +15,11 @@ from interp_steer.features.feature import feature
 from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
 from interp_steer.prompts.item import Item
-from interp_steer.prompts.prompt import chat
-from interp_steer.steering.direction import Direction, DirectionSet
 from interp_steer.steering.grammar import parse
 from interp_steer.steering.scale import Scale
 from interp_steer.study.metrics import METRICS, Measured
 from tests.conftest import make_llama
+from tests.engine.samples import LINES, PROMPTS, directions
 from tests.fakegpu import Counts, fake_gpu, on_gpu
 from tests.features.test_sae import LAYER, saved
 
@@ -28,47 +27,12 @@ MOST_WAITS = 2  # of the CPU for the GPU in a decoding step, whatever the rows a
 MOST_LAUNCHES = 38  # of kernels for each layer in an unsteered decoding step in bfloat16
 MORE_LAUNCHES = 3  # for each further shelf: its own attention, and its keys and values
 
-PROMPTS = (
-    chat("Name three fruits."),
-    chat("What is the tallest mountain, and who climbed it first?", "You are a helpful assistant."),
-    "The quick brown",
-)
-LINES = (
-    "",
-    "add(one, 4) at 2",
-    "add(set, 3) at 0-5 on generated",
-    "add(one, 6) at 5 on last",
-    "add_norm_kept(two, 5) at resid_pre 0",
-    "clamp(one, 3) at 2; clamp(two, -2) at 2; add(one, 1) at 4",
-    "clamp_min(one, 2) at 1 on content",
-    "clamp_max(two, -1) at mlp_out 3 on prompt",
-    "ablate(one) at attn_out 0-5 + mlp_out 0-5 on all+first",
-    "rotate(one, two, 50 deg) at 3 on positions 2-20",
-    "angular(one, two, 120 deg) at resid_pre 4",
-    "add(head, 2) at z 1h0,1h3; clamp(head, 1) at z 4h2",
-    "add(one, 4) at 2 if cos(two, 1) > -1",
-    "add(one, 4) at 2 if cos(two, 1) > 0.99",
-)
 SAMPLINGS = (
     Sampling(max_new_tokens=4),
     Sampling(temperature=0.8, max_new_tokens=6),
     Sampling(0.9, top_p=0.9, top_k=30, repetition_penalty=1.3, max_new_tokens=5),
 )
 TAPS = (Site("resid_post", 2), Site("mlp_out", 1), Site("z", 4, 1))
-
-
-def directions() -> dict[str, Direction | DirectionSet]:
-    draw = torch.Generator().manual_seed(7)
-
-    def random(width: int, hook: str) -> Direction:
-        return Direction.of(torch.randn(width, generator=draw), hook)
-
-    return {
-        "one": random(64, "blocks.2.hook_resid_post"),
-        "two": random(64, "blocks.2.hook_resid_post"),
-        "head": random(24, "blocks.1.attn.hook_z.0"),
-        "set": DirectionSet(random(64, f"blocks.{n}.hook_resid_post") for n in range(6)),
-    }
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,9 @@ from interp_steer.engine.row import Row, Sampling
 from interp_steer.model.model import SteeringModel
 from interp_steer.steering.direction import Direction
 from interp_steer.steering.grammar import parse, steer
-from tests.engine.test_gpu import LINES, PROMPTS, directions, read_texts
+from tests.conftest import config_8b
+from tests.engine.samples import LINES, PROMPTS, directions
+from tests.engine.test_gpu import read_texts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,32 +50,11 @@ def test_texts_are_those_of_the_cpu(tiny, tiny_folder, rows):
 
 def test_a_model_of_8b_decodes(tiny):
     """Random weights; the vocabulary is the tiny tokenizer's, the rest as in Llama 3.1 8B."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     if torch.cuda.mem_get_info()[0] < 20e9:
         pytest.skip("needs 20 GB of free GPU memory")
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=[1, 3],
-        dtype=torch.bfloat16,
-    )
+    config = config_8b(bos_token_id=0, eos_token_id=[1, 3], dtype=torch.bfloat16)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -12,7 +12,7 @@ from interp_steer.model.hooked import hooked_view
 from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
 from interp_steer.prompts.prompt import chat
-from tests.conftest import hf_streams, make_llama
+from tests.conftest import config_8b, hf_streams, make_llama
 
 
 def hf_hidden(model: SteeringModel, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -89,17 +89,9 @@ def test_residuals_match_hugging_face(tiny):
 def test_llama_31_8b_reaches_the_hooked_transformer_right():
     """The true configuration, without weights: nothing here needs 16 GB."""
     from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    config = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
-        rms_norm_eps=1e-5, tie_word_embeddings=False,
-        rope_parameters={
-            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-        },
-    )  # fmt: skip
+    config = config_8b()
     with torch.device("meta"):
         hf = LlamaForCausalLM(config).to(torch.bfloat16)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="<e>")

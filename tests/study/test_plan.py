@@ -13,7 +13,7 @@ from interp_steer.model.model import SteeringModel
 from interp_steer.steering.direction import Direction
 from interp_steer.study.cell import Controls
 from interp_steer.study.plan import Plan
-from tests.conftest import command, error, make_llama
+from tests.conftest import command, config_8b, error, make_llama
 from tests.study.samples import direction, four_cells, study
 
 
@@ -60,18 +60,8 @@ TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 @pytest.fixture(scope="module")
 def llama_8b(tiny_folder, tmp_path_factory) -> Path:
     """Llama 3.1 8B's configuration and the tests' tokenizer, without weights."""
-    from transformers import LlamaConfig
-
     folder = tmp_path_factory.mktemp("llama-8b")
-    LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131072,
-        rms_norm_eps=1e-5, tie_word_embeddings=False,
-        rope_parameters={
-            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-        },
-    ).save_pretrained(folder)  # fmt: skip
+    config_8b().save_pretrained(folder)
     for name in TEXT_FILES:
         shutil.copy(tiny_folder / name, folder)
     return folder
