@@ -276,32 +276,35 @@ class _Attention:
     """A step's attention: each shelf's rows over their own slots."""
 
     def __init__(self, shelves: Sequence[Shelf], batch: Batch) -> None:
-        self._parts: list[tuple[Shelf, slice, int, Tensor | None, Tensor | None]] = []
+        # rows of the batch; where their new keys go, numbers of the shelf and slots; how far to
+        # look, and what to leave out
+        self._parts: list[
+            tuple[Shelf, slice, slice | Tensor, int | Tensor, int, Tensor | None]
+        ] = []
         start = 0
         for shelf in shelves:
             rows = slice(start, start := start + len(shelf.seats))
             taken = {seat.slot for seat in shelf.seats}
             longest = max(taken) + 1
             shelf.written = max(shelf.written, longest)
-            slots = mask = None
+            numbers: slice | Tensor = slice(len(shelf.seats))
+            slots: int | Tensor = longest - 1
+            mask = None
             if len(taken) > 1:  # rows that have ended may stand beyond the last slot
                 slots = batch.positions[rows].clamp_max(shelf.capacity - 1)
+                numbers = torch.arange(len(slots), device=slots.device)
                 seen = torch.arange(longest, device=slots.device) <= slots[:, None]
                 kind = shelf.layers[0][0].dtype
                 mask = torch.zeros(seen.shape, dtype=kind, device=slots.device)
                 mask = mask.masked_fill_(~seen, -math.inf)[:, None, None]
-            self._parts.append((shelf, rows, longest, slots, mask))
-        self._rows = torch.arange(len(batch.seats), device=batch.positions.device)
+            self._parts.append((shelf, rows, numbers, slots, longest, mask))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         found = []
-        for shelf, rows, longest, slots, mask in self._parts:
+        for shelf, rows, numbers, slots, longest, mask in self._parts:
             count = rows.stop - rows.start
             for tensor, new in zip(shelf.layers[layer], (k, v), strict=True):
-                if slots is None:
-                    tensor[:count, :, longest - 1] = new[rows, :, 0]
-                else:
-                    tensor[self._rows[:count], :, slots] = new[rows, :, 0]
+                tensor[numbers, :, slots] = new[rows, :, 0]
             keys, values = (tensor[:count, :, :longest] for tensor in shelf.layers[layer])
             found.append(attention(q[rows], keys, values, mask))
         return found[0] if len(found) == 1 else torch.cat(found)
