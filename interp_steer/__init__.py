@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from interp_steer.steering.grammar import parse, steer
     from interp_steer.steering.intervention import Gate, Intervention, Scope, line, resolve
     from interp_steer.steering.scale import Scale
+    from interp_steer.steering.spread import Spread, spread
     from interp_steer.study.cell import Controls
     from interp_steer.study.metrics import Measured, metric, rep3, surprise
     from interp_steer.study.study import Study
@@ -57,6 +58,7 @@ _HOME = {
     "report.run": ("Run",),
     "features.sae": ("Sae", "SaeStore"),
     "steering.scale": ("Scale",),
+    "steering.spread": ("Spread", "spread"),
     "model.site": ("Site",),
     "engine.stepper": ("Event", "Stepper"),
     "study.study": ("Study",),
@@ -90,6 +92,7 @@ __all__ = [
     "Scope",
     "Score",
     "Site",
+    "Spread",
     "SteerError",
     "SteerWarning",
     "SteeringModel",
@@ -111,6 +114,7 @@ __all__ = [
     "resolve",
     "run_with_cache",
     "split_items",
+    "spread",
     "steer",
     "surprise",
 ]

@@ -51,7 +51,7 @@ TopP = Annotated[float, opt("Draw from the likeliest tokens, of this share toget
 Penalty = Annotated[float, opt("Above 1, tokens that were there already become less likely.")]
 Seed = Annotated[int, opt("Seed of the random draws.")]
 Batch = Annotated[int | None, opt("Rows computed at once; by default as many as fit the memory.")]
-Layers = Annotated[str | None, opt("Only these layers, such as 3,7,12-20.")]
+Layers = Annotated[str | None, opt("Only these layers, such as 3,7,12-20 or 8-20/4.")]
 Positive = Annotated[Path, opt("File of texts or prompts with the concept.")]
 Negative = Annotated[Path, opt("File of texts or prompts without the concept.")]
 Name = Annotated[str, opt("The direction's name, for --steer.")]
@@ -89,6 +89,11 @@ def load(
     )
 
 
+def words(text: str | None) -> list[str]:
+    """Words between commas."""
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
 def at_least_one(**options: float | None) -> None:
     """Refuses an option below 1; None is an option that was not given."""
     for name, value in options.items():
@@ -97,15 +102,16 @@ def at_least_one(**options: float | None) -> None:
 
 
 def indices(option: str, text: str, sign: str = "") -> list[int]:
-    """`3,7,12-20` as numbers; with the sign "-?" negative ones too."""
+    """`3,7,12-20/2` as numbers; with the sign "-?" negative ones too."""
     numbers: list[int] = []
+    whole = rf"\s*({sign}\d{{1,9}})(?:-({sign}\d{{1,9}})(?:/([1-9]\d{{0,8}}))?)?\s*"
     for part in text.split(","):
-        bounds = re.fullmatch(rf"\s*({sign}\d{{1,9}})(?:-({sign}\d{{1,9}}))?\s*", part)
+        bounds = re.fullmatch(whole, part)
         low, high = map(int, (bounds[1], bounds[2] or bounds[1])) if bounds else (1, 0)
         if not low <= high < low + 100_000:
             such = " or -1" if sign else ""
             raise RequestError(f"--{option} is {text!r}, expected such as 3,7,12-20{such}")
-        numbers += range(low, high + 1)
+        numbers += range(low, high + 1, int(bounds[3] or 1) if bounds else 1)
     return numbers
 
 
@@ -155,7 +161,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         if all(_NUMBER.fullmatch(cell) for cell in column):
             side = "right"
         shown.add_column(columns[i], justify=side, no_wrap=not wrapped, overflow="fold")
-        width = max(len(columns[i]), *map(len, column))
+        width = max(map(len, [*columns[i].split("\n"), *column]))
         room += 2 + (min(24, width) if wrapped else width)
     for row in cells:
         shown.add_row(*(Text(row[i]) for i in filled))  # Text: a label is not markup

@@ -25,7 +25,7 @@ def generate(
         list[str] | None,
         common.opt(
             "Interventions, such as 'add(eiffel, 0.3 dose) at 15'. May be repeated: each is "
-            "another answer."
+            "another answer, and so is each value in braces: '{0.2,0.4} dose', 'at {8-20/4}'."
         ),
     ] = None,
     named: common.Named = None,
@@ -65,11 +65,13 @@ def generate(
         from interp_steer.steering.grammar import parse
         from interp_steer.steering.intervention import resolve
         from interp_steer.steering.scale import Scale
+        from interp_steer.steering.spread import spread
         from interp_steer.util.files import whole
 
     file = PromptFile.read(prompts) if prompts else None
     known = Directions(named or [])
-    settings = [(), *(parse(line, known) for line in steer or [])]
+    lines = [line for text in steer or [] for line in spread(text).lines]
+    settings = [(), *(parse(line, known) for line in lines)]
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
     loaded = common.load(model, dtype, device, date=date)
     as_chat = loaded.is_chat and not text

@@ -6,6 +6,7 @@
     chosen     which setting a run chose, or why none
     report     `write`: the page
     methods    how the run was done, in words
+    texts      the text browser of a page: from a setting to its texts
     brief      the short form for a notebook
     page       templates, tables, pictures and numbers of a page (templates/)
     marks      what pictures share: colours, axes, legends, files

@@ -7,7 +7,7 @@ from interp_steer.report.evidence import Evidence
 from interp_steer.report.findings import STATES
 from interp_steer.results.built_in import BUILT_IN
 from interp_steer.results.declared import of_manifest
-from interp_steer.results.roles import SETTING, Setting
+from interp_steer.results.roles import Setting, declared_in
 
 if TYPE_CHECKING:
     from interp_steer.report.run import Run
@@ -21,8 +21,7 @@ def setting_of(run: "Run") -> Setting:
     """
     for planned in run.plan:
         if planned["role"] == "chosen":
-            direction, operator, site, level, scope = (str(planned[part]) for part in SETTING)
-            return direction, operator, site, level, scope
+            return declared_in(planned)
     raise RequestError(f"{run.folder} has no chosen setting: {_why(run)}")
 
 

@@ -28,6 +28,7 @@ from interp_steer.report.page import (
     signed,
     span,
 )
+from interp_steer.report.texts import browser
 from interp_steer.results.roles import ROLES, SETTING
 from interp_steer.util.files import explained, whole
 
@@ -104,6 +105,7 @@ class _Report:
             other_slopes=other_slopes,
             pictures=self._pictures(self.decides, True),
             other_pictures=pictures,
+            browser=browser(findings),
             about_samples=about_samples,
             samples=samples,
             careful=methods.careful(findings),

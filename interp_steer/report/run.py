@@ -16,6 +16,7 @@ import pandas as pd
 
 from interp_steer.errors import RequestError, RunError
 from interp_steer.report.findings import Findings
+from interp_steer.results.roles import SETTING, declared_in, in_parts
 from interp_steer.results.rows import Results, joined
 from interp_steer.util.files import parse_json, read_lines, read_text, whole
 from interp_steer.util.json_shape import COUNT, NONE, NUMBER, misfit
@@ -91,14 +92,18 @@ class Run:
         """One line for each planned row that was run: its part, its setting, its strength in every
         form, its text and its metrics (a column each, NaN where missing).
 
+        A setting that was declared as a whole line is there in parts, see `roles.in_parts`.
         `coefficient` and `delta` are lengths in the residual stream, `dose` a share of its median
         length, `of_max` of a feature's largest activation; of several sites their mean.
         """
         lines = []
-        for planned in self.plan:
+        declared = [declared_in(planned) for planned in self.plan]
+        parts = in_parts(dict.fromkeys(declared))
+        for planned, setting in zip(self.plan, declared, strict=True):
             if (row := self.rows.get(planned["key"])) is not None:
                 flat = {k: v for k, v in row.items() if k not in ("metrics", "token_ids", "of")}
-                lines.append({**flat, **planned, **row["metrics"]})
+                placed = dict(zip(SETTING, parts[setting], strict=True))
+                lines.append({**flat, **planned, **placed, **row["metrics"]})
         named = self.manifest["metrics"]
         first = ["role", "null", "split", "item", "seed", "direction", "operator", "site", "level"]
         if not lines:

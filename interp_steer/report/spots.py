@@ -2,7 +2,7 @@
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -90,6 +90,43 @@ def names(groups: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
         return {groups[0]: f"{operator}({name}){on}" if operator else "interventions"}
     apart = [i for i in range(4) if len({g[i] for g in groups}) > 1]
     return {g: ", ".join(g[i] for i in apart if g[i]) or "interventions" for g in groups}
+
+
+@dataclass(frozen=True)
+class Places:
+    """Settings of one direction, operator, scope and component, by site and strength.
+
+    Attributes:
+        name: what tells them from the other groups.
+        sites: in order; with what orders them, as two long texts may be shortened to one.
+        levels: the strengths as text, in order of unit and number.
+        there: (site, level) -> the setting.
+    """
+
+    name: str
+    sites: Sequence[tuple[tuple[float, ...], str]]
+    levels: Sequence[str]
+    there: Mapping[tuple[tuple[tuple[float, ...], str], str], Spot]
+
+
+def places(cells: Sequence[Spot]) -> list[Places]:
+    """Settings by one metric, in their places."""
+    groups: dict[tuple[str, ...], list[Spot]] = {}
+    for spot in cells:
+        groups.setdefault(spot.group, []).append(spot)
+    name = names(list(groups))
+    found = []
+    for group, members in groups.items():
+        levels = sorted({(s.unit or "", s.value, str(s.record["level"])) for s in members})
+        found.append(
+            Places(
+                name[group],
+                sorted({(s.order, s.row) for s in members}),
+                [text for *_, text in levels],
+                {((s.order, s.row), str(s.record["level"])): s for s in members},
+            )
+        )
+    return found
 
 
 def strength(cells: Sequence[Spot]) -> str:

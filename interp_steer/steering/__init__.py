@@ -8,6 +8,7 @@
     operators      what an intervention computes
     intervention   Intervention: operator, directions, coefficient, sites, scope and gate
     grammar        an intervention as one line of text: `parse`, and `steer` for Python
+    spread         many lines of one text: what braces stand for
     encoder        what is asked of a sparse autoencoder, wherever it comes from
 
 Start at `steer` or `parse`. (The package is not called `steer`: that is the function.)

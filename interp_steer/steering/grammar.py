@@ -5,10 +5,12 @@ intervention  = operator "(" name {"," name} ["," coefficient] ")" "at" sites ["
                 ["if" gate]
 coefficient   = number [ "dose" | "max" | "raw" | "deg" ]
 sites         = group { "+" group }          group = [component] layers
-layers        = layer ["-" layer | "h" head] { "," ... }
+layers        = layer ["-" layer ["/" stride] | "h" head] { "," ... }
 scope         = ( "all" | "prompt" | "generated" | "last" | "content"
                 | "positions" from "-" to ) ["+first"]
 gate          = "cos" "(" name "," [component] layer ")" ( ">" | "<" ) number
+
+Braces, as in `{0.2,0.4}` and `{8-20}`, make many lines of one text: see `spread`.
 """
 
 import re
@@ -19,6 +21,7 @@ from interp_steer.errors import RequestError, nearest
 from interp_steer.model.site import COMPONENTS, Site
 from interp_steer.steering.direction import is_name
 from interp_steer.steering.intervention import OPERATORS, SCOPES, Gate, Intervention, Scope, Vector
+from interp_steer.steering.spread import spread
 
 T = TypeVar("T")
 
@@ -147,7 +150,10 @@ class Reader:
             raise RequestError(f"layers {first}-{last} are more than any model has")
         if last < first:
             raise RequestError(f"layers {first}-{last} are not a range: give the lower one first")
-        return [Site(component, layer) for layer in range(first, last + 1)]
+        stride = 1
+        if last > first and self.take("/"):
+            stride = int(self.need(r"[1-9]\d{0,8}", "a stride of 1 or more"))
+        return [Site(component, layer) for layer in range(first, last + 1, stride)]
 
     def scope(self) -> Scope:
         kind = self.need(r"[a-z]+", "a scope: " + ", ".join(SCOPES))
@@ -214,8 +220,15 @@ def parse(text: str, directions: Mapping[str, Vector]) -> tuple[Intervention, ..
         directions: what the names mean. `name@sha8` must have that content.
 
     Raises:
-        RequestError: the text cannot be read (it says where), or a name is unknown.
+        RequestError: the text cannot be read (it says where), a name is unknown, or braces make
+            several lines of it.
     """
     if not text.strip():
         return ()
+    if "{" in text or "}" in text:
+        count = len(spread(text).lines)
+        raise RequestError(
+            f"{text!r} has braces and stands for {count} line{'s' * (count > 1)}, and one is "
+            "expected; `spread(text).lines` gives each"
+        )
     return Reader(text, directions).only(Reader.interventions)

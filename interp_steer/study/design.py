@@ -27,6 +27,7 @@ from interp_steer.steering.direction import Direction, DirectionSet
 from interp_steer.steering.grammar import Reader, parse, steer
 from interp_steer.steering.intervention import OPERATORS, Intervention, Vector, resolve, sites_text
 from interp_steer.steering.scale import Scale
+from interp_steer.steering.spread import spread
 from interp_steer.study import metrics as measures
 from interp_steer.study.cell import Cell, Controls, Planned
 from interp_steer.study.modules import load_modules
@@ -46,10 +47,10 @@ class Design:
         directions: by name: a Direction, a DirectionSet, or a Contrast. Only a Contrast can have
             controls with shuffled labels.
         sites: a layer, or sites as text. "14-16" is one cell that steers three layers together;
-            "each 10-20" is eleven cells of one layer each.
-        coefficients: numbers, or text with a unit: "0.4 dose", "2 max", "2 raw".
+            "each 10-20", or "{10-20}", is eleven cells of one layer each.
+        coefficients: numbers, or text with a unit: "0.4 dose", "{1,2} max", "2 raw".
         operators, scopes, seeds: as in an intervention and a row.
-        lines: whole lines of interventions, each a cell of its own.
+        lines: whole lines of interventions, each a cell of its own; see `spread` for braces.
         metrics: names, see `metrics.METRICS`.
         choose_by: the metric that picks the cell, by its mean difference from the unsteered
             answers. Default: the first metric.
@@ -114,6 +115,8 @@ class Design:
         usual = (*(("concept",) if self.concept else ()), "rep3", "surprise", "length")
         put("metrics", _tuple(self.metrics) or usual)
         put("choose_by", self.choose_by or self.metrics[0])
+        for name in ("sites", "coefficients", "operators", "scopes", "lines"):
+            put(name, tuple(part for given in getattr(self, name) for part in _apart(given)))
         put("sites", tuple(site for given in self.sites for site in _each(given)))
         put("coefficients", tuple(map(_level, self.coefficients)))
         self._check_grid()
@@ -366,6 +369,11 @@ class Design:
 def _tuple(given: object) -> tuple[Any, ...]:
     """A single value as a tuple of one."""
     return tuple(given) if isinstance(given, (list, tuple, range)) else (given,)
+
+
+def _apart(given: Any) -> Sequence[Any]:
+    """The values that a text with braces stands for; anything else is one."""
+    return spread(given).lines if isinstance(given, str) else (given,)
 
 
 def _halved(item: Item) -> Item:

@@ -110,6 +110,11 @@ class StudyFile:
         for name, value in spec.items():
             if name in TYPES and value is not None:
                 expect(f"{path}: {name}", value, TYPES[name])
+            if name in SEVERAL and isinstance(value, dict):
+                raise RequestError(
+                    f"{path}: {name} is {str(value)[:60]}, expected text; YAML reads unquoted "
+                    f"braces as fields: write quotes around them, as in {name}: '{{8-20}}'"
+                )
             if name in SEVERAL and value is not None:
                 expect(f"{path}: {name}", value, *SEVERAL[name], several=True)
         for name, limit in spec.get("limits", {}).items():
