@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without `-m gpu` the tests run on the CPU, also on a machine with a GPU."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "<|start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|end|>"
@@ -178,12 +185,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> SteeringModel:
-    return SteeringModel.load(str(tiny_folder))
+    return SteeringModel.load(str(tiny_folder), dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="session")
 def starter() -> SteeringModel:
-    return SteeringModel.load("starter")
+    return SteeringModel.load("starter", dtype="float32", device="cpu")
 
 
 @pytest.fixture

@@ -87,6 +87,9 @@ class _Report:
         pictures = {name: made for name in others if (made := self._pictures(name))}
         chosen_from = manifest["prompts"]["choose"] and methods.whole_grid(findings)
         about_samples, samples = self._samples()
+        grid_texts = browser(findings)
+        if grid_texts and findings.state == "open":  # nothing is held out: these are all its texts
+            about_samples = ""
         copy = shlex.quote(str(self.run.folder / "study.yaml"))
         return render(
             "page.html",
@@ -105,7 +108,7 @@ class _Report:
             other_slopes=other_slopes,
             pictures=self._pictures(self.decides, True),
             other_pictures=pictures,
-            browser=browser(findings),
+            browser=grid_texts,
             about_samples=about_samples,
             samples=samples,
             careful=methods.careful(findings),
@@ -257,7 +260,7 @@ class _Report:
         ]
         if not rows:
             if self.findings.state != "chosen":
-                return "No chosen setting was run, so there are no texts to show.", []
+                return "No chosen setting was run, so there are no held-out texts to show.", []
             if every["text"].notna().any():
                 return "No answer of the chosen setting stands beside an unsteered one.", []
             return "No text was generated: the metrics read given answers.", []

@@ -35,6 +35,25 @@ def test_a_dose_becomes_a_length_at_its_own_layer():
     assert [one.value for one in together[1].steer] == [6.0, 6.5]
 
 
+def test_braces_stand_for_many_cells():
+    """In every field of the grid, as if each value were written."""
+    short = four_cells(
+        sites=["{1-3/2}", "2"],
+        coefficients=["{0.2,0.4} dose", 3],
+        operators=["{add,clamp}"],
+        scopes="{all,prompt}",
+        lines=["add(d, {1,2}) at {1,2} on last"],
+    )
+    long = four_cells(
+        sites=[1, 3, 2],
+        coefficients=["0.2 dose", "0.4 dose", 3],
+        operators=["add", "clamp"],
+        scopes=["all", "prompt"],
+        lines=[f"add(d, {c}) at {n} on last" for c in (1, 2) for n in (1, 2)],
+    )
+    assert short.settings == long.settings and len(short.settings) == 3 * 3 * 2 * 2 + 4
+
+
 def test_lines_are_cells_of_their_own():
     made = four_cells(lines=["add(d, 2) at 1; clamp(d, 0.5 dose) at 2"], sites=(), coefficients=())
     (cell,) = made.grid(SCALE)
