@@ -3,19 +3,33 @@
 Each of the two has its own history.
 """
 
+import signal
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from interp_steer.cli import common
-from interp_steer.errors import RequestError, SteerError
+from interp_steer.errors import RequestError, SteerError, nearest, note
 from interp_steer.util.console import progress, safe, side_by_side
 
 if TYPE_CHECKING:
     from interp_steer.engine.row import Sampling
     from interp_steer.model.model import SteeringModel
-    from interp_steer.prompts.prompt import Message
+    from interp_steer.prompts.prompt import Encoded, Message
     from interp_steer.steering.intervention import Intervention, Vector
+
+T = TypeVar("T")
+COMMANDS = {
+    "/steer": "what is steered now",
+    "/steer LINE": "steer by this from now on, such as /steer add(joy, 0.4 dose) at 15",
+    "/steer off": "steer by nothing",
+    "/reset": "begin a new conversation",
+    "/help": "this list",
+    "/quit": "end the talk; so does Ctrl-D. Ctrl-C ends an answer",
+}
+HELP = "\n".join(f"  {name:<12}  {about}" for name, about in COMMANDS.items())
 
 
 def chat(
@@ -34,8 +48,7 @@ def chat(
 ) -> None:
     """Talk to the steered and to the unsteered model, side by side.
 
-    `/steer LINE` steers by other interventions from then on, `/steer` alone by none. `/reset`
-    begins a new conversation, `/quit` ends the command.
+    `/help` lists what else may be typed. Ctrl-C ends an answer, Ctrl-D the talk.
     """
     with progress("starting", every=5):
         from interp_steer.engine.row import Sampling
@@ -57,7 +70,7 @@ def hold(
     sampling: "Sampling",
     seed: int,
 ) -> None:
-    """Answers the lines of stdin until they end or one is `/quit`.
+    """Answers what is typed until the input ends or a line is `/quit`.
 
     Raises:
         RequestError: the model is no chat model, or the interventions do not fit it. A mistake in a
@@ -75,26 +88,45 @@ def hold(
     engine = Engine(model)
     begin: tuple[Message, ...] = () if system is None else (("system", system),)
     histories = [begin, begin]
-    while (line := _read()) is not None:
+    read = _reader()
+    if sys.stdin.isatty():
+        print(f"You talk to {model.name}. {_on(interventions)} /help lists the commands.")
+    while (line := read()) is not None:
         try:
-            if line.startswith("/steer"):
-                changed = parse(line.removeprefix("/steer"), known)
+            command, _, rest = line.partition(" ")
+            if line == "/steer":
+                print(_on(interventions))
+                continue
+            if command == "/steer":
+                changed = () if rest.strip() == "off" else parse(rest, known)
                 _check(changed, model)
                 interventions = changed
                 continue
             if line == "/reset":
                 histories = [begin, begin]
                 continue
+            if line == "/help":
+                print(HELP)
+                continue
             if line.startswith("/"):
-                raise RequestError(f"unknown {line.split()[0]}; known are /steer, /reset and /quit")
+                raise RequestError(
+                    f"unknown {command}{nearest(command, COMMANDS)}; /help lists the commands"
+                )
             asked = [(*history, ("user", line)) for history in histories]
             # a dose is measured on the conversation so far
-            scale = Scale.of(model, [model.encode(messages) for messages in asked])
+            encoded = [model.encode(messages) for messages in asked]
+            _tell_shortened(model, asked, encoded)
+            scale = Scale.of(model, encoded)
             resolved = resolve(interventions, scale)
             rows = [Row(asked[0], (), sampling, seed)]
             rows += [Row(asked[1], resolved, sampling, seed)] if resolved else []
             titles = ["unsteered", "; ".join(map(str, interventions))][: len(rows)]
-            texts = side_by_side(engine.stream(rows), titles)
+            with _stopping() as stop:
+                texts = side_by_side(_until(stop, engine.stream(rows)), titles)
+            if stop.is_set():
+                print("(stopped; the answers stand as far as they came)")
+            if not all(texts):
+                continue  # a template takes no empty answer: the question was not asked
             histories = [
                 (*messages, ("assistant", text))
                 for messages, text in zip(asked, [texts[0], texts[-1]], strict=True)
@@ -108,12 +140,80 @@ def _check(interventions: "tuple[Intervention, ...]", model: "SteeringModel") ->
         intervention.check(model)
 
 
-def _read() -> str | None:
-    """The next line that is not empty; None at the end of the input or after `/quit`."""
-    while True:
-        try:
-            line = input("you> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return None
-        if line:
-            return None if line == "/quit" else line
+def _on(interventions: "tuple[Intervention, ...]") -> str:
+    """What is steered, in a sentence."""
+    if not interventions:
+        return "Nothing is steered; `/steer add(NAME, 0.4 dose) at 15` does."
+    return safe(f"Steered by {'; '.join(map(str, interventions))}.")
+
+
+def _tell_shortened(
+    model: "SteeringModel",
+    asked: "Sequence[tuple[Message, ...]]",
+    encoded: "Sequence[Encoded]",
+) -> None:
+    """Warns where the template keeps earlier answers from the model, or parts of them."""
+    for messages, one in zip(asked, encoded, strict=True):
+        text = model.decode(one.ids)
+        if any(role == "assistant" and said.strip() not in text for role, said in messages):
+            note(
+                "the chat template leaves out parts of earlier answers: the model does not read "
+                "all that stands above"
+            )
+            return
+
+
+@contextmanager
+def _stopping() -> "Iterator[threading.Event]":
+    """Sets an event at Ctrl-C, in place of an exception in the midst of a step."""
+    stop = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _until(stop: threading.Event, pieces: "Iterator[T]") -> "Iterator[T]":
+    for piece in pieces:
+        if stop.is_set():
+            return
+        yield piece
+
+
+def _reader() -> "Callable[[], str | None]":
+    """A function to the next text that is not empty; None at the end of the input or at `/quit`.
+
+    On a terminal it can be edited, earlier ones come back with the arrow up, also those of earlier
+    talks, and a pasted text of several lines is one.
+    """
+    ask: Callable[[], str] = input
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.history import FileHistory
+
+        from interp_steer.util.files import cache_dir
+
+        session: PromptSession[str] = PromptSession(
+            "you> ", history=FileHistory(str(cache_dir("chat") / "history"))
+        )
+        ask = lambda: session.prompt()  # noqa: E731
+
+    def read() -> str | None:
+        interrupted = False
+        while True:
+            try:
+                line = ask().strip()
+            except EOFError:
+                return None
+            except KeyboardInterrupt:
+                if interrupted or ask is input:
+                    return None
+                interrupted = True
+                print("Ctrl-C again, Ctrl-D or /quit ends the talk.")
+                continue
+            interrupted = False
+            if line:
+                return None if line == "/quit" else line
+
+    return read

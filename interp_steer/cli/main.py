@@ -41,11 +41,12 @@ HELP = """Usage: interp-steer COMMAND [OPTIONS] [ARGS]...
   `interp-steer COMMAND --help` says more of a command.
 
 Options:
-  --version  Show the version.
-  --help     Show this message.
+  -V, --version  Show the version.
+  -h, --help     Show this message.
 
 Commands:
 """
+HELP_NAMES = ("--help", "-h")
 LONGEST = 2000  # characters of an error
 
 
@@ -90,9 +91,9 @@ def main() -> None:
 def run(words: Sequence[str]) -> int:
     """Runs the command that the words name; the exit code."""
     name, *rest = words or ["--help"]
-    if name == "--help":
+    if name in HELP_NAMES:
         print(HELP + "\n".join(f"  {n:<9}  {about}" for n, (_, about) in COMMANDS.items()))
-    elif name == "--version":
+    elif name in ("--version", "-V"):
         from importlib.metadata import version
 
         print(f"interp-steer {version('interp-steer')}")
@@ -124,10 +125,11 @@ def _invoke(name: str, words: list[str]) -> int:
         alone.command()(target)
         command = typer.main.get_command(alone)
     try:
-        with command.make_context(f"interp-steer {name}", words) as context:
+        names = {"help_option_names": list(HELP_NAMES)}
+        with command.make_context(f"interp-steer {name}", list(words), **names) as context:
             command.invoke(context)
     except TyperException as error:
-        return _misused(error)
+        return _misused(error, words)
     except Exit as error:
         return error.exit_code
     except Abort:
@@ -135,13 +137,24 @@ def _invoke(name: str, words: list[str]) -> int:
     return 0
 
 
-def _misused(error: "TyperException") -> int:
+def _misused(error: "TyperException", words: Sequence[str]) -> int:
     """A wrong call; a group of commands without one is a question, and its help the answer."""
     context = getattr(error, "ctx", None)
-    if context is not None and error.format_message() == context.get_help():
+    message = error.format_message()
+    if context is not None and message == context.get_help():
         print(context.get_help())
         return 0
-    return fail(error.format_message(), 2)
+    return fail(message + (_hint(context, words) if "extra argument" in message else ""), 2)
+
+
+def _hint(context: Any, words: Sequence[str]) -> str:
+    """What was probably meant by words that belong to no option."""
+    options = {name for p in context.command.params for name in p.opts} if context else set()
+    if "--steer" in options and "--steer" in words:
+        return "; put the whole text of --steer in quotes: --steer 'add(joy, 0.4 dose) at 15'"
+    if "--prompt" in options:
+        return "; a prompt is given with --prompt, in quotes"
+    return ""
 
 
 def _noting(other: Callable[..., None]) -> Callable[..., None]:

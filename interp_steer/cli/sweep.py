@@ -71,7 +71,7 @@ def sweep(
     device: common.Device = None,
     date: common.Date = None,
 ) -> None:
-    """Answer prompts under every setting of a sweep, and show all of it by layer and strength.
+    """Answer prompts under many settings, by layer and strength.
 
     Everything is one batch, kept in a folder: run again, it does what is missing. A page shows the
     texts of each setting beside the unsteered ones.

@@ -14,7 +14,7 @@ Braces, as in `{0.2,0.4}` and `{8-20}`, make many lines of one text: see `spread
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 from interp_steer.errors import RequestError, nearest
@@ -81,7 +81,7 @@ class Reader:
         operator = self.need(r"\w+", "an operator such as 'add'")
         if operator not in OPERATORS:
             self.cursor -= len(operator)
-            self.fail(f"an operator{nearest(operator, OPERATORS).replace(';', ',')}")
+            self.fail(f"an operator{_nearest(operator, OPERATORS)}")
         count, units = OPERATORS[operator]
         self.need(r"\(", "'('")
         directions = [self.name()]
@@ -92,8 +92,11 @@ class Reader:
         if units:
             self.need(",", "',' and a coefficient")
             value, unit = self.coefficient()
-            if unit not in units:
-                self.fail(f"the unit {' or '.join(u for u in units if u)} before ')'")
+            if unit not in units or (not unit and self.peek("[a-z]+")):
+                given = unit or self.peek("[a-z]+") or ""
+                known = [u for u in units if u]
+                self.cursor -= len(unit)
+                self.fail(f"the unit {' or '.join(known)} before ')'{_nearest(given, known)}")
         self.need(r"\)", "')'")
         self.need(r"at\b", "'at' and a site")
         sites = self.sites()
@@ -138,7 +141,7 @@ class Reader:
         written = self.take(r"[A-Za-z_]\w*")
         if written is not None and written not in COMPONENTS:
             self.cursor -= len(written)
-            self.fail(f"a component ({', '.join(COMPONENTS)}) or a layer")
+            self.fail(f"a layer or a component{_nearest(written, COMPONENTS)}")
         return written or "resid_post"
 
     def layers(self, component: str) -> list[Site]:
@@ -159,7 +162,7 @@ class Reader:
         kind = self.need(r"[a-z]+", "a scope: " + ", ".join(SCOPES))
         if kind not in SCOPES:
             self.cursor -= len(kind)
-            self.fail("a scope: " + ", ".join(SCOPES))
+            self.fail(f"a scope{_nearest(kind, SCOPES)}")
         begin = end = 0
         if kind == "positions":
             begin = int(self.need(r"\d{1,9}", "a position"))
@@ -178,6 +181,11 @@ class Reader:
         self.need(r"\)", "')'")
         sign = self.need("[<>]", "'>' or '<'")
         return Gate(direction, site[0], sign == ">", float(self.need(_NUMBER, "a threshold")))
+
+
+def _nearest(given: str, choices: Iterable[str]) -> str:
+    """The choices most like what was given, within a sentence."""
+    return nearest(given, choices).replace(";", ",")
 
 
 def steer(

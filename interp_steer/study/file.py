@@ -110,7 +110,7 @@ class StudyFile:
         for name, value in spec.items():
             if name in TYPES and value is not None:
                 expect(f"{path}: {name}", value, TYPES[name])
-            if name in SEVERAL and isinstance(value, dict):
+            if "text" in SEVERAL.get(name, ()) and isinstance(value, dict):
                 raise RequestError(
                     f"{path}: {name} is {str(value)[:60]}, expected text; YAML reads unquoted "
                     f"braces as fields: write quotes around them, as in {name}: '{{8-20}}'"

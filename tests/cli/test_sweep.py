@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from matplotlib.figure import Figure
 
 from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Row, Sampling
@@ -22,6 +23,14 @@ from tests.study.samples import contents, direction
 
 STEER = "add(d, {0.3,0.6} dose) at {1-3}"
 PROMPTS = ["I love the fox", "What is the rain"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Pictures are drawn but not rendered, which takes most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda *_, **__: None)
+        yield
 
 
 @pytest.fixture(scope="module")
