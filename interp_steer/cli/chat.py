@@ -79,7 +79,7 @@ def hold(
     from interp_steer.engine.engine import Engine
     from interp_steer.engine.row import Row
     from interp_steer.steering.grammar import parse
-    from interp_steer.steering.intervention import resolve
+    from interp_steer.steering.intervention import brief, resolve
     from interp_steer.steering.scale import Scale
 
     if not model.is_chat:
@@ -120,7 +120,7 @@ def hold(
             resolved = resolve(interventions, scale)
             rows = [Row(asked[0], (), sampling, seed)]
             rows += [Row(asked[1], resolved, sampling, seed)] if resolved else []
-            titles = ["unsteered", "; ".join(map(str, interventions))][: len(rows)]
+            titles = ["unsteered", brief(interventions)][: len(rows)]
             with _stopping() as stop:
                 texts = side_by_side(_until(stop, engine.stream(rows)), titles)
             if stop.is_set():

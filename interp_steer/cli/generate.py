@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from interp_steer.cli import common
 from interp_steer.errors import RequestError
-from interp_steer.util.console import progress, safe, side_by_side
+from interp_steer.util.console import print_panels, progress, safe, side_by_side
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from interp_steer.engine.row import Row
+    from interp_steer.prompts.prompt import Prompt
     from interp_steer.steering.scale import Scale
+
+STREAMED = 6  # answers that are shown while they are written
 
 
 def generate(
@@ -63,7 +68,7 @@ def generate(
         from interp_steer.prompts.item import Item
         from interp_steer.steering.directions import Directions
         from interp_steer.steering.grammar import parse
-        from interp_steer.steering.intervention import resolve
+        from interp_steer.steering.intervention import brief, resolve
         from interp_steer.steering.scale import Scale
         from interp_steer.steering.spread import spread
         from interp_steer.util.files import whole
@@ -84,8 +89,11 @@ def generate(
     scale = Scale.of(loaded, encoded) if any(len(one.ids) > 1 for one in encoded) else None
     rows = [Row(p, resolve(setting, scale), sampling, seed) for p in asked for setting in settings]
     engine = Engine(loaded)
-    if len(rows) <= 3 and len(asked) == 1 and sys.stdout.isatty() and not as_json and not out:
-        side_by_side(engine.stream(rows), [_title(row, scale) for row in rows])
+    shown = sys.stdout.isatty() and not as_json and not out
+    titles = ["unsteered", *map(brief, settings[1:])]
+    if shown and len(asked) == 1 and len(rows) <= STREAMED:
+        side_by_side(engine.stream(rows), titles)
+        _legend(rows, scale)
         return
     with progress("generating", len(rows)) as report:
         results = engine.generate(rows, batch=batch, report=report)
@@ -95,13 +103,30 @@ def generate(
             part.write_text(records, encoding="utf-8")
     if as_json:
         print(records)
+    elif shown:
+        for n, prompt_asked in enumerate(asked):
+            if len(asked) > 1:
+                print(f"\n{safe(_last(prompt_asked))}")
+            some = results[n * len(settings) : (n + 1) * len(settings)]
+            print_panels([result.text for result in some], titles)
+        _legend(rows[: len(settings)], scale)
     elif not out:
         for result in results:
             if not result.row.steer:
-                question = result.row.prompt
-                last = question if isinstance(question, str) else question[-1][1]
-                print(f"\n# {safe(last)}")
+                print(f"\n# {safe(_last(result.row.prompt))}")
             print(f"\n[{safe(_title(result.row, scale))}]\n{safe(result.text)}")
+
+
+def _last(prompt: "Prompt") -> str:
+    """What is asked: a text, or a chat's last message."""
+    return prompt if isinstance(prompt, str) else prompt[-1][1]
+
+
+def _legend(rows: "Sequence[Row]", scale: "Scale | None") -> None:
+    """Every form of each row's strength, below the answers."""
+    for row in rows:
+        if row.steer:
+            print(safe(_title(row, scale)))
 
 
 def _title(row: "Row", scale: "Scale | None") -> str:

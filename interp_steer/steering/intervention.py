@@ -20,6 +20,7 @@ the direction's own length, as CAA's multipliers of a mean difference. Ranges in
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -321,6 +322,11 @@ def resolve(
 def line(interventions: Sequence[Intervention]) -> str:
     """The text of interventions, which `parse` reads back; "" for none."""
     return "; ".join(str(one) for one in interventions)
+
+
+def brief(interventions: Sequence[Intervention]) -> str:
+    """The line for a title: names without hashes, and no component where it is resid_post."""
+    return re.sub(r"@[0-9a-f]{8}|(?<= at )resid_post ", "", line(interventions))
 
 
 def sites_text(sites: Sequence[Site]) -> str:

@@ -5,7 +5,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+NARROWEST = 38  # columns of a panel, if the terminal has so many
 
 # C0 and C1 controls (escape codes among them) and the marks that reorder text on a terminal.
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -101,24 +106,34 @@ def side_by_side(pieces: Iterable[tuple[int, str, str | None]], titles: Sequence
         for title, text in zip(titles, texts, strict=True):
             print(f"[{safe(title)}]\n{safe(text)}\n")
         return texts
-    from rich.columns import Columns
     from rich.console import Console
     from rich.live import Live
+
+    console = Console()
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        for column, piece, _ in pieces:
+            texts[column] += piece
+            live.update(_panels(texts, titles, console.width), refresh=True)
+    return texts
+
+
+def print_panels(texts: Sequence[str], titles: Sequence[str]) -> None:
+    """Shows whole texts side by side on a terminal, as far as its width allows."""
+    from rich.console import Console
+
+    console = Console()
+    console.print(_panels(texts, titles, console.width))
+
+
+def _panels(texts: Sequence[str], titles: Sequence[str], width: int) -> "RenderableType":
+    """Panels in rows of as many as have `NARROWEST` columns each."""
+    from rich.columns import Columns
     from rich.panel import Panel
     from rich.text import Text
 
-    console = Console()
-    width = max(30, console.width // len(titles) - 1)
-
-    def drawn() -> Columns:
-        panels = [
-            Panel(Text.assemble((safe(title) + "\n\n", "bold"), safe(text)), width=width)
-            for title, text in zip(titles, texts, strict=True)
-        ]
-        return Columns(panels, padding=0)
-
-    with Live(drawn(), console=console, auto_refresh=False, vertical_overflow="visible") as live:
-        for column, piece, _ in pieces:
-            texts[column] += piece
-            live.update(drawn(), refresh=True)
-    return texts
+    across = max(1, min(len(texts), width // NARROWEST))
+    panels = [
+        Panel(Text(safe(text)), title=Text(safe(title)), title_align="left", width=width // across)
+        for title, text in zip(titles, texts, strict=True)
+    ]
+    return Columns(panels, padding=0)
