@@ -92,8 +92,8 @@ class Reader:
         if units:
             self.need(",", "',' and a coefficient")
             value, unit = self.coefficient()
-            if unit not in units or (not unit and self.peek("[a-z]+")):
-                given = unit or self.peek("[a-z]+") or ""
+            given = unit or self.peek(r"(?!at\b)[a-z]+") or ""
+            if given not in units:
                 known = [u for u in units if u]
                 self.cursor -= len(unit)
                 self.fail(f"the unit {' or '.join(known)} before ')'{_nearest(given, known)}")

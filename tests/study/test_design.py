@@ -84,7 +84,7 @@ def test_lines_are_cells_of_their_own():
         ({"coefficients": ()}, "needs coefficients"),
         ({"coefficients": ["0.5 doze"]}, "expected the end, found 'doze'"),
         ({"coefficients": [1, 1.0]}, "coefficients hold '1.0' twice"),
-        ({"scopes": ["promt"]}, "expected a scope: all, prompt"),
+        ({"scopes": ["promt"]}, "expected a scope, nearest: prompt"),
         ({"seeds": [0.5]}, "seeds hold 0.5, expected a whole number"),
         ({"seeds": []}, "no seeds"),
         ({"seeds": [2**63]}, "at most 64 bits"),
