@@ -158,7 +158,7 @@ def test_chat_answers_and_goes_on_after_a_mistake(made, monkeypatch):
         "chat", "--model", model, "--max-new-tokens", "4",
         "--direction", f"tower={file}", "--steer", "add(tower, 2) at 2",
     )  # fmt: skip
-    assert out.count("[unsteered]") == 2 and out.count("[add(tower@") == 2
+    assert out.count("[unsteered]") == 2 and out.count("[add(tower, 2.0) at 2]") == 2
     assert "layers 0-5" in err and "/nonsense" in err
 
 
