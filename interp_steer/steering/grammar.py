@@ -95,7 +95,6 @@ class Reader:
             given = unit or self.peek(r"(?!at\b)[a-z]+") or ""
             if given not in units:
                 known = [u for u in units if u]
-                self.cursor -= len(unit)
                 self.fail(f"the unit {' or '.join(known)} before ')'{_nearest(given, known)}")
         self.need(r"\)", "')'")
         self.need(r"at\b", "'at' and a site")
