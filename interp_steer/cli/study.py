@@ -74,8 +74,8 @@ def plan(
     timed: Annotated[
         bool,
         common.opt(
-            "Run two short batches, to estimate the study's time. Without, the weights of a model "
-            "on the hub are not fetched."
+            "Run a few rows, to estimate the study's time. Without, the weights of a model on the "
+            "hub are not fetched."
         ),
     ] = True,
     as_json: common.Json = False,

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,7 @@ from interp_steer.steering.scale import Scale
 from interp_steer.study import metrics as measures
 from interp_steer.study.chunk import Chunk, measure
 from interp_steer.study.design import Design
+from interp_steer.util.console import progress
 
 BESIDE = 64 * 2**20  # bytes: the tokenizer, and what is small
 ADDS = ("add", "add_norm_kept")
@@ -30,7 +31,8 @@ NO_WEIGHTS = (
     "the model's weights are not here; the study's time, and its coefficients as a share of the "
     "residual norm, can only be told with them"
 )
-TRIED = (2, 16)  # new tokens of the two short runs that the time is extrapolated from
+TIMED_ROWS = (4, 12)  # of the short runs that a chunk's time is extrapolated from
+TRIED = (2, 6)  # and their new tokens
 
 
 def check(study: Design, model: SteeringModel) -> None:
@@ -124,7 +126,7 @@ class Plan:
         Args:
             model: one without weights will do for all but the time and the lengths of coefficients
                 (see `SteeringModel.load`, `weights`).
-            timed: whether to time two short runs of one chunk, for `seconds`.
+            timed: whether to time short runs of a few rows, for `seconds`.
             device: where a model without weights is going to run; default as in loading.
 
         Raises:
@@ -186,14 +188,21 @@ def _working(study: Design, model: SteeringModel, rows: int, device: torch.devic
     return max(rows * working(model, prompt, prompt + new, device), scored) + BESIDE
 
 
-def typical(study: Design, model: SteeringModel, rows: int, new: int | None = None) -> Chunk:
+def typical(
+    study: Design,
+    model: SteeringModel,
+    rows: int,
+    new: int | None = None,
+    scale: Scale | None = None,
+) -> Chunk:
     """A chunk of real cells, with made-up unsteered answers of full length.
 
     Args:
         new: tokens to generate; None for as many as the study's.
+        scale: of the study, if it is known.
     """
     items = [item for split, item in study.items() if split == "choose"] or list(study.prove)
-    scale = study.scale(model)
+    scale = scale or study.scale(model)
     cells = [study.cell(setting, scale) for setting in study.settings[:rows]]
     pairs = [(item, cell) for item in items for cell in cells]
     pairs = (pairs * math.ceil(rows / len(pairs)))[:rows]
@@ -210,18 +219,37 @@ def typical(study: Design, model: SteeringModel, rows: int, new: int | None = No
 
 
 def _seconds(study: Design, model: SteeringModel, rows: int) -> float:
-    """Of one chunk of so many rows: two short runs, extrapolated over new tokens."""
-    engine = Engine(model)
+    """Of one chunk of so many rows, from short runs of few rows.
 
-    def seconds(new: int | None) -> float:
-        chunk = typical(study, model, rows, new)
+    Time is linear in rows, and in new tokens for each number of rows: reading and scoring take
+    `a + b rows`, a token takes `c + d rows`. So two sizes by two lengths tell it for any chunk.
+    """
+    engine, new = Engine(model), study.sampling.max_new_tokens
+    sizes = [n for n in TIMED_ROWS if n < rows] or [rows]
+    lengths = sorted({min(new, n) for n in TRIED})
+
+    scale = study.scale(model)
+
+    def seconds(size: int, length: int) -> float:
+        chunk = typical(study, model, size, length, scale)
         start = time.perf_counter()
         measure(engine, chunk)
         return time.perf_counter() - start
 
-    if study.sampling.max_new_tokens <= max(TRIED):
-        return seconds(None)
-    seconds(TRIED[0])  # a first run is slower, which would make the slope too flat
-    took = [seconds(new) for new in TRIED]
-    slope = max(0.0, took[1] - took[0]) / (TRIED[1] - TRIED[0])
-    return took[0] + slope * (study.sampling.max_new_tokens - TRIED[0])
+    with progress("timing a few rows", 1 + len(sizes) * len(lengths)) as report:
+        seconds(sizes[0], lengths[0])  # a first run is slower
+        report(1)
+        took = []
+        for size in sizes:
+            of_size = [seconds(size, length) for length in lengths]
+            took.append(_line(lengths, of_size, new))
+            report(1 + len(took) * len(lengths))
+    return _line(sizes, took, rows)
+
+
+def _line(at: Sequence[int], took: Sequence[float], wanted: int) -> float:
+    """The time at a larger number, on the line through the first and the last measured one."""
+    if len(at) == 1:
+        return took[0] * wanted / at[0]
+    slope = max(0.0, took[-1] - took[0]) / (at[-1] - at[0])
+    return took[-1] + slope * (wanted - at[-1])
