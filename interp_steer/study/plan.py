@@ -31,7 +31,7 @@ NO_WEIGHTS = (
     "the model's weights are not here; the study's time, and its coefficients as a share of the "
     "residual norm, can only be told with them"
 )
-TIMED_ROWS = (4, 12)  # of the short runs that a chunk's time is extrapolated from
+TIMED_ROWS = (4, 24)  # of the short runs that a chunk's time is extrapolated from
 TRIED = (2, 6)  # and their new tokens
 
 
@@ -248,8 +248,11 @@ def _seconds(study: Design, model: SteeringModel, rows: int) -> float:
 
 
 def _line(at: Sequence[int], took: Sequence[float], wanted: int) -> float:
-    """The time at a larger number, on the line through the first and the last measured one."""
-    if len(at) == 1:
-        return took[0] * wanted / at[0]
-    slope = max(0.0, took[-1] - took[0]) / (at[-1] - at[0])
+    """The time at a larger number, on the line through the first and the last measured one.
+
+    Rows and tokens together are never slower than one by one: noise makes no line steeper.
+    """
+    slope = took[-1] / at[-1]
+    if len(at) > 1:
+        slope = min(slope, max(0.0, took[-1] - took[0]) / (at[-1] - at[0]))
     return took[-1] + slope * (wanted - at[-1])

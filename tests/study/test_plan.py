@@ -183,4 +183,5 @@ def test_time_is_extrapolated_along_a_line():
     of_sizes = [plan._line(lengths, [took(n, new) for new in lengths], 48) for n in sizes]
     assert plan._line(sizes, of_sizes, 128) == pytest.approx(took(128, 48))
     assert plan._line([3], [6.0], 12) == 24.0  # one size: in proportion
-    assert plan._line([2, 6], [5.0, 4.9], 100) == 4.9  # noise makes nothing quicker
+    assert plan._line([2, 6], [5.0, 4.9], 100) == 4.9  # noise makes nothing quicker,
+    assert plan._line([2, 6], [0.1, 6.0], 60) == 60  # and no row slower than rows one by one
