@@ -1,8 +1,10 @@
 """What a study will cost, before anything runs."""
 
+import itertools
 import math
+import statistics
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,8 +33,8 @@ NO_WEIGHTS = (
     "the model's weights are not here; the study's time, and its coefficients as a share of the "
     "residual norm, can only be told with them"
 )
-TIMED_ROWS = (4, 24)  # of the short runs that a chunk's time is extrapolated from
-TRIED = (2, 6)  # and their new tokens
+TIMED_ROWS, TIMED_TOKENS = 24, 8  # of the short run that a chunk's time is extrapolated from
+ALWAYS = 10  # rows' worth of a chunk that is the same for one row and for many
 
 
 def check(study: Design, model: SteeringModel) -> None:
@@ -126,7 +128,7 @@ class Plan:
         Args:
             model: one without weights will do for all but the time and the lengths of coefficients
                 (see `SteeringModel.load`, `weights`).
-            timed: whether to time short runs of a few rows, for `seconds`.
+            timed: whether to time a short run of a few rows, for `seconds`.
             device: where a model without weights is going to run; default as in loading.
 
         Raises:
@@ -219,40 +221,26 @@ def typical(
 
 
 def _seconds(study: Design, model: SteeringModel, rows: int) -> float:
-    """Of one chunk of so many rows, from short runs of few rows.
+    """Of one chunk of so many rows: from one short run of few rows, so a rough figure.
 
-    Time is linear in rows, and in new tokens for each number of rows: reading and scoring take
-    `a + b rows`, a token takes `c + d rows`. So two sizes by two lengths tell it for any chunk.
+    What a token takes is the median over the steps of that run; what is left of it is reading and
+    scoring. A chunk of r rows is taken to cost as much as r + `ALWAYS` rows one by one.
     """
     engine, new = Engine(model), study.sampling.max_new_tokens
-    sizes = [n for n in TIMED_ROWS if n < rows] or [rows]
-    lengths = sorted({min(new, n) for n in TRIED})
+    few, tokens = min(rows, TIMED_ROWS), min(new, TIMED_TOKENS)
+    scale, steps = study.scale(model), list[float]()
 
-    scale = study.scale(model)
-
-    def seconds(size: int, length: int) -> float:
+    def run(size: int, length: int) -> float:
         chunk = typical(study, model, size, length, scale)
+        steps[:] = []
         start = time.perf_counter()
-        measure(engine, chunk)
+        measure(engine, chunk, lambda *_: steps.append(time.perf_counter()))
         return time.perf_counter() - start
 
-    with progress("timing a few rows", 1 + len(sizes) * len(lengths)) as report:
-        seconds(sizes[0], lengths[0])  # a first run is slower
+    with progress("timing a few rows", 2) as report:
+        run(2, min(new, 2))  # a first run is slower
         report(1)
-        took = []
-        for size in sizes:
-            of_size = [seconds(size, length) for length in lengths]
-            took.append(_line(lengths, of_size, new))
-            report(1 + len(took) * len(lengths))
-    return _line(sizes, took, rows)
-
-
-def _line(at: Sequence[int], took: Sequence[float], wanted: int) -> float:
-    """The time at a larger number, on the line through the first and the last measured one.
-
-    Rows and tokens together are never slower than one by one: noise makes no line steeper.
-    """
-    slope = took[-1] / at[-1]
-    if len(at) > 1:
-        slope = min(slope, max(0.0, took[-1] - took[0]) / (at[-1] - at[0]))
-    return took[-1] + slope * (wanted - at[-1])
+        took = run(few, tokens)
+        report(2)
+    each = statistics.median(b - a for a, b in itertools.pairwise(steps)) if steps[1:] else 0.0
+    return (took + each * (new - tokens)) * (rows + ALWAYS) / (few + ALWAYS)

@@ -11,7 +11,6 @@ from interp_steer.engine.engine import Engine
 from interp_steer.errors import RequestError
 from interp_steer.model.model import SteeringModel
 from interp_steer.steering.direction import Direction
-from interp_steer.study import plan
 from interp_steer.study.cell import Controls
 from interp_steer.study.plan import Plan
 from tests.conftest import command, config_8b, error, make_llama
@@ -171,17 +170,3 @@ def test_weights_of_which_files_are_missing_are_not_here(llama_8b, tmp_path):
     assert not has_weights(tmp_path)
     (tmp_path / "model-2.safetensors").touch()
     assert has_weights(tmp_path)
-
-
-def test_time_is_extrapolated_along_a_line():
-    """Reading takes 3 s and 0.5 s a row, a token 0.2 s and 0.01 s a row."""
-
-    def took(rows, new):
-        return 3 + 0.5 * rows + new * (0.2 + 0.01 * rows)
-
-    sizes, lengths = plan.TIMED_ROWS, plan.TRIED
-    of_sizes = [plan._line(lengths, [took(n, new) for new in lengths], 48) for n in sizes]
-    assert plan._line(sizes, of_sizes, 128) == pytest.approx(took(128, 48))
-    assert plan._line([3], [6.0], 12) == 24.0  # one size: in proportion
-    assert plan._line([2, 6], [5.0, 4.9], 100) == 4.9  # noise makes nothing quicker,
-    assert plan._line([2, 6], [0.1, 6.0], 60) == 60  # and no row slower than rows one by one
