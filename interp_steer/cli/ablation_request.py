@@ -38,6 +38,9 @@ class Request:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "Request":
         """Raises RequestError for whatever cannot be done."""
+        from interp_steer.model.loading import glance
+        from interp_steer.model.site import Site
+
         unset = (None, False)  # and not 0, which equals False
         given = {k: v for k, v in options.items() if not any(v is one for one in unset) and v != []}
         asked = [name for name in ("patch", "mediate", "propagate") if given.pop(name, False)]
@@ -59,6 +62,11 @@ class Request:
         at_least_one(**{name: given.get(name) for name in ("width", "answer", "batch")})
         request = cls(kind, given, _vector(given.get("direction")))
         _ = request.layers, request.heads, request.positions  # each raises
+        if "run" not in given and (bounds := glance(str(given.get("model", "starter")))):
+            for layer in request.layers or ():
+                bounds.check(Site("resid_post", layer), bounds.d_model)
+            for head in request.heads or ():
+                bounds.check(Site("z", 0, head), bounds.d_head)
         {"ablation": request._ablation, "--patch": request._patch}.get(kind, request._traced)()
         return request
 

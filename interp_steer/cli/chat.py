@@ -58,6 +58,7 @@ def chat(
     known = Directions(named or [])
     interventions = parse(steer, known)
     sampling = Sampling(temperature, top_p, 0, repetition_penalty, max_new_tokens)
+    common.check_fits(model, [interventions])
     loaded = common.load(model, dtype, device, date=date)
     hold(loaded, interventions, known, system, sampling, seed)
 

@@ -15,6 +15,7 @@ from interp_steer.util.console import progress, safe
 
 if TYPE_CHECKING:
     from interp_steer.model.model import SteeringModel
+    from interp_steer.steering.intervention import Intervention
 
 
 def opt(text: str, *names: str, **more: Any) -> Any:
@@ -87,6 +88,18 @@ def load(
     return SteeringModel.load(
         name, dtype=dtype, device=device, revision=revision, date=date, weights=weights
     )
+
+
+def check_fits(
+    model: str, settings: "Iterable[Sequence[Intervention]]", revision: str | None = None
+) -> None:
+    """Refuses interventions at sites that the model has not, before its weights are read."""
+    from interp_steer.model.loading import glance
+
+    if bounds := glance(model, revision):
+        for setting in settings:
+            for step in setting:
+                step.check(bounds)
 
 
 def words(text: str | None) -> list[str]:

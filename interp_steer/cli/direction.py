@@ -26,7 +26,9 @@ def make(
             "two answers of a pair first differ)."
         ),
     ] = "mean",
-    layer: Annotated[int | None, common.opt("Save this layer only; by default all layers.")] = None,
+    layer: Annotated[
+        int | None, common.opt("Save this layer only; by default all layers.", min=0)
+    ] = None,
     as_chat: Annotated[
         bool | None,
         common.opt(
@@ -49,6 +51,8 @@ def make(
     """
     common.writable("--out", out)
     with progress("starting", every=5):
+        from interp_steer.model.loading import glance
+        from interp_steer.model.site import Site
         from interp_steer.prompts.file import PromptFile
         from interp_steer.steering.contrast import (
             METHODS,
@@ -72,14 +76,14 @@ def make(
     sides = [file.side(side, as_chat) for side, file in files.items()]
     if method == "actadd" and any(len(side) != 1 for side in sides):
         raise RequestError("actadd takes one positive and one negative prompt")
+    if layer is not None and (bounds := glance(model)):
+        bounds.check(Site("resid_post", layer), bounds.d_model)
     loaded = common.load(model, dtype, device, date=date)
     if as_chat is None and not loaded.is_chat:
         sides = [file.side(side, False) for side, file in files.items()]
     up, down = sides
-    if layer is not None and not 0 <= layer < loaded.n_layers:
-        raise RequestError(
-            f"layer {layer} is out of range: {loaded.name} has layers 0-{loaded.n_layers - 1}"
-        )
+    if layer is not None:
+        loaded.check(Site("resid_post", layer), loaded.d_model)
     if method == "actadd":
         sets = act_add(loaded, up[0], down[0], name)
     else:

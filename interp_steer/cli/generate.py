@@ -78,6 +78,7 @@ def generate(
     lines = [line for text in steer or [] for line in spread(text).lines]
     settings = [(), *(parse(line, known) for line in lines)]
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
+    common.check_fits(model, settings)
     loaded = common.load(model, dtype, device, date=date)
     as_chat = loaded.is_chat and not text
     asked = [Item.of(one, as_chat=as_chat, system=system).prompt for one in prompt or []]

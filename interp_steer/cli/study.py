@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from interp_steer.cli import common
 from interp_steer.errors import RequestError
-from interp_steer.util.console import safe
+from interp_steer.util.console import progress, safe
 
 app = common.group()
 
@@ -44,7 +44,9 @@ def _opened(
         fetched: whether the weights of a model on the hub are fetched.
         computes: whether a folder must hold weights.
     """
-    from interp_steer.study.file import StudyFile
+    with progress("starting", every=5):
+        from interp_steer.model.loading import glance
+        from interp_steer.study.file import StudyFile
 
     declared = StudyFile.read(file).dated(date)
     name = str(declared.model.get("model", "starter"))
@@ -52,6 +54,7 @@ def _opened(
     model = model or name
     needed = computes if os.path.isdir(os.path.expanduser(model)) else fetched
     dtype = dtype or declared.model.get("dtype")
+    declared.rehearse(glance(model, revision))
     loaded = common.load(model, dtype, device, revision, weights=needed)
     study = declared.study(loaded)
     again = {

@@ -107,6 +107,7 @@ def sweep(
         question=f"What does {' and '.join(steer)} do?",
         **fields,
     )
+    common.check_fits(model, map(study.steps, study.settings))
     loaded = common.load(model, dtype, device, date=date)
     folder = out or _folder(study, model, dtype)
     run = study.run(loaded, folder, arguments=sys.argv)

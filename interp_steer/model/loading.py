@@ -12,6 +12,7 @@ import torch
 
 from interp_steer.errors import RequestError, RunError, first_line, nearest
 from interp_steer.model.device import KINDS
+from interp_steer.model.shape import Bounds
 from interp_steer.util.console import progress
 
 if TYPE_CHECKING:
@@ -80,6 +81,36 @@ def find_folder(name: str, revision: str | None, weights: bool = True) -> tuple[
     except Exception as error:  # the hub's library raises its HTTP client's errors as they are
         raise RunError(f"cannot fetch {name}: {first_line(error)}") from error
     return Path(folder), Path(folder).name
+
+
+def glance(name: str, revision: str | None = None) -> Bounds | None:
+    """What a model's configuration says of its sites, read in a moment; None where the file is not
+    on this machine, or is not as expected: loading says what is wrong then.
+    """
+    with suppress(Exception):
+        path = _config(name, revision)
+        told = json.loads(path.read_text(encoding="utf-8"))
+        heads = int(told["num_attention_heads"])
+        width = int(told["hidden_size"])
+        return Bounds(
+            name, int(told["num_hidden_layers"]), heads, width,
+            int(told.get("head_dim") or width // heads),
+        )  # fmt: skip
+    return None
+
+
+def _config(name: str, revision: str | None) -> Path:
+    """The configuration's file, if it is on this machine; some path that is not there, if not."""
+    if name == "starter":
+        from interp_steer.model import starter
+
+        return starter.place() / "config.json"
+    path = Path(os.path.expanduser(name)) / "config.json"
+    if path.is_file() or name.count("/") != 1:
+        return path
+    from huggingface_hub import try_to_load_from_cache
+
+    return Path(str(try_to_load_from_cache(name, "config.json", revision=revision)))
 
 
 def has_weights(folder: Path) -> bool:

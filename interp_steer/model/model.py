@@ -22,7 +22,7 @@ from interp_steer.model.loading import (
     refuse_unsupported,
     refuse_wrong_weights,
 )
-from interp_steer.model.shape import Shape
+from interp_steer.model.shape import Bounds, Shape
 from interp_steer.model.site import Site
 from interp_steer.prompts.codec import Codec
 from interp_steer.prompts.prompt import Encoded, Prompt, is_chat
@@ -153,19 +153,8 @@ class SteeringModel(Forward):
         Raises:
             RequestError: no such layer or head, or another width.
         """
-        if site.layer >= self.n_layers:
-            raise RequestError(
-                f"layer {site.layer} is out of range: {self.name} has layers 0-{self.n_layers - 1}"
-            )
-        if (site.head or 0) >= self.n_heads:
-            raise RequestError(
-                f"head {site.head} is out of range: {self.name} has heads 0-{self.n_heads - 1}"
-            )
-        wide = self.d_model if site.head is None else self.d_head
-        if width != wide:
-            raise RequestError(
-                f"the direction is {width} wide; {self.name} at {site} is {wide} wide"
-            )
+        bounds = Bounds(self.name, self.n_layers, self.n_heads, self.d_model, self.d_head)
+        bounds.check(site, width)
 
     # --- text ---------------------------------------------------------------------------------
 

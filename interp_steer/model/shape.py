@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from interp_steer.errors import RequestError
+from interp_steer.model.site import Site
+
 
 @dataclass(frozen=True)
 class Scaling:
@@ -91,3 +94,38 @@ class Shape:
             tied=bool(config.tie_word_embeddings),
             rope=Rope(rope["rope_theta"], scaling),
         )
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Which sites a model has, and how wide they are.
+
+    Attributes:
+        name: the model's, for messages.
+    """
+
+    name: str
+    n_layers: int
+    n_heads: int
+    d_model: int
+    d_head: int
+
+    def check(self, site: Site, width: int) -> None:
+        """Whether a vector of that width fits at a site.
+
+        Raises:
+            RequestError: no such layer or head, or another width.
+        """
+        if site.layer >= self.n_layers:
+            raise RequestError(
+                f"layer {site.layer} is out of range: {self.name} has layers 0-{self.n_layers - 1}"
+            )
+        if (site.head or 0) >= self.n_heads:
+            raise RequestError(
+                f"head {site.head} is out of range: {self.name} has heads 0-{self.n_heads - 1}"
+            )
+        wide = self.d_model if site.head is None else self.d_head
+        if width != wide:
+            raise RequestError(
+                f"the direction is {width} wide; {self.name} at {site} is {wide} wide"
+            )

@@ -36,7 +36,7 @@ def folder() -> Path:
     Raises:
         RunError: the file cannot be fetched, has the wrong checksum, or the disk is full.
     """
-    home = cache_dir("models") / f"starter-{GGUF_SHA256[:8]}"
+    home = place()
     if not _is_whole(home):
         _sweep(home.parent)
         with explained(home.parent):
@@ -52,6 +52,11 @@ def folder() -> Path:
                     if not _is_whole(home):  # unless another process was faster
                         raise
     return home
+
+
+def place() -> Path:
+    """Where the folder is, or will be."""
+    return cache_dir("models") / f"starter-{GGUF_SHA256[:8]}"
 
 
 def _sweep(folder: Path) -> None:

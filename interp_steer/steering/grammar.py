@@ -24,6 +24,7 @@ from interp_steer.steering.intervention import OPERATORS, SCOPES, Gate, Interven
 from interp_steer.steering.spread import spread
 
 T = TypeVar("T")
+UNITS = ("dose", "max", "raw", "deg")
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[+-]?(?:nan|inf)\b"
 _NAME = r"[\w./~+-]+(?:@[0-9a-f]{8})?"
@@ -91,11 +92,9 @@ class Reader:
         value, unit = 0.0, ""
         if units:
             self.need(",", "',' and a coefficient")
-            value, unit = self.coefficient()
-            given = unit or self.peek(r"(?!at\b)[a-z]+") or ""
-            if given not in units:
-                known = [u for u in units if u]
-                self.fail(f"the unit {' or '.join(known)} before ')'{_nearest(given, known)}")
+            value, unit = self.coefficient(units)
+            if unit not in units:
+                self.fail(f"the unit {' or '.join(u for u in units if u)} before ')'")
         self.need(r"\)", "')'")
         self.need(r"at\b", "'at' and a site")
         sites = self.sites()
@@ -119,9 +118,13 @@ class Reader:
             raise RequestError(f"{written} is asked for, but the {name} at hand is {found.label}")
         return found.named(name) if is_name(name) else found
 
-    def coefficient(self) -> tuple[float, str]:
+    def coefficient(self, units: Sequence[str] = UNITS) -> tuple[float, str]:
         number = float(self.need(_NUMBER, "a number"))
-        return number, self.take(r"(?:dose|max|raw|deg)\b") or ""
+        unit = self.take(rf"(?:{'|'.join(UNITS)})\b") or ""
+        if not unit and (word := self.peek(r"(?!at\b)[a-z]+")):
+            known = [u for u in units if u]
+            self.fail(f"the unit {' or '.join(known)}{_nearest(word, known)}")
+        return number, unit
 
     def sites(self) -> tuple[Site, ...]:
         found = self.group()

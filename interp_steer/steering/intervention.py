@@ -28,6 +28,7 @@ from torch import Tensor
 
 from interp_steer.errors import RequestError, nearest
 from interp_steer.model.model import SteeringModel
+from interp_steer.model.shape import Bounds
 from interp_steer.model.site import Site
 from interp_steer.steering import encoder
 from interp_steer.steering.direction import Direction, DirectionSet
@@ -214,7 +215,7 @@ class Intervention:
         """The directions used at one site."""
         return tuple(_at(one, site) for one in self.directions)
 
-    def check(self, model: SteeringModel) -> None:
+    def check(self, model: SteeringModel | Bounds) -> None:
         """Raises RequestError if a layer, head or width does not fit the model."""
         for site in self.sites:
             for direction in self.at(site):

@@ -19,21 +19,25 @@ The other fields are those of `Study`. A file's name is looked for beside the YA
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from interp_steer.engine.row import Sampling
 from interp_steer.errors import RequestError, nearest
 from interp_steer.features.feature import feature
 from interp_steer.model.model import SteeringModel
+from interp_steer.model.shape import Bounds
 from interp_steer.prompts.entry import SIDES
 from interp_steer.prompts.file import PromptFile, is_file
 from interp_steer.prompts.item import Item
 from interp_steer.prompts.parts import split_items
 from interp_steer.prompts.template import read_date
 from interp_steer.results.built_in import BUILT_IN
-from interp_steer.steering.contrast import POSITIONS, Contrast
-from interp_steer.steering.direction import is_name
+from interp_steer.steering.contrast import METHODS, POSITIONS, Contrast
+from interp_steer.steering.direction import Direction, is_name
 from interp_steer.steering.directions import Directions
 from interp_steer.steering.intervention import Vector
 from interp_steer.study.cell import Controls
@@ -166,6 +170,32 @@ class StudyFile:
             parts |= dict(zip(("choose", "prove"), both, strict=True))
         return parts
 
+    def rehearse(self, bounds: Bounds | None) -> None:
+        """Checks all of the study that can be checked before a model loads: the grid, its sites,
+        the metrics, the prompts' parts, and the directions that need no model.
+
+        Args:
+            bounds: of the model; None where they are not known.
+
+        Raises:
+            RequestError: as `study` does.
+        """
+        method = self.spec.get("method") or "mean-difference"
+        if method not in METHODS:
+            raise RequestError(f"unknown method {method!r}{nearest(method, METHODS)}")
+        width = bounds.d_model if bounds else 1
+        directions = {
+            name: self.at_hand.get(name)
+            # in place of one that the model makes
+            or Direction.of(torch.ones(width), "blocks.0.hook_resid_post", name)
+            for name in self.spec["directions"]
+        }
+        study = self._study(directions, [])
+        for setting in study.settings:
+            for step in study.steps(setting):
+                if bounds:
+                    step.check(bounds)
+
     def study(self, model: SteeringModel) -> Study:
         """The study. The model makes its directions, and takes over the file's `date`.
 
@@ -175,6 +205,19 @@ class StudyFile:
         spec = self.spec
         if spec.get("date") is not None:
             model.date = spec["date"]
+        directions: dict[str, Vector | Contrast] = {}
+        build: list[Item] = []
+        for name, declared in spec["directions"].items():
+            if name in self.at_hand:
+                directions[name] = self.at_hand[name]
+                continue
+            directions[name], used = self._contrast(declared, model)
+            build += [item for item in used if item not in build]
+        return self._study(directions, build)
+
+    def _study(self, directions: Mapping[str, Vector | Contrast], used: list[Item]) -> Study:
+        """A study of these directions; `used` are prompts that they were made from here."""
+        spec = self.spec
         parts: dict[str, Any] = {"choose": [], "prove": [], **self.parts()}
         given = {name: spec[name] for name in OWN if spec.get(name) is not None}
         for name, kind in (("controls", Controls), ("sampling", Sampling)):
@@ -182,11 +225,17 @@ class StudyFile:
                 given[name] = kind(**given[name])
         given["modules"] = [str(self._path(m)) for m in _listed(spec.get("modules"))]
         build = list(parts.pop("build", []))
-        directions = {}
-        for name, declared in spec["directions"].items():
-            directions[name], used = self._direction(name, declared, model)
-            build += [item for item in used if item not in build]
+        build += [item for item in used if item not in build]
         return Study(directions=directions, build=build, **parts, **given)
+
+    @cached_property
+    def at_hand(self) -> Mapping[str, Vector | Contrast]:
+        """The directions that need no model: stored ones, and features."""
+        found = {}
+        for name, declared in self.spec["directions"].items():
+            if (one := self._direction(name, declared)) is not None:
+                found[name] = one
+        return found
 
     def _path(self, name: object) -> Path:
         """A path beside this file if there is one, else the path as it is."""
@@ -203,14 +252,12 @@ class StudyFile:
             )
         return PromptFile.of(name, given)
 
-    def _direction(
-        self, name: str, declared: Any, model: SteeringModel
-    ) -> tuple[Vector | Contrast, list[Item]]:
-        """A direction as declared, and the prompts that it was made from here."""
+    def _direction(self, name: str, declared: Any) -> Vector | Contrast | None:
+        """A direction that needs no model; None for one that it makes."""
         if isinstance(declared, str):
             known = Directions(beside=self.folder)
             try:
-                return known[declared].named(name), []
+                return known[declared].named(name)
             except KeyError:
                 raise RequestError(
                     f"direction {name!r}: {declared!r} is no file and no stored direction"
@@ -219,9 +266,13 @@ class StudyFile:
         if "feature" in declared:
             place = [declared.get(field) for field in ("sae_id", "index")]
             given = [value for value in place if value is not None]
-            return feature(declared["feature"], *given, name=name), []
-        if "contrast" in declared:
-            return Contrast.load(self._path(declared["contrast"])), []
+            return feature(declared["feature"], *given, name=name)
+        return Contrast.load(self._path(declared["contrast"])) if "contrast" in declared else None
+
+    def _contrast(
+        self, declared: Mapping[str, Any], model: SteeringModel
+    ) -> tuple[Contrast, list[Item]]:
+        """A contrast of prompts, and the prompts that it was made from here."""
         as_chat = declared.get("as_chat", None if model.is_chat else False)
         files = {side: self._file(declared[side], side) for side in SIDES}
         positive, negative = (file.side(side, as_chat) for side, file in files.items())

@@ -172,7 +172,7 @@ def test_chat_answers_and_goes_on_after_a_mistake(made, monkeypatch):
         (["--steer", "add(tower, nan) at 2"], "nan, not a number"),
         (["--steer", "add(tower, 1) a 2"], "at column 15: expected 'at'"),
         (["--steer", "add(towr, 1) at 2"], "nearest: tower"),
-        (["--steer", "add(tower, 1 dose) at z 1h1"], "at z give a number"),
+        (["--steer", "add(tower, 1 dose) at z 1h1"], "is 64 wide"),
         (["--prompt", " "], "the prompt is empty"),
         (["--prompt", "fox " * 600], "tokens long and the context"),
         (["--prompts", "/none.txt"], "no prompt file"),
