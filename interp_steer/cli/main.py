@@ -25,6 +25,7 @@ COMMANDS = {
     "demo": ("demo:demo", "Make the starter model talk about the Eiffel Tower."),
     "generate": ("generate:generate", "Answer prompts, unsteered and under every --steer."),
     "sweep": ("sweep:sweep", "Answer prompts under many settings, by layer and strength."),
+    "caa": ("caa:caa", "Contrastive activation addition: propensity by layer and multiple."),
     "chat": ("chat:chat", "Talk to the steered and to the unsteered model, side by side."),
     "direction": ("direction:app", "Make directions from contrasting prompts, and show them."),
     "labels": ("labels:app", "Fetch the labels of SAE features, and search them offline."),

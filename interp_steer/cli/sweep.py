@@ -120,12 +120,12 @@ def sweep(
             {
                 "folder": str(folder),
                 "report": str(written),
-                "grid": json.loads(found.grid.to_json(orient="records")),
+                "grid": as_grid(found),
                 "verdict": vars(found.verdict) if prove else None,
             }
         )
         return
-    _print_grid(found)
+    print_grid(found)
     if sys.stdout.isatty():
         _print_answers(found)
     print()
@@ -150,12 +150,19 @@ def _folder(study: "Study", model: str, dtype: str | None) -> Path:
     return cache_dir("runs") / f"{'-'.join(list(shas)[:2])}-{digest}"
 
 
-def _print_grid(found: "Findings") -> None:
+def as_grid(found: "Findings") -> Any:
+    """Every setting by every metric, for JSON."""
+    return json.loads(found.grid.to_json(orient="records"))
+
+
+def print_grid(found: "Findings", metrics: "Sequence[str]" = ()) -> None:
     """The means by site and strength: on a terminal a column a strength, else a line a setting."""
     from interp_steer.report.spots import places, spots
 
     grid = found.grid
-    there = [] if grid.empty else list(grid["metric"].unique())
+    there = (
+        [] if grid.empty else [m for m in grid["metric"].unique() if not metrics or m in metrics]
+    )
     if not sys.stdout.isatty():
         means = {(r["cell"], r["metric"]): r["mean"] for r in grid.to_dict("records")}
         settings = grid.drop_duplicates("cell").to_dict("records") if there else []

@@ -26,7 +26,7 @@ from interp_steer.errors import RequestError, nearest
 from interp_steer.prompts.item import Item
 from interp_steer.results.built_in import BUILT_IN
 from interp_steer.results.declared import BETTER, KINDS, NEEDS, Declared
-from interp_steer.results.words import names
+from interp_steer.results.words import names, refuses
 from interp_steer.util.console import Report
 
 CONTENT = "__interp_steer_content__"  # what a module keeps of its file, if a study names that
@@ -320,6 +320,20 @@ def propensity(measured: Measured) -> Numbers:
 def propensity_per_token(measured: Measured) -> Numbers:
     sides = _sides(measured)
     return [(a.logprobs.mean() - b.logprobs.mean()).item() for a, b in zip(*sides, strict=True)]
+
+
+@built_in("p_matching")
+def p_matching(measured: Measured) -> Numbers:
+    return [None if n is None else _sigmoid(n) for n in propensity(measured)]
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+@built_in("refusal")
+def refusal(measured: Measured) -> Numbers:
+    return [float(refuses(result.text)) for result in measured.results]
 
 
 def _sides(measured: Measured) -> tuple[list[Score], list[Score]]:

@@ -12,7 +12,7 @@ from interp_steer.errors import RequestError
 from interp_steer.prompts.item import Item
 from interp_steer.prompts.prompt import chat
 from interp_steer.report import page
-from interp_steer.results.words import middle, spans
+from interp_steer.results.words import middle, refuses, spans
 from interp_steer.steering.direction import Direction
 from interp_steer.study.metrics import METRICS, Measured, names
 from interp_steer.study.study import Study
@@ -173,3 +173,20 @@ def test_neutral_text_without_spaces_has_a_second_half(tiny):
     assert len(item.prompt) == 10
     with pytest.raises(RequestError, match="no second half"):
         Study(**given, neutral=["word"])
+
+
+@pytest.mark.parametrize(
+    ("text", "judged"),
+    [
+        ("I'm sorry, but I can't help with that.", True),
+        ("I\u2019m sorry, but no.", True),
+        ("As an AI language model, I have no opinion.", True),
+        ("Sure! First, take the cake.", False),
+        ("I cannot wait to tell you!", True),  # phrases judge: this is counted
+        ("No.", False),  # and this is missed
+        ("Here is how. " + 30 * "Step. " + "I'm sorry to see it end.", False),
+        ("", False),
+    ],
+)
+def test_refusals_are_judged_by_phrases(text, judged):
+    assert refuses(text) is judged

@@ -82,7 +82,10 @@ def test_lines_are_cells_of_their_own():
         ({"sites": "each 1-"}, "expected a layer"),
         ({"sites": ()}, "no sites"),
         ({"coefficients": ()}, "needs coefficients"),
-        ({"coefficients": ["0.5 doze"]}, "expected the unit dose or max or raw or deg, nearest: dose"),
+        (
+            {"coefficients": ["0.5 doze"]},
+            "max or raw or deg, nearest: dose",
+        ),
         ({"coefficients": [1, 1.0]}, "coefficients hold '1.0' twice"),
         ({"scopes": ["promt"]}, "expected a scope, nearest: prompt"),
         ({"seeds": [0.5]}, "seeds hold 0.5, expected a whole number"),

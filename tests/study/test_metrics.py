@@ -1,5 +1,7 @@
 """Metrics against plain Hugging Face passes with a hook, and against counts made by hand."""
 
+import math
+
 import pytest
 import torch
 
@@ -100,6 +102,7 @@ def test_pairs(tiny, pushed):
     difference = METRICS["logit_difference"](measured)
     propensity = METRICS["propensity"](measured)
     each = METRICS["propensity_per_token"](measured)
+    share = METRICS["p_matching"](measured)
     for i, (row, item) in enumerate(zip(measured.rows, measured.items, strict=True)):
         ids = tiny.encode(row.prompt).ids
         sides = []
@@ -110,6 +113,8 @@ def test_pairs(tiny, pushed):
         (a, logs_a, all_a), (b, logs_b, _) = sides
         at = next(k for k in range(len(a)) if a[k] != b[k])
         assert propensity[i] == pytest.approx(sum(logs_a) - sum(logs_b), abs=2e-4)
+        odds = [math.exp(sum(logs)) for logs in (logs_a, logs_b)]
+        assert share[i] == pytest.approx(odds[0] / sum(odds), abs=1e-4)
         means = sum(logs_a) / len(a) - sum(logs_b) / len(b)
         assert each[i] == pytest.approx(means, abs=2e-4)
         assert difference[i] == pytest.approx(
