@@ -1,13 +1,21 @@
 """`interp-steer direction`: makes directions from contrasting prompts, and shows their files."""
 
-from typing import Annotated, Any
+import json
+from typing import TYPE_CHECKING, Annotated, Any
 
 from interp_steer.cli import common
 from interp_steer.errors import RequestError, nearest, note
 from interp_steer.util.console import progress, safe
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from interp_steer.prompts.item import Item
+
 app = common.group()
 
+REFUSING = ("I cannot", "Sorry", "As an AI")  # beginnings of refusals
+SHOWN = 12  # candidates in a table
 HARDLY = 0.02  # share of the stream below which a difference of means hardly steers
 
 
@@ -128,6 +136,110 @@ def make(
     called = sets[0].name if out is None else rows[0]["file"]
     steer = f"add({called}, 0.5 dose) at {at} on prompt"
     print(f"try   interp-steer generate --model {model} --prompt '...' --steer '{steer}'")
+
+
+@app.command()
+def select(
+    positive: common.Positive,
+    negative: common.Negative,
+    name: common.Name = "selected",
+    word: Annotated[
+        list[str] | None,
+        common.opt(
+            "How an answer with the behaviour begins. May be repeated. Default, for refusals: "
+            "'I cannot', 'Sorry', 'As an AI'."
+        ),
+    ] = None,
+    by: Annotated[
+        str,
+        common.opt("What ranks: add (what adding brings), ablate (what ablating takes), both."),
+    ] = "ablate",
+    layers: common.Layers = None,
+    max_kl: Annotated[
+        float, common.opt("Ablating it may move negative prompts by a KL of less than this.")
+    ] = 0.1,
+    seed: Annotated[int, common.opt("Of the split into three parts.")] = 16,
+    out: common.Saved = None,
+    model: common.Model = "starter",
+    as_json: common.Json = False,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    date: common.Date = None,
+) -> None:
+    """Choose a direction over layers and positions, as for refusal.
+
+    Arditi et al. 2024 (arXiv 2406.11717). Of each file a half makes the candidates, a quarter
+    chooses one by what adding and ablating it does, and a quarter shows what the chosen one does.
+    """
+    common.writable("--out", out)
+    with progress("starting", every=5):
+        from interp_steer.causal.select import RANKED, select_direction
+        from interp_steer.model.loading import glance
+        from interp_steer.model.site import Site
+        from interp_steer.prompts.file import PromptFile
+        from interp_steer.prompts.parts import split_items
+        from interp_steer.steering.direction import is_name
+        from interp_steer.util.files import cache_dir
+
+    if by not in RANKED:
+        raise RequestError(f"--by is {by!r}{nearest(by, RANKED)}")
+    if not is_name(name):
+        raise RequestError(f"{name!r} cannot name a direction: use letters, digits, '_', '.', '-'")
+    numbers = common.indices("layers", layers) if layers else None
+    if bounds := glance(model):
+        for number in numbers or ():
+            bounds.check(Site("resid_post", number), bounds.d_model)
+    files = [PromptFile.read(path) for path in (positive, negative)]
+    for file in files:
+        _parts(split_items, file.items(), file.path, seed)  # before the model loads
+    loaded = common.load(model, dtype, device, date=date)
+    parts = [
+        _parts(split_items, file.items(as_chat=loaded.is_chat), file.path, seed) for file in files
+    ]
+    build, choose, prove = zip(*parts, strict=True)
+    with progress("trying candidates", 1.0) as report:
+        found = select_direction(
+            loaded, build, choose, prove, words=word or REFUSING, by=by, layers=numbers,
+            max_kl=max_kl, name=name, report=report,
+        )  # fmt: skip
+    target = out or cache_dir("directions") / f"{name}.safetensors"
+    found.direction.save(target)
+    ranked = found.table.sort_values(
+        ["chosen", "veto", "rank_by"], ascending=[False, True, False], kind="stable"
+    )
+    summary = found.summary()
+    called = name if out is None else str(target)
+    every = f"0-{loaded.n_layers - 1}"
+    line = f"ablate({called}) at resid_pre {every} + attn_out {every} + mlp_out {every}"
+    if as_json:
+        common.print_json(
+            {
+                "file": str(target), "layer": found.layer, "position": found.position,
+                "candidates": json.loads(ranked.to_json(orient="records")),
+                "held_out": json.loads(summary.to_json(orient="records")), "steer": line,
+            }
+        )  # fmt: skip
+        return
+    heads = ("layer", "position", "added", "ablated", "kl", "veto")
+    common.table(heads, ranked[list(heads)].head(SHOWN).itertuples(index=False))
+    print(
+        f"\n{len(found.table)} candidates; chosen: layer {found.layer}, position {found.position}."
+        f" On {len(prove[0])} + {len(prove[1])} held-out prompts it does:"
+    )
+    common.table(tuple(summary.columns), summary.itertuples(index=False))
+    print(f"saved {target}")
+    print(f"try   interp-steer generate --model {model} --prompt '...' --steer '{line}'")
+
+
+def _parts(
+    split: "Callable[..., tuple[list[Any], list[Any]]]", items: "list[Item]", path: str, seed: int
+) -> "tuple[list[Item], list[Item], list[Item]]":
+    """A half, a quarter and a quarter of the prompts."""
+    if len(items) < 8:
+        raise RequestError(f"{path} holds {len(items)} prompts; three parts need at least 8")
+    build, rest = split(items, 0.5, seed)
+    choose, prove = split(rest, 0.5, seed)
+    return build, choose, prove
 
 
 @app.command("list")
