@@ -1,5 +1,6 @@
 """`interp-steer direction`: makes directions from contrasting prompts, and shows their files."""
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from interp_steer.cli import common
@@ -8,6 +9,10 @@ from interp_steer.util.console import progress, safe
 
 app = common.group()
 
+READ = """
+d and AUC: how far apart the sides lie on held-out prompts (in standard deviations, * the largest;
+0.5 is chance). Each half of the prompts is judged by the other's direction; halves is the cosine
+of the two. Which layer steers best is another question: `interp-steer sweep` answers it."""
 HARDLY = 0.02  # share of the stream below which a difference of means hardly steers
 
 
@@ -59,6 +64,7 @@ def make(
         )  # fmt: skip
         from interp_steer.steering.direction import is_name
         from interp_steer.steering.scale import Scale
+        from interp_steer.steering.separation import Separation, separation
         from interp_steer.util.files import cache_dir
 
     for what, given, known in (
@@ -80,12 +86,14 @@ def make(
         raise RequestError(
             f"layer {layer} is out of range: {loaded.name} has layers 0-{loaded.n_layers - 1}"
         )
+    parted: list[Separation] = []
     if method == "actadd":
         sets = act_add(loaded, up[0], down[0], name)
     else:
         asked = [prompt for side, file in files.items() for prompt in file.asked(side)]
         contrast = Contrast.measure(loaded, up, down, position, asked=asked)
         sets = [contrast.directions(method, name)]
+        parted = separation(contrast, method)
     scale = Scale.of(loaded, [loaded.encode(prompt) for prompt in (*up, *down)])
     target = out or cache_dir("directions") / f"{name}.safetensors"
     before = {str(path) for path in target.parent.glob(f"{target.stem}*")}
@@ -98,17 +106,28 @@ def make(
             {
                 "name": directions.name, "sha": one.sha, "layer": one.site.layer,
                 "norm": one.norm, "dose": one.norm / scale.at(one.site), "file": str(path),
-            }
+            } | (asdict(parted[one.site.layer]) if parted else {})
             for one in directions
             if layer in (None, one.site.layer)
         ]  # fmt: skip
     if as_json:
         common.print_json(rows)
         return
+    best = max(parted, key=lambda one: (one.d or 0, one.auc or 0), default=None)
+    marked = best.layer if best and best.auc is not None else None
     common.table(
-        ("layer", "norm", "of |x|", "direction"),
-        [(row["layer"], row["norm"], row["dose"], f"{row['name']}@{row['sha']}") for row in rows],
-    )
+        ("layer", "norm", "of |x|", "d", "AUC", "halves", "", "direction"),
+        [
+            (
+                row["layer"], row["norm"], row["dose"],
+                *(_short(row.get(measure)) for measure in ("d", "auc", "halves")),
+                "*" if row["layer"] == marked else "", f"{row['name']}@{row['sha']}",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+    if marked is not None:
+        print(READ)
     print(f"\nread as {template([*up, *down])}")
     written = sorted({row["file"] for row in rows})
     print(f"saved {', '.join(written)}")
@@ -124,6 +143,10 @@ def make(
     called = sets[0].name if out is None else rows[0]["file"]
     steer = f"add({called}, 0.5 dose) at {at} on prompt"
     print(f"try   interp-steer generate --model {model} --prompt '...' --steer '{steer}'")
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 @app.command("list")
