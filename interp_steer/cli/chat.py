@@ -90,8 +90,7 @@ def hold(
     begin: tuple[Message, ...] = () if system is None else (("system", system),)
     histories = [begin, begin]
     read = _reader()
-    if sys.stdin.isatty():
-        print(f"You talk to {model.name}. {_on(interventions)} /help lists the commands.")
+    _say(f"You talk to {model.name}. {_on(interventions)} /help lists the commands.")
     while (line := read()) is not None:
         try:
             command, _, rest = line.partition(" ")
@@ -102,17 +101,18 @@ def hold(
                 changed = () if rest.strip() == "off" else parse(rest, known)
                 _check(changed, model)
                 interventions = changed
+                _say(_on(interventions))
                 continue
             if line == "/reset":
                 histories = [begin, begin]
+                _say("A new conversation.")
                 continue
             if line == "/help":
                 print(HELP)
                 continue
             if line.startswith("/"):
-                raise RequestError(
-                    f"unknown {command}{nearest(command, COMMANDS)}; /help lists the commands"
-                )
+                names = dict.fromkeys(name.split()[0] for name in COMMANDS)
+                raise RequestError(f"unknown {command}{nearest(command, names)}")
             asked = [(*history, ("user", line)) for history in histories]
             encoded = _encoded(model, asked, fresh=histories == [begin, begin])
             # a dose is measured on the conversation so far
@@ -129,8 +129,8 @@ def hold(
                 print("(stopped; the answers stand as far as they came)")
             elif "length" in finishes and room < sampling.max_new_tokens:
                 print("(cut: the context is full; /reset begins a new conversation)")
-            elif "length" in finishes and sys.stdin.isatty():
-                print(f"(cut after --max-new-tokens {room})")
+            elif "length" in finishes:
+                _say(f"(cut after --max-new-tokens {room})")
             if not all(texts):  # a template takes no empty answer
                 print("(an answer is empty, so the question is taken back)")
                 continue
@@ -149,6 +149,12 @@ def hold(
 def _check(interventions: "tuple[Intervention, ...]", model: "SteeringModel") -> None:
     for intervention in interventions:
         intervention.check(model)
+
+
+def _say(text: str) -> None:
+    """Tells a person what a line changed; a file of answers does not need it."""
+    if sys.stdin.isatty():
+        print(text)
 
 
 def _on(interventions: "tuple[Intervention, ...]") -> str:
