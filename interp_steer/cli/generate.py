@@ -82,7 +82,8 @@ def generate(
         lines = [line for text in steer or [] for line in spread(text).lines]
         settings = [(), *(parse(line, known) for line in lines)]
     except RequestError as error:
-        if asking is None or " " in asking.strip():
+        cut = "the text ends" in str(error) or any(")" not in text for text in steer or [])
+        if asking is None or " " in asking.strip() or not cut:
             raise
         raise RequestError(f"{error}; {QUOTE}") from None  # a word of it became the prompt
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens)

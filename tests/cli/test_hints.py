@@ -32,8 +32,10 @@ def test_a_wrong_call_names_what_was_meant(words, expected):
 
 def test_a_mistake_in_steer_with_a_whole_prompt_is_told_alone():
     """The prompt did not come from --steer: its error needs no word on quotes."""
-    said = error(2, "generate", "a prompt of its own", "--steer", "ad(joy, 1) at 2")
-    assert "nearest: add" in said and "quotes" not in said
+    for prompt in ("a prompt of its own", "hi"):
+        said = error(2, "generate", prompt, "--steer", "ad(joy, 1) at 2")
+        assert "nearest: add" in said and "quotes" not in said
+    assert "quotes" in error(2, "generate", "hi", "--steer", "add")
 
 
 def test_a_prompt_needs_no_option(tiny_folder, tmp_path):
