@@ -64,7 +64,7 @@ def make(
         )  # fmt: skip
         from interp_steer.steering.direction import is_name
         from interp_steer.steering.scale import Scale
-        from interp_steer.steering.separation import Separation, separation
+        from interp_steer.steering.separation import separation
         from interp_steer.util.files import cache_dir
 
     for what, given, known in (
@@ -86,14 +86,13 @@ def make(
         raise RequestError(
             f"layer {layer} is out of range: {loaded.name} has layers 0-{loaded.n_layers - 1}"
         )
-    parted: list[Separation] = []
     if method == "actadd":
         sets = act_add(loaded, up[0], down[0], name)
     else:
         asked = [prompt for side, file in files.items() for prompt in file.asked(side)]
         contrast = Contrast.measure(loaded, up, down, position, asked=asked)
         sets = [contrast.directions(method, name)]
-        parted = separation(contrast, method)
+    parted = [] if method == "actadd" else separation(contrast, method)
     scale = Scale.of(loaded, [loaded.encode(prompt) for prompt in (*up, *down)])
     target = out or cache_dir("directions") / f"{name}.safetensors"
     before = {str(path) for path in target.parent.glob(f"{target.stem}*")}
