@@ -23,6 +23,7 @@ ALONE = {  # library: the only packages or modules that may import it
     "requests": ("labels",),
     "matplotlib": ("report", "cli"),
     "typer": ("cli",),
+    "prompt_toolkit": ("cli",),
     "rich": ("cli", "util"),
     "ray": ("study",),
     "transformers": ("model", "engine.verify", "labels.semantic"),

@@ -12,6 +12,7 @@
     ablate            takes parts of the model out, patches, and traces steering
     ablation_request  what `ablate` is asked, checked before a model loads
     verify            checks the toolkit on a model
+    terminal          completion, and hints for wrong calls
 
 Start from `main.main()`, which the command `interp-steer` calls.
 """

@@ -8,7 +8,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 from interp_steer.cli import common
 from interp_steer.errors import RequestError, SteerError, nearest, note
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from interp_steer.prompts.prompt import Encoded, Message
     from interp_steer.steering.intervention import Intervention, Vector
 
-T = TypeVar("T")
+Piece = tuple[int, str, str | None]
 COMMANDS = {
     "/steer": "what is steered now",
     "/steer LINE": "steer by this from now on, such as /steer add(joy, 0.4 dose) at 15",
@@ -90,8 +91,7 @@ def hold(
     begin: tuple[Message, ...] = () if system is None else (("system", system),)
     histories = [begin, begin]
     read = _reader()
-    if sys.stdin.isatty():
-        print(f"You talk to {model.name}. {_on(interventions)} /help lists the commands.")
+    _say(f"You talk to {model.name}. {_on(interventions)} /help lists the commands.")
     while (line := read()) is not None:
         try:
             command, _, rest = line.partition(" ")
@@ -102,36 +102,47 @@ def hold(
                 changed = () if rest.strip() == "off" else parse(rest, known)
                 _check(changed, model)
                 interventions = changed
+                _say(_on(interventions))
                 continue
             if line == "/reset":
                 histories = [begin, begin]
+                _say("A new conversation.")
                 continue
             if line == "/help":
                 print(HELP)
                 continue
             if line.startswith("/"):
-                raise RequestError(
-                    f"unknown {command}{nearest(command, COMMANDS)}; /help lists the commands"
-                )
+                names = dict.fromkeys(name.split()[0] for name in COMMANDS)
+                raise RequestError(f"unknown {command}{nearest(command, names)}")
             asked = [(*history, ("user", line)) for history in histories]
+            encoded = _encoded(model, asked, fresh=histories == [begin, begin])
             # a dose is measured on the conversation so far
-            encoded = [model.encode(messages) for messages in asked]
-            _tell_shortened(model, asked, encoded)
-            scale = Scale.of(model, encoded)
-            resolved = resolve(interventions, scale)
-            rows = [Row(asked[0], (), sampling, seed)]
-            rows += [Row(asked[1], resolved, sampling, seed)] if resolved else []
+            resolved = resolve(interventions, Scale.of(model, encoded))
+            room = min(sampling.max_new_tokens, model.n_ctx - max(len(one.ids) for one in encoded))
+            now = replace(sampling, max_new_tokens=room)
+            rows = [Row(asked[0], (), now, seed)]
+            rows += [Row(asked[1], resolved, now, seed)] if resolved else []
             titles = ["unsteered", brief(interventions)][: len(rows)]
+            finishes: set[str | None] = set()
             with _stopping() as stop:
-                texts = side_by_side(_until(stop, engine.stream(rows)), titles)
+                texts = side_by_side(_until(stop, engine.stream(rows), finishes), titles)
             if stop.is_set():
                 print("(stopped; the answers stand as far as they came)")
-            if not all(texts):
-                continue  # a template takes no empty answer: the question was not asked
+            elif "length" in finishes and room < sampling.max_new_tokens:
+                print("(cut: the context is full; /reset begins a new conversation)")
+            elif "length" in finishes:
+                _say(f"(cut after --max-new-tokens {room})")
+            if not all(texts):  # a template takes no empty answer
+                print("(an answer is empty, so the question is taken back)")
+                continue
             histories = [
                 (*messages, ("assistant", text))
                 for messages, text in zip(asked, [texts[0], texts[-1]], strict=True)
             ]
+        except KeyboardInterrupt:  # before the first word of an answer
+            if not sys.stdin.isatty():
+                raise
+            print("(stopped; the question was not asked)")
         except SteerError as error:
             print(f"error: {safe(str(error))}", file=sys.stderr)
 
@@ -141,6 +152,12 @@ def _check(interventions: "tuple[Intervention, ...]", model: "SteeringModel") ->
         intervention.check(model)
 
 
+def _say(text: str) -> None:
+    """Tells a person what a line changed; a file of answers does not need it."""
+    if sys.stdin.isatty():
+        print(text)
+
+
 def _on(interventions: "tuple[Intervention, ...]") -> str:
     """What is steered, in a sentence."""
     if not interventions:
@@ -148,26 +165,38 @@ def _on(interventions: "tuple[Intervention, ...]") -> str:
     return safe(f"Steered by {'; '.join(map(str, interventions))}.")
 
 
-def _tell_shortened(
-    model: "SteeringModel",
-    asked: "Sequence[tuple[Message, ...]]",
-    encoded: "Sequence[Encoded]",
-) -> None:
-    """Warns where the template keeps earlier answers from the model, or parts of them."""
+def _encoded(
+    model: "SteeringModel", asked: "Sequence[tuple[Message, ...]]", fresh: bool
+) -> "list[Encoded]":
+    """The conversations as tokens; warns where the template keeps an answer from the model.
+
+    Raises:
+        RequestError: as `SteeringModel.encode` does; in a conversation that has begun with the way
+            out.
+    """
+    try:
+        encoded = [model.encode(messages) for messages in asked]
+    except RequestError as error:
+        raise (
+            error if fresh else RequestError(f"{error}; /reset begins a new conversation")
+        ) from error
     for messages, one in zip(asked, encoded, strict=True):
-        text = model.decode(one.ids)
-        if any(role == "assistant" and said.strip() not in text for role, said in messages):
+        if any(role == "assistant" and said.strip() not in one.text for role, said in messages):
             note(
                 "the chat template leaves out parts of earlier answers: the model does not read "
                 "all that stands above"
             )
-            return
+            break
+    return encoded
 
 
 @contextmanager
 def _stopping() -> "Iterator[threading.Event]":
-    """Sets an event at Ctrl-C, in place of an exception in the midst of a step."""
+    """At a terminal sets an event at Ctrl-C, in place of an exception in the midst of a step."""
     stop = threading.Event()
+    if not sys.stdin.isatty():
+        yield stop
+        return
     before = signal.signal(signal.SIGINT, lambda *_: stop.set())
     try:
         yield stop
@@ -175,10 +204,14 @@ def _stopping() -> "Iterator[threading.Event]":
         signal.signal(signal.SIGINT, before)
 
 
-def _until(stop: threading.Event, pieces: "Iterator[T]") -> "Iterator[T]":
+def _until(
+    stop: threading.Event, pieces: "Iterator[Piece]", finishes: set[str | None]
+) -> "Iterator[Piece]":
+    """The pieces until it is stopped; how the answers end is put in a set."""
     for piece in pieces:
         if stop.is_set():
             return
+        finishes.add(piece[2])
         yield piece
 
 

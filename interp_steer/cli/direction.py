@@ -1,6 +1,7 @@
 """`interp-steer direction`: makes directions from contrasting prompts, and shows their files."""
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 from interp_steer.cli import common
@@ -16,6 +17,10 @@ app = common.group()
 
 REFUSING = ("I cannot", "Sorry", "As an AI")  # beginnings of refusals
 SHOWN = 12  # candidates in a table
+READ = """
+d and AUC: how far apart the sides lie on held-out prompts (in standard deviations, * the largest;
+0.5 is chance). Each half of the prompts is judged by the other's direction; halves is the cosine
+of the two. Which layer steers best is another question: `interp-steer sweep` answers it."""
 HARDLY = 0.02  # share of the stream below which a difference of means hardly steers
 
 
@@ -71,6 +76,7 @@ def make(
         )  # fmt: skip
         from interp_steer.steering.direction import is_name
         from interp_steer.steering.scale import Scale
+        from interp_steer.steering.separation import separation
         from interp_steer.util.files import cache_dir
 
     for what, given, known in (
@@ -98,6 +104,7 @@ def make(
         asked = [prompt for side, file in files.items() for prompt in file.asked(side)]
         contrast = Contrast.measure(loaded, up, down, position, asked=asked)
         sets = [contrast.directions(method, name)]
+    parted = [] if method == "actadd" else separation(contrast, method)
     scale = Scale.of(loaded, [loaded.encode(prompt) for prompt in (*up, *down)])
     target = out or cache_dir("directions") / f"{name}.safetensors"
     before = {str(path) for path in target.parent.glob(f"{target.stem}*")}
@@ -110,17 +117,28 @@ def make(
             {
                 "name": directions.name, "sha": one.sha, "layer": one.site.layer,
                 "norm": one.norm, "dose": one.norm / scale.at(one.site), "file": str(path),
-            }
+            } | (asdict(parted[one.site.layer]) if parted else {})
             for one in directions
             if layer in (None, one.site.layer)
         ]  # fmt: skip
     if as_json:
         common.print_json(rows)
         return
+    best = max(parted, key=lambda one: (one.d or 0, one.auc or 0), default=None)
+    marked = best.layer if best and best.auc is not None else None
     common.table(
-        ("layer", "norm", "of |x|", "direction"),
-        [(row["layer"], row["norm"], row["dose"], f"{row['name']}@{row['sha']}") for row in rows],
-    )
+        ("layer", "norm", "of |x|", "d", "AUC", "halves", "", "direction"),
+        [
+            (
+                row["layer"], row["norm"], row["dose"],
+                *(_short(row.get(measure)) for measure in ("d", "auc", "halves")),
+                "*" if row["layer"] == marked else "", f"{row['name']}@{row['sha']}",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+    if marked is not None:
+        print(READ)
     print(f"\nread as {template([*up, *down])}")
     written = sorted({row["file"] for row in rows})
     print(f"saved {', '.join(written)}")
@@ -240,6 +258,10 @@ def _parts(
     build, rest = split(items, 0.5, seed)
     choose, prove = split(rest, 0.5, seed)
     return build, choose, prove
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 @app.command("list")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from interp_steer.cli import common
+from interp_steer.cli.terminal.hints import QUOTE
 from interp_steer.errors import RequestError
 from interp_steer.util.console import print_panels, progress, safe, side_by_side
 
@@ -20,6 +21,7 @@ STREAMED = 6  # answers that are shown while they are written
 
 
 def generate(
+    asking: Annotated[str | None, common.arg("A prompt, in quotes.", metavar="[PROMPT]")] = None,
     model: common.Model = "starter",
     prompt: Annotated[list[str] | None, common.opt("A prompt. May be repeated.")] = None,
     prompts: Annotated[
@@ -55,8 +57,9 @@ def generate(
 
     All answers are computed in one batch.
     """
+    prompt = [*([] if asking is None else [asking]), *(prompt or [])]
     if not prompt and not prompts:
-        raise RequestError("nothing to answer: give --prompt or --prompts")
+        raise RequestError("nothing to answer: give a prompt in quotes, or --prompts FILE")
     if any(not line.strip() for line in steer or []):
         raise RequestError("--steer is empty; leave it out for the unsteered model")
     common.at_least_one(batch=batch)
@@ -75,8 +78,14 @@ def generate(
 
     file = PromptFile.read(prompts) if prompts else None
     known = Directions(named or [])
-    lines = [line for text in steer or [] for line in spread(text).lines]
-    settings = [(), *(parse(line, known) for line in lines)]
+    try:
+        lines = [line for text in steer or [] for line in spread(text).lines]
+        settings = [(), *(parse(line, known) for line in lines)]
+    except RequestError as error:
+        cut = "the text ends" in str(error) or any(")" not in text for text in steer or [])
+        if asking is None or " " in asking.strip() or not cut:
+            raise
+        raise RequestError(f"{error}; {QUOTE}") from None  # a word of it became the prompt
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
     common.check_fits(model, settings)
     loaded = common.load(model, dtype, device, date=date)

@@ -44,10 +44,12 @@ HELP = """Usage: interp-steer COMMAND [OPTIONS] [ARGS]...
 Options:
   -V, --version  Show the version.
   -h, --help     Show this message.
+  --completion   Print what switches on completion: --completion bash, zsh or fish.
 
 Commands:
 """
 HELP_NAMES = ("--help", "-h")
+OPTIONS = (*HELP_NAMES, "--version", "-V", "--completion")
 LONGEST = 2000  # characters of an error
 
 
@@ -98,33 +100,47 @@ def run(words: Sequence[str]) -> int:
         from importlib.metadata import version
 
         print(f"interp-steer {version('interp-steer')}")
+    elif name in ("--completion", "--complete"):
+        from interp_steer.cli.terminal import completion
+
+        shell, *typed = rest or [""]
+        if name == "--completion":
+            print(completion.script(shell))
+        else:
+            for line in completion.answer(shell, typed, COMMANDS, _command):
+                print(line)
     elif name not in COMMANDS:
         if name.startswith("-"):
-            raise RequestError(f"No such option: {name}")
+            raise RequestError(f"No such option: {name}{nearest(name, OPTIONS)}")
         raise RequestError(f"No such command {name!r}{nearest(name, COMMANDS)}")
     else:
         return _invoke(name, rest)
     return 0
 
 
-def _invoke(name: str, words: list[str]) -> int:
-    """Runs one command. Typer's own way to run it turns an interrupt and a closed pipe into exit
-    codes without a word.
-    """
+def _command(name: str) -> Any:
+    """A command as typer makes it."""
     import typer
-    from typer.exceptions import Abort, Exit, TyperException
 
     place, about = COMMANDS[name]
     module, _, attribute = place.partition(":")
     target = getattr(importlib.import_module(f"interp_steer.cli.{module}"), attribute)
-    command: Any
     if isinstance(target, typer.Typer):
-        command = typer.main.get_group(target)
-        command.help = about
-    else:
-        alone = typer.Typer(rich_markup_mode=None, add_completion=False)
-        alone.command()(target)
-        command = typer.main.get_command(alone)
+        group: Any = typer.main.get_group(target)
+        group.help = about
+        return group
+    alone = typer.Typer(rich_markup_mode=None, add_completion=False)
+    alone.command()(target)
+    return typer.main.get_command(alone)
+
+
+def _invoke(name: str, words: list[str]) -> int:
+    """Runs one command. Typer's own way to run it turns an interrupt and a closed pipe into exit
+    codes without a word.
+    """
+    from typer.exceptions import Abort, Exit, TyperException
+
+    command = _command(name)
     try:
         names = {"help_option_names": list(HELP_NAMES)}
         with command.make_context(f"interp-steer {name}", list(words), **names) as context:
@@ -140,22 +156,13 @@ def _invoke(name: str, words: list[str]) -> int:
 
 def _misused(error: "TyperException", words: Sequence[str]) -> int:
     """A wrong call; a group of commands without one is a question, and its help the answer."""
+    from interp_steer.cli.terminal import hints
+
     context = getattr(error, "ctx", None)
-    message = error.format_message()
-    if context is not None and message == context.get_help():
+    if context is not None and error.format_message() == context.get_help():
         print(context.get_help())
         return 0
-    return fail(message + (_hint(context, words) if "extra argument" in message else ""), 2)
-
-
-def _hint(context: Any, words: Sequence[str]) -> str:
-    """What was probably meant by words that belong to no option."""
-    options = {name for p in context.command.params for name in p.opts} if context else set()
-    if "--steer" in options and "--steer" in words:
-        return "; put the whole text of --steer in quotes: --steer 'add(joy, 0.4 dose) at 15'"
-    if "--prompt" in options:
-        return "; a prompt is given with --prompt, in quotes"
-    return ""
+    return fail(hints.told(error, words), 2)
 
 
 def _noting(other: Callable[..., None]) -> Callable[..., None]:

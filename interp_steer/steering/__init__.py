@@ -4,6 +4,7 @@
     directions     Directions: which file a name stands for
     file           directions on disk
     contrast       directions from contrasting prompts, one pure function a method
+    separation     how well a contrast's layers tell its sides apart
     scale          Scale: the residual stream's median length, the unit of a relative coefficient
     operators      what an intervention computes
     intervention   Intervention: operator, directions, coefficient, sites, scope and gate

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
 NARROWEST = 38  # columns of a panel, if the terminal has so many
 
@@ -110,10 +111,14 @@ def side_by_side(pieces: Iterable[tuple[int, str, str | None]], titles: Sequence
     from rich.live import Live
 
     console = Console()
-    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
-        for column, piece, _ in pieces:
-            texts[column] += piece
-            live.update(_panels(texts, titles, console.width), refresh=True)
+    try:
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            for column, piece, _ in pieces:
+                texts[column] += piece
+                live.update(_panels(texts, titles, console.width, console.height - 1), refresh=True)
+    finally:  # a terminal redraws only what is on its screen: the whole texts come at the end
+        if any(texts):
+            print_panels(texts, titles)
     return texts
 
 
@@ -125,15 +130,35 @@ def print_panels(texts: Sequence[str], titles: Sequence[str]) -> None:
     console.print(_panels(texts, titles, console.width))
 
 
-def _panels(texts: Sequence[str], titles: Sequence[str], width: int) -> "RenderableType":
-    """Panels in rows of as many as have `NARROWEST` columns each."""
+def _panels(
+    texts: Sequence[str], titles: Sequence[str], width: int, height: int | None = None
+) -> "RenderableType":
+    """Panels in rows of as many as have `NARROWEST` columns each.
+
+    Args:
+        width, height: of all together; of texts too long for the height, the last lines.
+    """
     from rich.columns import Columns
     from rich.panel import Panel
     from rich.text import Text
 
     across = max(1, min(len(texts), width // NARROWEST))
+    room = width // across
+    shown = [Text(safe(text)) for text in texts]
+    if height is not None:
+        lines = height // -(-len(texts) // across) - 2  # the frame takes two
+        shown = [_last(text, room - 4, max(1, lines)) for text in shown]
     panels = [
-        Panel(Text(safe(text)), title=Text(safe(title)), title_align="left", width=width // across)
-        for title, text in zip(titles, texts, strict=True)
+        Panel(text, title=Text(safe(title), overflow="ellipsis"), title_align="left", width=room)
+        for title, text in zip(titles, shown, strict=True)
     ]
     return Columns(panels, padding=0)
+
+
+def _last(text: "Text", width: int, lines: int) -> "Text":
+    """A text's last lines, once it is wrapped at words."""
+    from rich.console import Console
+    from rich.text import Text
+
+    wrapped = text.wrap(Console(width=width), width)
+    return text if len(wrapped) <= lines else Text("\n").join(wrapped[-lines:])

@@ -5,7 +5,6 @@ import os
 import pty
 import re
 import select
-import signal
 import sys
 import time
 
@@ -70,22 +69,31 @@ def place(tmp_path_factory):
 
 
 def test_a_talk(place, tiny_folder):
-    """/help, /steer, a mistake, Ctrl-C in an answer and at the prompt, history of earlier talks."""
-    words = ("chat", "--model", tiny_folder, "--direction", f"d={place}/d.safetensors",
-             "--temperature", "0", "--max-new-tokens", "480")  # fmt: skip
-    talk = Terminal(*words, cache=place / "cache")
+    """Lines of earlier talks, /help, /steer, a mistake, a pasted text, Ctrl-C, how it ends."""
+    history = place / "cache" / "chat" / "history"
+    history.parent.mkdir(parents=True)
+    history.write_text("\n# 2026-01-01 12:00:00\n+/steer of an earlier talk\n")
+    talk = Terminal(
+        "chat", "--model", tiny_folder, "--direction", f"d={place}/d.safetensors",
+        "--temperature", "0", "--max-new-tokens", "400", cache=place / "cache",
+    )  # fmt: skip
     begun = talk.until(PROMPT)
     assert "Nothing is steered" in begun and "/help" in begun
-    talk.type("/help\r")
+    talk.type("\x1b[A")  # arrow up
+    talk.until("/steer of an earlier talk")
+    talk.type("\x15/help\r")
     told = talk.until("Ctrl-C ends an answer")
     assert "/steer LINE" in told and "/quit" in told
     talk.type("/ster\r")
     talk.until("unknown /ster; nearest: /steer")
     talk.type("/steer add(d, 3) at 2\r/steer\r")
     talk.until("Steered by add(d@")
-    talk.type("Name three fruits\r")
+    # a pasted text of several lines is one question, and Ctrl-C ends its answer alone
+    talk.type("\x1b[200~I love\nthe rain\x1b[201~")
+    talk.until("the rain")
+    talk.type("\r")
     talk.until("unsteered")
-    os.kill(talk.pid, signal.SIGINT)  # as a terminal does at Ctrl-C
+    talk.type("\x03")  # the terminal makes a signal of it
     talk.until("(stopped")
     talk.type("/steer off\r/steer\r")
     talk.until("Nothing is steered")
@@ -95,15 +103,9 @@ def test_a_talk(place, tiny_folder):
     talk.until(PROMPT)
     talk.type("\x03")
     assert talk.end() == 0
-    # another talk: arrow up brings the lines of the one before
-    again = Terminal(*words, cache=place / "cache")
-    again.until(PROMPT)
-    again.type("\x1b[A")
-    again.until("/steer")
-    again.type("\x1b[A")
-    again.until("off")
-    again.type("\x15/quit\r")
-    assert again.end() == 0
+    kept = [line for line in history.read_text().splitlines() if line.startswith("+")]
+    assert kept[:2] == ["+/steer of an earlier talk", "+/help"]
+    assert kept[-4:] == ["+I love", "+the rain", "+/steer off", "+/steer"]
 
 
 def test_a_template_that_shortens_answers_is_told(tmp_path, monkeypatch):
@@ -119,3 +121,17 @@ def test_a_template_that_shortens_answers_is_told(tmp_path, monkeypatch):
     out, err = command("chat", "--model", model, "--max-new-tokens", "12", "--temperature", "0")
     assert out.count("[unsteered]") == 2
     assert err.count("leaves out parts of earlier answers") == 1
+
+
+def test_a_context_that_fills_up_is_told(changed_config, monkeypatch):
+    """Of 96 tokens a long question leaves few, a second one beside the first none."""
+    model = changed_config(max_position_embeddings=96)
+    long = "Name three fruits, and the tallest mountain, and who climbed it first?"
+    lines = f"{long}\n{long} {long}\n/reset\n{long} {long}\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    out, err = command("chat", "--model", model, "--max-new-tokens", "60", "--temperature", "0")
+    told = [line for line in out.splitlines() if line.startswith("(")]
+    assert told == ["(cut: the context is full; /reset begins a new conversation)"]
+    assert out.count("[unsteered]") == 2 and out.endswith(f"{told[0]}\n")
+    (told,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "the context of" in told and told.endswith("; /reset begins a new conversation")

@@ -392,4 +392,5 @@ def test_version():
     import interp_steer
 
     assert command("--version") == (f"interp-steer {interp_steer.__version__}\n", "")
-    assert error(2, "--verion") == "error: No such option: --verion"
+    assert command("-V") == command("--version")
+    assert "nearest: --version" in error(2, "--verion")
