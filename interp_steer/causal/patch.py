@@ -141,14 +141,14 @@ def patch(
     where = places(
         model, components, check_range("layer", layers, model.n_layers, model.name), heads
     )
-    columns = _columns(positions, readings)
+    columns = columns_of(positions, readings)
     keep = hooks(where)
 
     def variants(trunk: Trunk, chunk: list[int]) -> list[Variant]:
         source = Trunk(model, [readings[n].ids for n in chunk], keep)
         made = []
         for column in columns:
-            at = torch.tensor([[_index(column, readings[n])] for n in chunk]).to(model.device)
+            at = torch.tensor([[index_of(column, readings[n])] for n in chunk]).to(model.device)
             mask = trunk.real if column is None else trunk.positions == at
             made += [given(place, mask, source) for place in where]
         return made
@@ -160,7 +160,7 @@ def patch(
         (column, place) for column in columns for place in where
     ):
         for n, one in enumerate(readings):
-            at = _index(column, one)
+            at = index_of(column, one)
             if at > one.at:
                 continue  # the item is shorter
             token = None if column is None else model.decode_token(one.ids[at])
@@ -189,7 +189,7 @@ def check(items: Sequence[Item], components: Sequence[str], positions: str | Seq
             raise RequestError(f"{one.text[:60]!r} cannot be patched: it lacks {lacks}")
 
 
-def _columns(positions: str | Sequence[int], readings: Sequence[Reading]) -> list[int | None]:
+def columns_of(positions: str | Sequence[int], readings: Sequence[Reading]) -> list[int | None]:
     """Positions as asked for, None for all at once, checked against every prompt."""
     if positions == "all":
         return [None]
@@ -200,7 +200,7 @@ def _columns(positions: str | Sequence[int], readings: Sequence[Reading]) -> lis
         raise RequestError("no positions given; expected 'each', 'all', 'last' or numbers")
     for position in numbers:
         for one in readings:
-            if not 0 <= _index(position, one) <= one.last:
+            if not 0 <= index_of(position, one) <= one.last:
                 raise RequestError(
                     f"position {position} is out of range: {one.item.text[:60]!r} has positions "
                     f"0-{one.last}"
@@ -208,6 +208,6 @@ def _columns(positions: str | Sequence[int], readings: Sequence[Reading]) -> lis
     return list(numbers)
 
 
-def _index(position: int | None, one: Reading) -> int:
+def index_of(position: int | None, one: Reading) -> int:
     """An absolute position; 0 for all at once."""
     return (position or 0) + (one.last + 1 if (position or 0) < 0 else 0)
