@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from interp_steer.causal.patch import Patching
     from interp_steer.model.model import SteeringModel
 
 SHOWN = 40  # lines on a terminal; the file has all
@@ -126,11 +127,11 @@ def ablate(
         outcome = _patched(request)
     else:
         outcome = _traced(request)
-    _write(outcome, request)
+    write(outcome, request.given.get("out"), request.given.get("plot"), "as_json" in request.given)
 
 
 @dataclass
-class _Outcome:
+class Outcome:
     """What is printed, written and drawn."""
 
     table: "pd.DataFrame"
@@ -163,7 +164,7 @@ def _model(request: Request, name: str, dtype: str | None, revision: str | None)
     )  # fmt: skip
 
 
-def _ablated(request: Request) -> _Outcome:
+def _ablated(request: Request) -> Outcome:
     from interp_steer.causal import ablate as ablation
 
     given = request.given
@@ -185,10 +186,10 @@ def _ablated(request: Request) -> _Outcome:
 
         return plots.profile(summary)
 
-    return _Outcome(effects.table, summary, draw)
+    return Outcome(effects.table, summary, draw)
 
 
-def _patched(request: Request) -> _Outcome:
+def _patched(request: Request) -> Outcome:
     from interp_steer.causal import patch as patching
 
     given = request.given
@@ -199,6 +200,11 @@ def _patched(request: Request) -> _Outcome:
             model, items, request.many("component", ["resid_pre"]), positions=request.positions,
             layers=request.layers, heads=request.heads, batch=given.get("batch"), report=report,
         )  # fmt: skip
+    return brought_back(effects)
+
+
+def brought_back(effects: "Patching") -> Outcome:
+    """What is shown of a patching."""
     summary = effects.summary()
 
     def draw() -> "Figure":
@@ -207,12 +213,12 @@ def _patched(request: Request) -> _Outcome:
         return maps.patching(summary, effects.table)
 
     title = _effect(summary, effects.table, "corrupt", "clean", "share of it brought back")
-    return _Outcome(
+    return Outcome(
         effects.table, summary, draw, title, _doubts(effects.doubt(summary)), largest_first=True
     )
 
 
-def _traced(request: Request) -> _Outcome:
+def _traced(request: Request) -> Outcome:
     """The chosen steering of a run on the prompts that prove."""
     from interp_steer.report.chosen import check_model, setting_of
     from interp_steer.report.run import Run
@@ -240,7 +246,7 @@ def _traced(request: Request) -> _Outcome:
         risen = moved.risen[moved.risen["rank"] <= 3].groupby("layer")["token"].apply(" ".join)
         summary = summary.assign(rises=summary["layer"].map(risen))
         title = f"{cell}\nlast_relative: {maps.MOVED['last_relative']}"
-        return _Outcome(moved.table, summary, lambda: maps.propagation(summary), title)
+        return Outcome(moved.table, summary, lambda: maps.propagation(summary), title)
     words = request.many("word", study.concept)
     pairs = all(item.positive is not None and item.negative is not None for item in items)
     default = "logit_difference" if pairs else "words" if words else "kl_last"
@@ -253,7 +259,7 @@ def _traced(request: Request) -> _Outcome:
         )  # fmt: skip
     summary = effects.summary()
     title = _effect(summary, effects.table, "unsteered", "steered", "share of it that goes")
-    return _Outcome(
+    return Outcome(
         effects.table, summary, lambda: maps.mediation(summary), f"{cell}\n{title}",
         _doubts(effects.doubt(summary)),
     )  # fmt: skip
@@ -278,9 +284,9 @@ def _effect(
     )
 
 
-def _write(outcome: _Outcome, request: Request) -> None:
+def write(outcome: Outcome, out: Path | None, plot: Path | None, as_json: bool) -> None:
     """Writes the rows, draws, and prints; whichever fails takes nothing from the others."""
-    out, plot, summary = request.given.get("out"), request.given.get("plot"), outcome.summary
+    summary = outcome.summary
     failures: list[Exception] = []
     wrote: list[Path] = []
     for path, write in ((out, outcome.save), (plot, outcome.picture)):
@@ -291,7 +297,7 @@ def _write(outcome: _Outcome, request: Request) -> None:
         except Exception as error:  # whatever it is, the numbers are there
             failures.append(error)
     notes = list(outcome.notes)
-    if "as_json" in request.given:
+    if as_json:
         common.print_json(json.loads(summary.to_json(orient="records")))
     else:
         _show(outcome, notes)
@@ -305,7 +311,7 @@ def _write(outcome: _Outcome, request: Request) -> None:
         raise RunError(f"the table is complete, but {lost} could not be made: {why}") from why
 
 
-def _show(outcome: _Outcome, notes: list[str]) -> None:
+def _show(outcome: Outcome, notes: list[str]) -> None:
     """The table without columns that say nothing, and why it has no intervals, if so."""
     if outcome.title:
         print(safe(outcome.title))

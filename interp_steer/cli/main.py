@@ -34,6 +34,10 @@ COMMANDS = {
     "study": ("study:app", "Plan and run a study: a grid of steered answers with its controls."),
     "report": ("study:report", "Write one HTML page about a study's run."),
     "ablate": ("ablate:ablate", "Find which parts of the model matter, and where steering acts."),
+    "patch": (
+        "patch:patch",
+        "Find where an answer is kept, by position or by head.",
+    ),
     "verify": ("verify:verify", "Check that the toolkit computes your own model correctly."),
 }
 HELP = """Usage: interp-steer COMMAND [OPTIONS] [ARGS]...
