@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from interp_steer.engine.engine import Engine
     from interp_steer.engine.hooks import fwd_hooks, run_with_cache
-    from interp_steer.engine.row import Result, Row, Sampling, Score, record
+    from interp_steer.engine.row import Result, Results, Row, Sampling, Score, record
     from interp_steer.engine.stepper import Event, Stepper
     from interp_steer.errors import RequestError, RunError, SteerError, SteerWarning
     from interp_steer.features.feature import feature
@@ -54,7 +54,7 @@ _HOME = {
     "prompts.parts": ("split_items",),
     "prompts.prompt": ("Encoded", "chat"),
     "prompts.file": ("PromptFile", "read_items", "read_prompts"),
-    "engine.row": ("Result", "Row", "Sampling", "Score", "record"),
+    "engine.row": ("Result", "Results", "Row", "Sampling", "Score", "record"),
     "report.run": ("Run",),
     "features.sae": ("Sae", "SaeStore"),
     "steering.scale": ("Scale",),
@@ -82,6 +82,7 @@ __all__ = [
     "PromptFile",
     "RequestError",
     "Result",
+    "Results",
     "Row",
     "Run",
     "RunError",

@@ -113,6 +113,11 @@ class Ablation:
 
     table: pd.DataFrame
 
+    def _repr_html_(self) -> str:
+        from interp_steer.util.html import frame
+
+        return frame(self.summary())
+
     def summary(self, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
         """The mean change of each cut and score with its interval over items; see `summarised`."""
         by = ["component", "method", "layer", "last", "span", "head", "score"]

@@ -81,6 +81,15 @@ class Patching:
 
     table: pd.DataFrame
 
+    def _repr_html_(self) -> str:
+        from interp_steer.util.html import frame
+
+        return frame(
+            self.summary().sort_values(
+                "estimate", key=lambda share: -share.abs(), kind="stable", na_position="last"
+            )
+        )
+
     def summary(self, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
         """How much of the clean answer each place brings back, a mean over items over a mean:
 

@@ -18,7 +18,7 @@ from interp_steer.model.block import exactly
 from interp_steer.model.model import SteeringModel
 from interp_steer.prompts.item import Item
 from interp_steer.prompts.prompt import Prompt
-from interp_steer.util.console import Report
+from interp_steer.util.console import Report, watched
 
 SCORES = ("logit_difference", "kl_last", "kl_all", "loss", "words")
 """`logit_difference`: log p(y+) - log p(y-) at the first token in which an item's answers differ.
@@ -219,24 +219,25 @@ def sweep(
     """
     clean: dict[int, Tensor] = {}
     values: dict[int, Tensor] = {}
-    for chunk in batches([len(one.ids) for one in readings], batch):
-        rows = [readings[n] for n in chunk]
-        trunk = Trunk(model, [one.ids for one in rows], keep)
-        judge = Judge(trunk, rows, scores, words)
-        made = variants(trunk, chunk)
-        shape = len(made), *judge.clean.shape
-        out = torch.full(shape, torch.nan, dtype=torch.float32)
-        size = max(1, (batch or TOKENS_AT_ONCE // trunk.real.shape[1]) // len(chunk))
-        # neighbours enter at neighbouring blocks, so that a part of them begins late
-        order = sorted(range(len(made)), key=lambda n: sorted(edit.block for edit in made[n]))
-        for start in range(0, len(made), size):
-            some = order[start : start + size]
-            out[some] = judge.of(trunk.branch([made[n] for n in some], resume))
-            if report:
-                done = len(chunk) * (start + len(some)) / len(made)
-                report((len(clean) + done) / len(readings))
-        for place, n in enumerate(chunk):
-            clean[n], values[n] = judge.clean[place], out[:, place]
+    with watched("trying variants", 1.0, report) as told:
+        for chunk in batches([len(one.ids) for one in readings], batch):
+            rows = [readings[n] for n in chunk]
+            trunk = Trunk(model, [one.ids for one in rows], keep)
+            judge = Judge(trunk, rows, scores, words)
+            made = variants(trunk, chunk)
+            shape = len(made), *judge.clean.shape
+            out = torch.full(shape, torch.nan, dtype=torch.float32)
+            size = max(1, (batch or TOKENS_AT_ONCE // trunk.real.shape[1]) // len(chunk))
+            # neighbours enter at neighbouring blocks, so that a part of them begins late
+            order = sorted(range(len(made)), key=lambda n: sorted(edit.block for edit in made[n]))
+            for start in range(0, len(made), size):
+                some = order[start : start + size]
+                out[some] = judge.of(trunk.branch([made[n] for n in some], resume))
+                if told:
+                    done = len(chunk) * (start + len(some)) / len(made)
+                    told((len(clean) + done) / len(readings))
+            for place, n in enumerate(chunk):
+                clean[n], values[n] = judge.clean[place], out[:, place]
     numbers = range(len(readings))
     return torch.stack([clean[n] for n in numbers]), torch.stack([values[n] for n in numbers], 1)
 

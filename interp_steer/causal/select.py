@@ -49,6 +49,14 @@ class Selection:
     table: pd.DataFrame
     proof: pd.DataFrame
 
+    def _repr_html_(self) -> str:
+        from interp_steer.util.html import frame
+
+        return frame(
+            self.table.sort_values(["chosen", "rank_by"], ascending=False),
+            f"{self.direction.name}: layer {self.layer}, position {self.position}",
+        )
+
     def summary(self, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
         """Mean changes on the prompts that prove, with intervals over prompts."""
         return summarised(self.proof, ["measure"], "change", level, seed)

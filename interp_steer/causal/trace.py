@@ -62,6 +62,11 @@ class Propagation:
     table: pd.DataFrame
     risen: pd.DataFrame
 
+    def _repr_html_(self) -> str:
+        from interp_steer.util.html import frame
+
+        return frame(self.summary())
+
     def summary(
         self, column: str = "last_relative", level: float = 0.95, seed: int = 0
     ) -> pd.DataFrame:
@@ -182,6 +187,11 @@ class Mediation:
     """
 
     table: pd.DataFrame
+
+    def _repr_html_(self) -> str:
+        from interp_steer.util.html import frame
+
+        return frame(self.summary())
 
     def summary(self, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
         """The share of the effect that goes with each part, largest first; a mean over prompts

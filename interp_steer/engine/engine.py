@@ -19,7 +19,7 @@ from interp_steer.engine.admission import Admission, Live, watching
 from interp_steer.engine.bank import Operands
 from interp_steer.engine.forward import read
 from interp_steer.engine.memory import chunks, free, is_out_of_memory, release, working
-from interp_steer.engine.row import Result, Row, Score
+from interp_steer.engine.row import Result, Results, Row, Score
 from interp_steer.engine.stepper import Stepper
 from interp_steer.errors import RequestError, RunError
 from interp_steer.model.block import exactly
@@ -27,7 +27,7 @@ from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
 from interp_steer.prompts.prompt import Prompt
 from interp_steer.steering.encoder import Encoders
-from interp_steer.util.console import Report
+from interp_steer.util.console import Report, watched
 
 ALONE = "out of memory with a single row; shorten its prompt"
 LOGITS = 2**24
@@ -55,7 +55,7 @@ class Engine:
         taps: Sequence[Site] = (),
         batch: int | None = None,
         report: Report | None = None,
-    ) -> list[Result]:
+    ) -> Results:
         """Runs rows to their end, in batches; results in the order of the rows.
 
         Args:
@@ -78,9 +78,10 @@ class Engine:
             for one, row in zip(encoded, rows, strict=True)
         ]
         results: dict[int, Result] = {}
-
-        self._in_batches(order, needs, batch, partial(self._finish, rows, taps, results, report))
-        return [results[r] for r in range(len(rows))]
+        with watched("generating", len(rows), report) as told:
+            work = partial(self._finish, rows, taps, results, told)
+            self._in_batches(order, needs, batch, work)
+        return Results(results[r] for r in range(len(rows)))
 
     def _finish(
         self,
@@ -176,12 +177,13 @@ class Engine:
         order = sorted(
             range(len(rows)), key=lambda r: (len(scoring.sequences[r]), scoring.sequences[r])
         )
-        work = partial(scoring.read, report)
-        # references first, so that their streams are there when they are asked for
-        self._in_batches([r for r in order if r in scoring.wanted], needs, batch, work)
         chained = [r for r in order if r in scoring.wanted and against[r] is not None]
-        self._in_batches(chained, needs, batch, scoring.compare)
-        self._in_batches([r for r in order if r not in scoring.wanted], needs, batch, work)
+        with watched("scoring", len(rows), report) as told:
+            work = partial(scoring.read, told)
+            # references first, so that their streams are there when they are asked for
+            self._in_batches([r for r in order if r in scoring.wanted], needs, batch, work)
+            self._in_batches(chained, needs, batch, scoring.compare)
+            self._in_batches([r for r in order if r not in scoring.wanted], needs, batch, work)
         return [scoring.found[r] for r in range(len(rows))]
 
     def ids(self, prompt: Prompt, continuation: Sequence[int] | str) -> tuple[int, ...]:

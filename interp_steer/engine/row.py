@@ -13,7 +13,7 @@ from interp_steer.errors import RequestError
 from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
 from interp_steer.prompts.prompt import Prompt
-from interp_steer.steering.intervention import Intervention, line
+from interp_steer.steering.intervention import Intervention, brief, line
 from interp_steer.steering.scale import Scale
 from interp_steer.util.typed import OF_TYPES, expect
 
@@ -62,6 +62,14 @@ class Row:
     steer: tuple[Intervention, ...] = ()
     sampling: Sampling = Sampling()
     seed: int = 0
+
+    def _repr_html_(self) -> str:
+        from interp_steer.util.html import table
+
+        said = (("text", self.prompt),) if isinstance(self.prompt, str) else self.prompt
+        rows = [{"": role, "row": content} for role, content in said]
+        rows.append({"": "steered", "row": brief(self.steer) or "unsteered"})
+        return table([*rows, {"": "seed", "row": self.seed}])
 
     def key(self, model: SteeringModel) -> str:
         """A hash of all that decides the outcome, rendered token ids and weights included."""
@@ -115,6 +123,26 @@ class Result:
         told = record(self)
         shown = {"steered": told["steer"] or "unsteered", "answer": self.text, "end": self.finish}
         return table([{"": key, str(told["prompt"]): value} for key, value in shown.items()])
+
+
+class Results(list[Result]):
+    """A list of results that shows its texts in a notebook."""
+
+    def _repr_html_(self) -> str:
+        from interp_steer.util.html import SHOWN, table
+
+        rows = []
+        for result in self[:SHOWN]:
+            prompt = result.row.prompt
+            rows.append(
+                {
+                    "prompt": prompt if isinstance(prompt, str) else prompt[-1][1],
+                    "steered": brief(result.row.steer) or "unsteered",
+                    "answer": result.text,
+                    "end": result.finish,
+                }
+            )
+        return table(rows, f"{len(self)} results" if len(self) > SHOWN else "")
 
 
 def record(result: Result, scale: Scale | None = None) -> dict[str, object]:

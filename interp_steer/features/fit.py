@@ -12,7 +12,7 @@ from interp_steer.features.sae import Sae
 from interp_steer.model.model import SteeringModel
 from interp_steer.prompts.prompt import Encoded
 from interp_steer.stats.shares import NO_EFFECT
-from interp_steer.util.console import Report
+from interp_steer.util.console import Report, watched
 
 # A token whose norm is more than so many medians is an attention sink, wherever it stands (massive
 # activations: Sun et al. 2024, arXiv 2402.17762). Its square alone outweighs thousands of tokens
@@ -183,6 +183,20 @@ def check(
     if not encoded:
         raise RequestError("no text is two tokens long: there is nothing to check the SAE on")
     sae.check(model)
+    texts = len(encoded) + min(loss_texts, len(encoded))
+    with watched("reading texts", texts, report) as told:
+        return _checked(sae, model, encoded, loss_texts, tally, told)
+
+
+def _checked(
+    sae: Sae,
+    model: SteeringModel,
+    encoded: Sequence[Encoded],
+    loss_texts: int,
+    tally: Tally | None,
+    report: Report | None,
+) -> Fit:
+    """The same for texts of two tokens or more and an SAE that fits."""
     own = sae.on(model.device)
     mine = Tally(sae.d_model, sae.d_sae)
     sample: list[Tensor] = []

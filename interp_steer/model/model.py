@@ -133,6 +133,20 @@ class SteeringModel(Forward):
             f"{str(self.dtype).removeprefix('torch.')}, {self.device})"
         )
 
+    def _repr_html_(self) -> str:
+        from interp_steer.util.html import table
+
+        return table(
+            [
+                {
+                    "model": self.name, "layers": self.n_layers, "d_model": self.d_model,
+                    "heads": self.n_heads, "vocabulary": self.d_vocab, "context": self.n_ctx,
+                    "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device),
+                    "chat template": "yes" if self.is_chat else "none",
+                }
+            ]
+        )  # fmt: skip
+
     @property
     def fingerprint(self) -> str:
         """A short hash of the configuration and of a sample of every weight matrix; another one

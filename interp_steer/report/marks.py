@@ -4,9 +4,11 @@ Colours and marks differ in lightness as in hue, so that they survive a grey pri
 eyes. Nothing goes through pyplot: no state is left behind, any thread may draw.
 """
 
+import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +66,15 @@ def literal(figure: "Figure") -> "Figure":
         assert isinstance(text, Text)
         text.set_parse_math(False)
         text.set_text(safe(text.get_text()))
+    # a notebook shows it without `%matplotlib inline`; with it, IPython's own way goes first
+    vars(figure)["_repr_png_"] = partial(_png, figure)
     return figure
+
+
+def _png(figure: "Figure") -> bytes:
+    written = io.BytesIO()
+    figure.savefig(written, format="png", dpi=110)
+    return written.getvalue()
 
 
 def legend(

@@ -147,8 +147,13 @@ class Run:
         return Findings.of(table, self.manifest, self.plan, level)
 
     def _repr_html_(self) -> str:
-        head = self.table().head(20)._repr_html_()  # type: ignore[operator]
-        return f"<p>{self.folder}: {len(self.rows)} rows</p>{head}"
+        from interp_steer.util.html import shown
+
+        about = f"<p>{shown(self.folder)}: {len(self.rows)} rows</p>"
+        try:
+            return about + self.findings()._repr_html_()
+        except RequestError:  # nothing was run yet
+            return about
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

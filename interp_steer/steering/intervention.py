@@ -198,6 +198,11 @@ class Intervention:
             line += f" on {self.scope}"
         return line + (f" if {self.gate}" if self.gate else "")
 
+    def _repr_html_(self) -> str:
+        from interp_steer.util.html import shown
+
+        return f"<code>{shown(self)}</code>"
+
     def _check_latent(self, site: Site) -> None:
         direction = self.at(site)[0]
         if not direction.is_feature:

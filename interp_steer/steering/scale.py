@@ -45,6 +45,13 @@ class Scale:
                 lengths[layer + 1].append(x.float().norm(dim=-1)[counted].cpu())
         return cls(tuple(torch.cat(seen).median().item() for seen in lengths))
 
+    def _repr_html_(self) -> str:
+        from interp_steer.util.html import bars
+
+        names = ["before layer 0", *(f"after layer {n}" for n in range(len(self.medians) - 1))]
+        values = dict[object, float](zip(names, self.medians, strict=True))
+        return bars(values, "median length of the residual stream, by layer")
+
     def at(self, site: Site) -> float:
         """The median residual length at a site's layer; for `attn_out` and `mlp_out` that of the
         stream they write to.

@@ -1,11 +1,13 @@
 """What people see: text made safe for a terminal, and progress with the time left, on stderr."""
 
+import html
+import importlib
 import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -66,22 +68,75 @@ def progress(
             yield show
         return
 
+    if in_notebook():
+        with _in_cell(what, total, unit) as report:
+            yield report
+        return
     start = said = time.monotonic()
 
-    def report(done: float, note: str = "") -> None:
+    def told(done: float, note: str = "") -> None:
         nonlocal said
         now = time.monotonic()
         if now - said < every:
             return
         said = now
-        # the first few percent say little about the rest
-        told = total and done >= 0.05 * total
-        left = f", {(now - start) * (total - done) / done:.0f} s left" if total and told else ""
-        share = f"{done / total:.0%}" if total else f"{done:g}"
-        parts = ", ".join(filter(None, (share, _amount(done, total, unit), note)))
-        print(f"{what}: {parts}{left}", file=sys.stderr, flush=True)
+        print(f"{what}: {_told(done, total, unit, note, now - start)}", file=sys.stderr, flush=True)
 
-    yield report
+    yield told
+
+
+@contextmanager
+def watched(what: str, total: float, report: Report | None) -> Iterator[Report | None]:
+    """What a call from Python tells of its progress: to whoever asks, and in a notebook by itself.
+
+    Args:
+        report: the caller's own, which is used as it is.
+    """
+    if report is not None or not in_notebook():
+        yield report
+        return
+    with progress(what, total) as shown:
+        yield shown
+
+
+def in_notebook() -> bool:
+    """Whether this runs in a Jupyter kernel."""
+    return "ipykernel" in sys.modules and hasattr(sys.modules["IPython"].get_ipython(), "kernel")
+
+
+@contextmanager
+def _in_cell(what: str, total: float | None, unit: str) -> Iterator[Report]:
+    """Progress as a line below a notebook's cell, from the first second on; it goes at the end."""
+    display: Any = importlib.import_module("IPython.display")
+    start = said = time.monotonic()
+    handle: Any = None
+
+    def report(done: float, note: str = "") -> None:
+        nonlocal said, handle
+        now = time.monotonic()
+        if now - start < 1 or now - said < 0.3:
+            return
+        said = now
+        text = f"{what}: {_told(done, total, unit, note, now - start)}"
+        line = display.HTML(f"<small>{html.escape(safe(text))}</small>")
+        if handle is None:
+            handle = display.display(line, display_id=True)
+        else:
+            handle.update(line)
+
+    try:
+        yield report
+    finally:
+        if handle is not None:
+            handle.update(display.HTML(""))
+
+
+def _told(done: float, total: float | None, unit: str, note: str, took: float) -> str:
+    # the first few percent say little about the rest
+    enough = total and done >= 0.05 * total
+    left = f", {took * (total - done) / done:.0f} s left" if total and enough else ""
+    share = f"{done / total:.0%}" if total else f"{done:g}"
+    return ", ".join(filter(None, (share, _amount(done, total, unit), note))) + left
 
 
 def _amount(done: float, total: float | None, unit: str) -> str:

@@ -2,8 +2,23 @@
 
 import html
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from interp_steer.util.console import safe
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+SHOWN = 60  # rows of a table in a notebook
+
+
+def frame(data: "pd.DataFrame", caption: str = "") -> str:
+    """The first rows of a pandas table."""
+    cut = data.head(SHOWN)
+    rows = [{str(k): v for k, v in r.items()} for r in cut.to_dict("records")]
+    more = f"the first {SHOWN} of {len(data)} rows" if len(data) > SHOWN else ""
+    return table(rows, "; ".join(filter(None, (caption, more))))
 
 
 def table(rows: Sequence[Mapping[str, object]], caption: str = "") -> str:
@@ -19,7 +34,7 @@ def table(rows: Sequence[Mapping[str, object]], caption: str = "") -> str:
 
 def shown(value: object) -> str:
     """One value as escaped text."""
-    if value is None:
+    if value is None or value != value:
         return ""
     return html.escape(safe(f"{value:.4g}" if isinstance(value, float) else str(value)))
 
