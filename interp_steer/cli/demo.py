@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FILE = Path(__file__).parents[1] / "data" / "demo.yaml"
 PANELS = {
     "mention": "answers that name the concept",
-    "rep3": "rep3 (repeated 3-grams)",
+    "works": "answers that work: 40 tokens or more, named, no loop, likely",
     "surprise": "surprise (nats a token)",
 }
 LENGTH = 96  # tokens of the answers that are shown
@@ -54,7 +54,7 @@ def demo(
     _screen(model, study)
     tried = replace(study, choose=(), prove=study.choose).run(model, folder / "choose").table()
     tried["works"] = _works(tried)
-    columns = ["works", *PANELS, "coefficient"]
+    columns = [*PANELS, "rep3", "coefficient"]
     means = tried.groupby("direction", sort=False)[columns].mean()
     grid = pd.DataFrame([{**_about(study, s), **means.loc[s[0]]} for s in study.settings])
     # of each kind: most answers that work; then most that name the concept; then the gentlest

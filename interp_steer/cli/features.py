@@ -1,5 +1,6 @@
 """`interp-steer features` and `interp-steer sae`: sparse autoencoders and their features."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,19 @@ if TYPE_CHECKING:
 app, saes = common.group(), common.group()
 
 DEMO = Path(__file__).parents[1] / "data" / "demo_texts"
+COLUMNS = {
+    "match": "how well the label answers the words (BM25)",
+    "output_score": "how surely it promotes its own tokens when raised; from 0.01 on it may steer",
+    "input_score": "share of the places where it fires most whose token it also promotes",
+    "confidence": "how much surer, or less sure, of the next token the model becomes when raised",
+    "norm": "length of the decoder row, in residual units",
+    "density": "share of tokens on which it fires",
+    "promoted": "tokens that the decoder row raises most",
+    "auroc": "chance that a positive text has the larger mean activation than a negative one",
+    "difference": "mean activation on positive texts less that on negative ones",
+    "share": "of the positive texts in which it fires at all",
+    "label": "fires on (promotes: tokens): a place where it fires most, for the SAE that ships",
+}
 SCREENED = 50  # features that a search finds, before the best of them are shown
 Where = Annotated[
     str,
@@ -68,18 +82,28 @@ def _labels(sae: "Sae") -> "dict[int, Label]":
 
 
 def _show(
-    features: Sequence[Any], labels: "Mapping[int, Label]", as_json: bool, columns: str
+    features: Sequence[Any],
+    labels: "Mapping[int, Label]",
+    as_json: bool,
+    columns: str,
+    match: "Mapping[int, float | None] | None" = None,
 ) -> None:
-    """Features with their labels: some columns as a table, or everything as JSON."""
+    """Features with their labels: some columns as a table, or everything as JSON.
+
+    On a terminal a line below the table says what each column is.
+    """
     rows: list[dict[str, Any]] = []
     for one in features:
         label = labels[one.index].label if one.index in labels else None
-        rows.append({**asdict(one), "label": label})
+        found = {"match": match.get(one.index)} if match else {}
+        rows.append({**asdict(one), **found, "label": label})
     if as_json:
         common.print_json(rows)
         return
-    names = [name for name in columns.split() if any(row[name] is not None for row in rows)]
+    names = [name for name in columns.split() if any(row.get(name) is not None for row in rows)]
     common.table(names, [[row[name] for name in names] for row in rows])
+    if sys.stdout.isatty():
+        print("\n" + "\n".join(f"{n:<12}  {COLUMNS[n]}" for n in names if n in COLUMNS))
 
 
 @app.command()
@@ -236,12 +260,14 @@ def rank(
 ) -> None:
     """Rank features by output score: how likely they are to steer.
 
-    Each feature takes one forward pass. With --texts, the input score is measured as well: the
-    share of the places where it fires most whose token it also promotes.
+    With --search, the label counts as much: features are ordered by their rank by label and their
+    rank by output score together. Each feature takes one forward pass. With --texts, the input
+    score is measured as well.
     """
     if (features is None) == (search is None):
         raise RequestError("which features? give --features 12,4711 or --search 'a concept'")
     chosen = [] if features is None else common.indices("features", features)
+    match: dict[int, float | None] = {}
     prompts = _read(texts)
     whole, loaded = _both(sae, model, dtype, device)
     if search is not None:
@@ -250,7 +276,8 @@ def rank(
         if not whole.where.neuronpedia:
             raise RequestError(f"{whole.name} has no Neuronpedia source, so no labels to search")
         hits = look_up(search, [whole.where.neuronpedia], limit=max(limit, SCREENED))
-        chosen = list(dict.fromkeys(hit.index for hit in hits))
+        match = {hit.index: hit.score for hit in hits}
+        chosen = list(match)
         if not chosen:
             raise RequestError(f"no label of {whole.name} answers {search!r}")
     from interp_steer.features.contexts import top_contexts, windows
@@ -265,9 +292,15 @@ def rank(
     density = {i: share for i, one in labels.items() if (share := one.density) is not None}
     with progress("screening", len(chosen)) as report:
         scored = screen(whole, loaded, chosen, contexts=places, density=density, report=report)
-    best = sorted(scored, key=lambda one: -one.output_score)[:limit]
-    columns = "index output_score input_score confidence norm density promoted label"
-    _show(best, labels, as_json, columns)
+    best = sorted(scored, key=lambda one: -one.output_score)
+    if match:
+        from interp_steer.labels.searching import fused
+
+        orders = (list(match), [one.index for one in best])
+        together = fused(orders)
+        best.sort(key=lambda one: -together[one.index])
+    columns = "index match output_score input_score confidence norm density promoted label"
+    _show(best[:limit], labels, as_json, columns, match)
 
 
 @saes.command()

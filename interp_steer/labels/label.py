@@ -10,6 +10,14 @@ from interp_steer.errors import RequestError
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")  # covers every id of SAELens's registry
 NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")  # the server matches text: "010" is not feature 10
 
+# The labels that ship are `fires on (promotes: tokens): a text where it fires most`. That text is
+# one place of many: a word there says less of the feature than a word before it. Neuronpedia's
+# labels have no context.
+CONTEXT, CLOSED = " (promotes: ", "): "
+IN_CONTEXT = 0.1  # what a word of the context counts; chosen before anything was measured
+
+_MARKED = re.compile("\x01([^\x02]*)\x02")
+
 
 class State(StrEnum):
     """What is known of a feature's label."""
@@ -166,3 +174,36 @@ class Coverage:
     unlabelled: int = 0  # features known to have none
     explainers: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()  # set by a sync: what could not be fetched, and why
+
+
+# --- the context of a label -----------------------------------------------------------------------
+
+
+def named(text: str) -> str:
+    """A label without its context: what the feature fires on, and what it promotes."""
+    head, opened, rest = text.partition(CONTEXT)
+    promoted, closed, _ = rest.partition(CLOSED)
+    return f"{head}{opened}{promoted})" if closed else text
+
+
+def in_label(marked: str) -> float:
+    """The weight of a hit: 1 with all its words in the label itself, `IN_CONTEXT` with none there.
+
+    Args:
+        marked: the whole text, with what was found between the signs 1 and 2.
+    """
+    found, label = (_MARKED.findall(part.casefold()) for part in (marked, named(marked)))
+    words = list(dict.fromkeys(found))
+    here = [word for word in words if any(_one_word(word, other) for other in label)]
+    share = len(here) / len(words) if words else 1.0
+    return share + (1.0 - share) * IN_CONTEXT
+
+
+def _one_word(a: str, b: str) -> bool:
+    """Whether two words that were found are forms of one, as `war` and `wars`, `city` and `cities`.
+
+    The index compares stems, and marks what the text has.
+    """
+    short = min(len(a), len(b))
+    same = max(short - 1, min(short, 3))
+    return a[:same] == b[:same]

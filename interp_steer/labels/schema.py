@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from interp_steer.errors import RequestError, RunError
+from interp_steer.labels.label import in_label
 from interp_steer.util.files import explained
 
 _MAGIC = 0x6C61626C  # SQLite's application_id of our stores: "labl"
@@ -86,6 +87,7 @@ def connect(path: Path, *, write: bool) -> sqlite3.Connection:
                 connect(path, write=True).close()
         if write:
             _write_ahead(db)
+        db.create_function("in_label", 1, in_label, deterministic=True)
     except BaseException:
         db.close()
         raise

@@ -1,11 +1,12 @@
 """`search`: which features are about something. `show` and `coverage`: what the store knows."""
 
 import difflib
+import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from interp_steer.errors import RequestError, RunError
 from interp_steer.labels import naming, registry
@@ -14,6 +15,7 @@ from interp_steer.labels.store import Store
 
 Mode = Literal["keyword", "semantic", "hybrid"]
 Note = Callable[[str], None]
+Item = TypeVar("Item", bound=Hashable)
 
 _ITEM = re.compile(r'(?P<no>-?)(?:"(?P<phrase>[^"]*)"|(?P<word>[^\s"]+))(?P<more>\*?)')
 # Left out where any word will do: they would bring up half the store. (Not where all must match.)
@@ -90,9 +92,11 @@ def search(
 
     Keyword search wants every word (`"a phrase"`, `prefix*`, `-not this`); where no label has them
     all it takes any, and a word that no label has is taken for a misspelling of the nearest that
-    some have. It ranks by BM25. Semantic search ranks by cosine similarity to the query's meaning
-    (needs the extra `semantic`). Hybrid fuses the two rankings; labels with only some of the words
-    are left to the semantic one, which knows better which of the words matter.
+    some have. It ranks by BM25; where a context follows a label, as in those that ship, a word
+    that only the context has counts a tenth. Semantic search ranks by cosine similarity to the
+    query's meaning (needs the extra `semantic`), and leaves contexts out. Hybrid fuses the two
+    rankings; labels with only some of the words are left to the semantic one, which knows better
+    which of the words matter.
 
     Args:
         sources: releases or `model/source`; everything in the store if empty.
@@ -221,14 +225,23 @@ def _respelt(here: Store, asked: Query) -> dict[str, str]:
     return changed
 
 
-def _fuse(rankings: list[list[Label]]) -> list[Label]:
-    """Reciprocal rank fusion: ranks are comparable where scores are not."""
-    scores: dict[str, float] = {}
-    first: dict[str, Label] = {}
+def fused(rankings: Iterable[Iterable[Item]]) -> dict[Item, float]:
+    """Reciprocal rank fusion: ranks are comparable where scores are not.
+
+    Cormack et al. 2009: an item's score is the sum over rankings of 1 / (60 + its rank).
+    """
+    scores: dict[Item, float] = {}
     for ranking in rankings:
-        for place, label in enumerate(ranking, 1):
-            scores[label.id] = scores.get(label.id, 0.0) + 1 / (_RRF + place)
-            first.setdefault(label.id, label)
+        for place, item in enumerate(ranking, 1):
+            scores[item] = scores.get(item, 0.0) + 1 / (_RRF + place)
+    return scores
+
+
+def _fuse(rankings: list[list[Label]]) -> list[Label]:
+    scores = fused([label.id for label in ranking] for ranking in rankings)
+    first: dict[str, Label] = {}
+    for label in itertools.chain(*rankings):
+        first.setdefault(label.id, label)
     order = sorted(first.values(), key=lambda label: (-scores[label.id], label.id))
     return [replace(label, score=round(scores[label.id], 6)) for label in order]
 

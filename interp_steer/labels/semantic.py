@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from interp_steer.errors import RequestError
-from interp_steer.labels.label import Label
+from interp_steer.labels.label import Label, named
 from interp_steer.labels.store import Store
 from interp_steer.util.console import progress
 from interp_steer.util.files import cache_dir, whole
@@ -41,6 +41,7 @@ def nearest(here: Store, query: str, numbers: Sequence[int] | None, limit: int) 
         rows = here.texts(number)
         if not rows:
             continue
+        rows = [(row, named(text)) for row, text in rows]  # the context is about anything
         texts = sorted({text for _, text in rows})
         scores = _vectors(texts, embed).astype(np.float32) @ vector
         by_text = dict(zip(texts, scores.tolist(), strict=True))

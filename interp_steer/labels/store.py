@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from interp_steer.errors import RunError
-from interp_steer.labels.label import Coverage, Feature, Label, Source, State, preference
+from interp_steer.labels.label import CONTEXT, Coverage, Feature, Label, Source, State, preference
 from interp_steer.labels.rows import Row
 from interp_steer.labels.schema import TOKENS, connect, told
 from interp_steer.util.files import cache_dir, explained
@@ -329,18 +329,20 @@ class Store:
     ) -> list[tuple[Label, float]]:
         """The explanations that answer an FTS5 query, best first, of some sources or of all.
 
-        Equal ranks come in the order of model, source and index: which file arrived first must
-        not decide what a paper quotes.
+        By BM25, weighed by `label.in_label` where a context follows the label. Equal ranks come in
+        the order of model, source and index: which file came first must not decide what is quoted.
         """
         chosen = "" if numbers is None else "AND e.source_id IN (SELECT value FROM json_each(?2))"
         found = f"""
-            SELECT e.id, rank FROM fts JOIN explanation e ON e.id = fts.rowid
+            SELECT e.id, rank * CASE WHEN instr(e.text, '{CONTEXT}')
+                THEN in_label(highlight(fts, 0, char(1), char(2))) ELSE 1.0 END AS weighed
+            FROM fts JOIN explanation e ON e.id = fts.rowid
             JOIN source s ON s.id = e.source_id WHERE fts MATCH ?1 {chosen}
-            ORDER BY rank, s.model, s.name, e.feature, e.best DESC, e.uid LIMIT ?3"""
+            ORDER BY weighed, s.model, s.name, e.feature, e.best DESC, e.uid LIMIT ?3"""
         with told(self.path):
             hits = self._db.execute(found, (query, json.dumps(numbers), limit)).fetchall()
             labels = self.by_rowid([rowid for rowid, _ in hits])
-        return [(labels[rowid], -rank) for rowid, rank in hits]
+        return [(labels[rowid], -weighed) for rowid, weighed in hits]
 
     def by_rowid(self, rowids: Sequence[int]) -> dict[int, Label]:
         """The labels of given rows."""

@@ -21,6 +21,7 @@ from interp_steer.report.marks import (
     legend,
     literal,
     minus,
+    peak,
     ring,
 )
 from interp_steer.report.spots import Spot, largest, names, spots, strength
@@ -41,7 +42,7 @@ def heat_map(
 
     Outlined cells are not excluded from being the best, hatched ones are beyond a limit, the chosen
     one is ringed. The colour is grey at no effect, blue below and yellow above, and grows lighter
-    all the way, so that a grey print still tells the sign.
+    all the way, so that a grey print still tells the sign. An outlier takes the last colour.
 
     Args:
         grid: `Findings.grid`.
@@ -111,6 +112,7 @@ class _Panel:
     def width(self) -> float:
         """Inches."""
         cell = 0.43 if self.numbered else 0.2
+        cell = max(cell, 0.075 * max(map(len, self.levels)) + 0.06)
         return max(1.4, cell * len(self.columns)) + 0.065 * max(map(len, self.rows)) + 0.3
 
     @property
@@ -137,12 +139,12 @@ def _heat_of_metric(
     chosen: Record | None,
     shape: tuple[int, int],
 ) -> None:
-    peak = max([0.0, *(abs(s.effect) for p in panels for s in p.spots)]) or 1.0
+    top = peak(s.effect for p in panels for s in p.spots)
     axes = list(part.subplots(*shape, squeeze=False).flat)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     for axis, panel in zip(axes, panels, strict=False):
-        image = _heat(axis, panel, chosen, peak)
+        image = _heat(axis, panel, chosen, top)
     tall = sum(panel.height for panel in panels[: shape[0]])
     label = f"effect on {axis_name(metric, panels[0].spots[0].record)}"
     colour_bar(part, image, axes[: len(panels)], tall, label)
@@ -154,7 +156,7 @@ def _heat_of_metric(
             axis.set_xlabel(textwrap.fill(label, 24), fontsize=SMALL)
 
 
-def _heat(axis: "Axes", panel: _Panel, chosen: Record | None, peak: float) -> Any:
+def _heat(axis: "Axes", panel: _Panel, chosen: Record | None, top: float) -> Any:
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.patches import Ellipse, Rectangle
@@ -163,20 +165,20 @@ def _heat(axis: "Axes", panel: _Panel, chosen: Record | None, peak: float) -> An
     shades = colormaps[SHADES]
     values = np.full((len(panel.rows), len(panel.columns)), np.nan)
     halo = [withStroke(linewidth=3.2, foreground="white")]
-    digits = _digits(peak)
+    digits = _digits(top)
     for spot in panel.spots:
         x, y = panel.columns.index((spot.unit, spot.value)), panel.rows.index(spot.row)
         values[y, x] = spot.effect
         known = spot.effect == spot.effect
         passes = spot.record["passes"]
-        ink = "black" if spot.effect > -0.05 * peak else "white"
+        ink = "black" if spot.effect > -0.05 * top else "white"
         if not passes:
             axis.add_patch(
                 Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="////", lw=0, ec=ink,
                           alpha=0.55, label="beyond a limit")
             )  # fmt: skip
         if panel.numbered:
-            back = {"fc": shades(0.5 + 0.5 * spot.effect / peak), "ec": "none", "pad": 0.6}
+            back = {"fc": shades(0.5 + 0.5 * spot.effect / top), "ec": "none", "pad": 0.6}
             axis.text(
                 x, y, _signed(spot.effect, digits) if known else "none", ha="center", va="center",
                 fontsize=7.5, color=ink if known else "black",
@@ -195,7 +197,7 @@ def _heat(axis: "Axes", panel: _Panel, chosen: Record | None, peak: float) -> An
                         label="chosen", zorder=5, clip_on=False)
             )  # fmt: skip
     image = axis.imshow(
-        np.ma.masked_invalid(values), cmap=shades, vmin=-peak, vmax=peak, aspect="auto",
+        np.ma.masked_invalid(values), cmap=shades, vmin=-top, vmax=top, aspect="auto",
         origin="lower",
     )  # fmt: skip
     axis.set_xticks(range(len(panel.columns)), panel.levels)

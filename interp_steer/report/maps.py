@@ -135,23 +135,25 @@ def _maps(panels: Sequence[_Panel], tokens: dict[int, str], label: str, note: st
     figure = Figure(figsize=(across * wide + 0.9, down * tall), layout="constrained")
     axes = list(figure.subplots(down, across, squeeze=False).flat)
     known = [v for panel in panels for v in panel.grid.flat if v == v]
-    peak = max(map(abs, known)) or 1.0
+    top = marks.peak(known)
+    # shares are seldom below 0: a scale centred there would leave half its colours unused
+    low = min(0.0, *known) if min(known) > -0.2 * top else -top
     for axis, panel in itertools.zip_longest(axes, panels):
         if panel is None:
             axis.set_axis_off()
         else:
-            image = _map(axis, panel, tokens, peak)
+            image = _map(axis, panel, tokens, (low, top))
     marks.colour_bar(figure, image, axes, down * tall, textwrap.fill(label, 34))
     marks.small_print(figure, [note] if note else [])
     return figure
 
 
-def _map(axis: "Axes", panel: _Panel, tokens: dict[int, str], peak: float) -> Any:
+def _map(axis: "Axes", panel: _Panel, tokens: dict[int, str], ends: tuple[float, float]) -> Any:
     from matplotlib import colormaps
 
     layers, columns = panel.values("layer"), panel.values(panel.across)
     image = axis.imshow(
-        np.ma.masked_invalid(panel.grid), cmap=colormaps[SHADES], vmin=-peak, vmax=peak,
+        np.ma.masked_invalid(panel.grid), cmap=colormaps[SHADES], vmin=ends[0], vmax=ends[1],
         aspect="auto", origin="lower", interpolation="nearest",
     )  # fmt: skip
     names = [f"{tokens[c]}  {c}" if c in tokens else str(c) for c in columns]

@@ -7,7 +7,7 @@ eyes. Nothing goes through pyplot: no state is left behind, any thread may draw.
 import io
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +32,9 @@ SMALL, TEXT = 8.0, 9.0  # points
 Record = Mapping[Any, Any]
 
 
-def save(figure: "Figure", path: Path) -> Path:
+def save(figure: "Figure", path: str | Path) -> Path:
     """Writes a figure as .png, .svg or .pdf, whole or not at all."""
+    path = Path(path)
     kind = path.suffix.lstrip(".") or "png"
     # without a date the same table gives the same file
     dated: dict[str, Any] = {"metadata": {"Date": None}} if kind == "svg" else {}
@@ -118,6 +119,19 @@ def ring() -> "Line2D":
     return Line2D([], [], marker="o", ls="", ms=11, mfc="none", mec=RED, mew=2.2)
 
 
+def peak(values: Iterable[float]) -> float:
+    """The size at which a colour scale ends, 1 for nothing: the largest, but for outliers.
+
+    A size beyond three times the upper quartile would leave all others pale. It takes the last
+    colour, and the scale's arrow says that there is more.
+    """
+    sizes = sorted(abs(v) for v in values if v == v)
+    if not sizes:
+        return 1.0
+    usual = 3 * sizes[(3 * len(sizes)) // 4 - 1] if len(sizes) > 3 else 0.0
+    return min(sizes[-1], usual or sizes[-1]) or 1.0
+
+
 def colour_bar(
     figure: "Figure | SubFigure",
     image: "AxesImage",
@@ -126,8 +140,12 @@ def colour_bar(
     label: str,
 ) -> None:
     """The scale of an image's colours, beside axes that are so tall together."""
+    bottom, top = image.get_clim()
+    shown = [float(v) for axis in axes for i in axis.images for v in i.get_array().compressed()]  # type: ignore[union-attr]
+    over, under = max(shown, default=top) > top, min(shown, default=bottom) < bottom
     bar = figure.colorbar(
-        image, ax=list(axes), shrink=min(1.0, 2.6 / inches), anchor=(0, 1), aspect=18
-    )
+        image, ax=list(axes), shrink=min(1.0, 2.6 / inches), anchor=(0, 1), aspect=18,
+        extend="both" if over and under else "max" if over else "min" if under else "neither",
+    )  # fmt: skip
     bar.set_label(label, fontsize=TEXT)
     bar.ax.tick_params(labelsize=SMALL)

@@ -20,6 +20,8 @@ from interp_steer.report.marks import MARKS, RED, TEXT, Record, axis_name, numbe
 from interp_steer.report.page import as_records
 from interp_steer.report.spots import UNITS, Spot, largest, names, spots, strength
 
+save = marks.save
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -256,11 +258,10 @@ def _lines(
         axis.set_ylabel(textwrap.fill(labels[measure], 34), fontsize=TEXT)
         axis.set_title(titles.get(measure, ""), fontsize=TEXT, loc="left")
         ticks = sorted({point[0] for line in lines for point in line.points})
-        gaps = [b - a for a, b in itertools.pairwise(ticks)]
         if x_label.endswith(("layer", "span")):
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        elif len(ticks) <= 8 and min(gaps, default=0.0) > 0.09 * (ticks[-1] - ticks[0]):
-            axis.set_xticks(ticks, [marks.minus(f"{x:.3g}") for x in ticks])
+        elif len(ticks) <= 12:
+            axis.set_xticks(*_apart(ticks))
         marks.bare(axis)
         if base:  # measures rather than effects: from 0
             tops = [point[1] for line in lines for point in line.points]
@@ -362,6 +363,22 @@ def _evenly(keys: Sequence[Any], most: int, keep: Sequence[Any]) -> list[Any]:
     for here in map(keys.index, keep):
         at[min(range(most), key=lambda i: abs(at[i] - here))] = here
     return [keys[i] for i in at]
+
+
+def _apart(ticks: Sequence[float], inches: float = 2.4) -> tuple[list[float], list[str]]:
+    """Of sorted ticks those whose names fit beside each other, first and last among them."""
+    said = [marks.minus(f"{x:.3g}") for x in ticks]
+    per = inches / ((ticks[-1] - ticks[0]) or 1.0)
+
+    def fits(a: int, b: int) -> bool:
+        return per * (ticks[b] - ticks[a]) > 0.0375 * (len(said[a]) + len(said[b])) + 0.06
+
+    last, kept = len(ticks) - 1, [0]
+    for i in range(1, last):
+        if fits(kept[-1], i) and fits(i, last):
+            kept.append(i)
+    kept += [last] * (last > 0 and fits(kept[-1], last))
+    return [ticks[i] for i in kept], [said[i] for i in kept]
 
 
 def _point(record: Record, x: float, y: str) -> tuple[float, float, float, float]:

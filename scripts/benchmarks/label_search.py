@@ -1,6 +1,6 @@
 """Judges label search: recall@10 and MRR of keyword, semantic and hybrid, by kind of query.
 
-    python scripts/benchmarks/label_search.py [--also FILE]
+    python scripts/benchmarks/label_search.py [--also FILE] [--contexts] [--save FILE]
 
 The queries and the labels that they should find are in tests/labels/relevance.json, written for
 this: labels in the style of Neuronpedia's, queries in the labels' own words, in other forms of
@@ -9,6 +9,11 @@ one author: read the figures as a comparison of the three searches, not as an es
 they do on all the labels of a model. `--also` mixes in other labels that no query asks for: JSON
 lines with `concept` or `description`, such as AxBench's concepts.
 
+`--contexts` gives each label the form of those that ship, `label (promotes: tokens): context`. The
+context is another label of the set, drawn at random (seed 0): a search that counts it as much as
+the label is misled. `--save` writes every query's scores; `--against FILE` compares with such a
+file, query by query, with the paired interval of `interp_steer.stats`.
+
 Semantic and hybrid need the extra `semantic`; without it they are left out.
 """
 
@@ -16,6 +21,7 @@ import argparse
 import json
 import math
 import os
+import random
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -28,6 +34,9 @@ RELEVANCE = Path(__file__).parents[2] / "tests" / "labels" / "relevance.json"
 def main() -> None:
     parser = argparse.ArgumentParser(description="Judges label search.")
     parser.add_argument("--also", type=Path, help="more labels, for the search to be misled by")
+    parser.add_argument("--contexts", action="store_true", help="give labels misleading contexts")
+    parser.add_argument("--save", type=Path, help="write the scores of every query")
+    parser.add_argument("--against", type=Path, help="compare with saved scores")
     args = parser.parse_args()
     judged = json.loads(RELEVANCE.read_text(encoding="utf-8"))
     more = []
@@ -37,12 +46,45 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["INTERP_STEER_CACHE"] = folder
         print(f"{len(judged['labels'])} labels, {len(more)} more, {len(judged['queries'])} queries")
-        fill([*judged["labels"], *more])
+        labels = [*judged["labels"], *more]
+        fill(in_context(labels) if args.contexts else labels)
+        every = {}
         for mode in MODES:
             try:
-                report(mode, judge(judged["queries"], mode))
+                every[mode] = judge(judged["queries"], mode)
+                report(mode, every[mode])
             except ValueError as error:
                 print(f"{mode}: {error}")
+    if args.save:
+        args.save.write_text(json.dumps(every), encoding="utf-8")
+    if args.against:
+        compare(every, json.loads(args.against.read_text(encoding="utf-8")))
+
+
+def in_context(labels: Sequence[str]) -> list[str]:
+    """Labels with another one as their context, each once."""
+    others = list(range(len(labels)))
+    random.Random(0).shuffle(others)
+    return [
+        f"{text} (promotes: of, the): {labels[other]}"
+        for text, other in zip(labels, others, strict=True)
+    ]
+
+
+def compare(now: dict[str, dict], before: dict[str, dict]) -> None:
+    """Prints by how much each search does better than before, paired over queries."""
+    import numpy as np
+
+    from interp_steer.stats.intervals import difference
+
+    for mode in now:
+        new, old = (
+            np.array([pair for pairs in scores[mode].values() for pair in pairs])
+            for scores in (now, before)
+        )
+        for i, name in enumerate(("recall@10", "MRR")):
+            gain = difference(new[:, i], old[:, i])
+            print(f"{mode:<9} {name:<9} {gain}")
 
 
 def fill(texts: Sequence[str]) -> None:

@@ -73,13 +73,21 @@ def test_top_contexts_and_find(folder, tiny_folder, texts, tmp_path):
 
 
 def test_the_best_are_shown_of_all_that_a_search_finds():
-    from interp_steer.labels import import_files
+    from interp_steer.labels import import_files, search
 
     import_files(["starter"])
     words = ["features", "rank", "starter", "--search", "paris", "--json"]
     ranked = json.loads(said(*words))
-    best = max(ranked, key=lambda one: one["output_score"])
-    assert json.loads(said(*words, "--limit", "1")) == [best]
+    assert json.loads(said(*words, "--limit", "1")) == ranked[:1]
+    # reciprocal rank fusion by hand, of the order by label and the order by output score
+    labels = [hit.index for hit in search("paris", ["starter"], limit=50)]
+    outputs = sorted((one["output_score"] for one in ranked), reverse=True)
+    sums = [
+        1 / (61 + labels.index(one["index"])) + 1 / (61 + outputs.index(one["output_score"]))
+        for one in ranked
+    ]
+    assert len(ranked) > 5 and sums == sorted(sums, reverse=True)
+    assert ranked[0]["index"] == 2652
 
 
 def test_rank(folder, tiny_folder, texts):

@@ -1,5 +1,7 @@
 """Search: what the query's signs mean, what is said beside the results, and how little it loads."""
 
+import sqlite3
+
 import pytest
 
 from interp_steer.errors import RequestError, RunError
@@ -63,6 +65,47 @@ def test_ranked_by_relevance_then_place_and_limited():
         "id": "m/3-res/6", "label": "golden ratio", "layer": 3, "index": 6, "explainer": None,
         "score": scores[0],
     }  # fmt: skip
+
+
+def test_a_word_of_the_label_counts_more_than_one_of_its_context():
+    """Labels as those that ship: `fires on (promotes: tokens): context`."""
+    texts = [
+        "and, the (promotes: of): a walk in Lyon, and Lyon again",
+        "Lyon, Nice, cities, towns, mayors, squares, markets (promotes: Metz): I went to the sea",
+        "brackets (promotes: Lyon): a long sentence about nothing in particular, with many words",
+        "the (promotes: of): the Lyon squares",
+        "Lyon",
+    ]
+    with Store(write=True) as store:
+        rows = [Row("m", "3-res", 100 + i, f"c{i}", text) for i, text in enumerate(texts)]
+        store.commit(Source("m", "3-res"), "b", "1", rows)
+    assert set(found("lyon")[:3]) == {101, 102, 104} and len(found("lyon")) == 5
+    assert found("lyon", limit=3) == found("lyon")[:3]
+    assert found("lyon square")[:1] == [101]  # `squares` is a form of the word
+    scores = [label.score for label in search("lyon", layers="3")]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_the_paris_feature_that_ships_is_the_first_for_paris():
+    import_files(["starter"])
+    assert search("paris", ["starter"])[0].index == 2652
+
+
+def test_the_order_without_contexts_is_bm25_alone():
+    """SQLite's own rank of the same texts; parentheses and brackets make no context."""
+    texts = ["golden (promotes) gate", "gate golden golden [gate]", "a golden gate, golden: gate"]
+    with Store(write=True) as store:
+        rows = [Row("m", "3-res", 100 + i, f"c{i}", text) for i, text in enumerate(texts)]
+        store.commit(Source("m", "3-res"), "b", "1", rows)
+        path = store.path
+    with sqlite3.connect(path) as plain:
+        ranked = plain.execute(
+            "SELECT e.feature, -rank FROM fts JOIN explanation e ON e.id = fts.rowid "
+            "JOIN source s ON s.id = e.source_id "
+            "WHERE fts MATCH 'golden AND gate' AND s.name = '3-res' ORDER BY rank"
+        ).fetchall()
+    shown = [(label.index, label.score) for label in search("golden gate", layers="3")]
+    assert shown == [(index, round(score, 6)) for index, score in ranked] and len(shown) == 5
 
 
 def test_a_feature_comes_once_with_the_label_that_matches_best():

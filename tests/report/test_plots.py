@@ -13,7 +13,7 @@ from matplotlib.patches import Ellipse, Rectangle
 from matplotlib.text import Text
 
 from interp_steer.errors import RequestError, RunError
-from interp_steer.report import heat, marks, plots, spots
+from interp_steer.report import heat, maps, marks, plots, spots
 
 CHOSEN = {
     "direction": "eiffel",
@@ -619,3 +619,55 @@ def test_the_dose_response_of_the_demo(tmp_path):
     assert other.get_ylabel() == "nats" and other.get_ylim()[0] <= 0
     (ring,) = [ln for ln in other.lines if ln.get_label() == "_chosen" and len(ln.get_xdata())]
     assert list(ring.get_ydata()) == [3.0]
+
+
+# --- ticks, colours, paths ------------------------------------------------------------------------
+
+
+def test_ticks_of_mixed_units_do_not_touch_and_are_in_numeric_order():
+    levels = ("0.25 dose", "1.5 max", "12.5", "0.75 dose", "0.5 dose", "10.0 max")
+    figure = heat.heat_map(grid(levels=levels, layers=(13,)))
+    assert overlapping(figure) == []
+    shown = ticks(panels(figure)[0], "x")
+    assert shown == ["12.5", "0.25 dose", "0.5 dose", "0.75 dose", "1.5 max", "10 max"]
+    table = grid(levels=levels)
+    table["coefficient"] = table["level"].map(
+        dict(zip(levels, (12.31, 12.92, 12.5, 95.4, 14.1, 13.6), strict=True))
+    )
+    curves = plots.curves(table)
+    assert overlapping(curves) == []
+    at = list(curves.axes[0].get_xticks())
+    assert at == sorted(at) and {12.31, 95.4} <= set(at) <= set(table["coefficient"])
+
+
+def test_an_outlier_leaves_the_colours_to_the_others():
+    table = grid(layers=range(4, 10))
+    table["effect"] = np.where(table["cell"] == 5, 100.0, 0.1 * (table["cell"] - 5))
+    figure = heat.heat_map(table)
+    (axis,) = panels(figure)
+    image = axis.images[0]
+    low, high = image.get_clim()
+    assert low == -high and high < 3  # 0 stays in the middle
+    others = [v for v in image.get_array().compressed() if v != 100]
+    reached = image.norm(others)
+    assert reached.max() - reached.min() > 0.3
+    assert any(t.get_text().startswith("+100") for t in axis.texts) and overlapping(figure) == []
+
+
+def test_a_map_of_shares_uses_the_whole_scale():
+    rows = [
+        {"component": "resid", "layer": layer, "position": p, "head": None, "score": "effect",
+         "estimate": share}
+        for (layer, p), share in zip(
+            itertools.product(range(3), range(2)), (0.0, 0.1, 0.4, 0.6, 0.8, -0.02), strict=True
+        )
+    ]  # fmt: skip
+    image = panels(maps.patching(pd.DataFrame(rows)))[0].images[0]
+    assert image.get_clim() == (-0.02, 0.8)
+    signed = pd.DataFrame(rows).assign(estimate=[-0.8, 0.1, 0.4, 0.6, 0.8, -0.5])
+    assert panels(maps.patching(signed))[0].images[0].get_clim() == (-0.8, 0.8)
+
+
+def test_a_figure_is_saved_under_a_path_that_is_text(tmp_path, heated):
+    assert plots.save(heated, str(tmp_path / "x.png")) == tmp_path / "x.png"
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
