@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from interp_steer.errors import RequestError, RunError, first_line, nearest
 from interp_steer.model.device import KINDS
 from interp_steer.model.shape import Bounds
-from interp_steer.util.console import progress
+from interp_steer.util.console import in_notebook, progress
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -134,6 +135,10 @@ def read(
         RequestError: a kind of model that is not supported, or an adapter beside the weights.
         RunError: files that cannot be read, or whose tensors are not those of the configuration.
     """
+    if (
+        in_notebook()
+    ):  # progress is shown here without widgets, which tqdm asks for as it is imported
+        warnings.filterwarnings("ignore", message="IProgress not found")
     from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
     refuse_adapter(folder, name)

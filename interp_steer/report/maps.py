@@ -135,7 +135,7 @@ def _maps(panels: Sequence[_Panel], tokens: dict[int, str], label: str, note: st
     figure = Figure(figsize=(across * wide + 0.9, down * tall), layout="constrained")
     axes = list(figure.subplots(down, across, squeeze=False).flat)
     known = [v for panel in panels for v in panel.grid.flat if v == v]
-    top = marks.peak(known)
+    top = max(map(abs, known)) or 1.0  # few places that bring all back are what is looked for
     # shares are seldom below 0: a scale centred there would leave half its colours unused
     low = min(0.0, *known) if min(known) > -0.2 * top else -top
     for axis, panel in itertools.zip_longest(axes, panels):

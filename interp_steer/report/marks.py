@@ -120,16 +120,16 @@ def ring() -> "Line2D":
 
 
 def peak(values: Iterable[float]) -> float:
-    """The size at which a colour scale ends, 1 for nothing: the largest, but for outliers.
+    """The size at which a colour scale ends, 1 for nothing: the largest, but for one outlier.
 
-    A size beyond three times the upper quartile would leave all others pale. It takes the last
-    colour, and the scale's arrow says that there is more.
+    One size beyond three times the next would leave all others pale. It takes the last colour, and
+    the scale's arrow says that there is more.
     """
     sizes = sorted(abs(v) for v in values if v == v)
     if not sizes:
         return 1.0
-    usual = 3 * sizes[(3 * len(sizes)) // 4 - 1] if len(sizes) > 3 else 0.0
-    return min(sizes[-1], usual or sizes[-1]) or 1.0
+    alone = len(sizes) > 3 and sizes[-1] > 3 * sizes[-2] > 0
+    return (sizes[-2] if alone else sizes[-1]) or 1.0
 
 
 def colour_bar(

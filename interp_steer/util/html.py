@@ -24,12 +24,15 @@ def frame(data: "pd.DataFrame", caption: str = "") -> str:
 def table(rows: Sequence[Mapping[str, object]], caption: str = "") -> str:
     """Rows as an HTML table; the first row names the columns."""
     head = "".join(f"<th>{shown(name)}</th>" for name in rows[0]) if rows else ""
-    body = "".join(
-        "<tr>" + "".join(f"<td>{shown(value)}</td>" for value in row.values()) + "</tr>"
-        for row in rows
-    )
+    body = "".join("<tr>" + "".join(map(_cell, row.values())) + "</tr>" for row in rows)
     title = f"<caption>{shown(caption)}</caption>" if caption else ""
     return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(value: object) -> str:
+    """A cell; text begins at its left, where notebooks put everything at the right."""
+    side = ' style="text-align:left"' if isinstance(value, str) else ""
+    return f"<td{side}>{shown(value)}</td>"
 
 
 def shown(value: object) -> str:
