@@ -13,9 +13,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "docs" / "notebooks").glob("*.ip
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, starter, tmp_path, monkeypatch):
     """Every cell; what was committed has the same kinds of output, and no warning in it."""
-    if (
-        "INTERP_STEER_CACHE" not in os.environ
-    ):
+    if "INTERP_STEER_CACHE" not in os.environ:
         # the starter is unpacked already; labels are not kept
         from interp_steer.util.files import cache_dir
 
