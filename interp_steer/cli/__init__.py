@@ -4,8 +4,11 @@
     common            shared options, output files, tables; loads a model
     demo              runs `data/demo.yaml` and prints how the best settings answer
     generate          answers prompts, unsteered and steered
+    sweep             many settings by layer and strength, claiming nothing
+    caa               contrastive activation addition from a file of questions
+    patch             where an answer is kept, from one pair of prompts
     chat              a conversation with the steered and the unsteered model
-    direction         makes and shows directions
+    direction         makes, chooses, lists and shows directions
     labels            fetches, stores and searches feature labels
     features          ranks SAE features, saves their directions, checks an SAE (`features`, `sae`)
     study             plans and runs studies, writes their tables and reports (`study`, `report`)

@@ -9,8 +9,6 @@ from interp_steer.errors import RequestError, nearest, note
 from interp_steer.util.console import progress, safe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from interp_steer.prompts.item import Item
 
 app = common.group()
@@ -195,7 +193,6 @@ def select(
         from interp_steer.model.loading import glance
         from interp_steer.model.site import Site
         from interp_steer.prompts.file import PromptFile
-        from interp_steer.prompts.parts import split_items
         from interp_steer.steering.direction import is_name
         from interp_steer.util.files import cache_dir
 
@@ -209,11 +206,9 @@ def select(
             bounds.check(Site("resid_post", number), bounds.d_model)
     files = [PromptFile.read(path) for path in (positive, negative)]
     for file in files:
-        _parts(split_items, file.items(), file.path, seed)  # before the model loads
+        _parts(file.items(), file.path, seed)  # before the model loads
     loaded = common.load(model, dtype, device, date=date)
-    parts = [
-        _parts(split_items, file.items(as_chat=loaded.is_chat), file.path, seed) for file in files
-    ]
+    parts = [_parts(file.items(as_chat=loaded.is_chat), file.path, seed) for file in files]
     build, choose, prove = zip(*parts, strict=True)
     with progress("trying candidates", 1.0) as report:
         found = select_direction(
@@ -250,13 +245,15 @@ def select(
 
 
 def _parts(
-    split: "Callable[..., tuple[list[Any], list[Any]]]", items: "list[Item]", path: str, seed: int
+    items: "list[Item]", path: str, seed: int
 ) -> "tuple[list[Item], list[Item], list[Item]]":
     """A half, a quarter and a quarter of the prompts."""
+    from interp_steer.prompts.parts import split_items
+
     if len(items) < 8:
         raise RequestError(f"{path} holds {len(items)} prompts; three parts need at least 8")
-    build, rest = split(items, 0.5, seed)
-    choose, prove = split(rest, 0.5, seed)
+    build, rest = split_items(items, 0.5, seed)
+    choose, prove = split_items(rest, 0.5, seed)
     return build, choose, prove
 
 

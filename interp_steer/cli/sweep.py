@@ -90,9 +90,14 @@ def sweep(
         from interp_steer.engine.row import Sampling
         from interp_steer.prompts.file import PromptFile
         from interp_steer.steering.directions import Directions
+        from interp_steer.study.metrics import find
         from interp_steer.study.study import Study
 
-    fields: dict[str, Any] = {"metrics": common.words(metrics)} if metrics else {}
+    fields: dict[str, Any] = {}
+    if metrics:
+        asked = common.words(metrics)
+        texts = any(find(name).needs == "text" for name in asked)
+        fields["metrics"] = [*asked, *([] if texts else ["length"])]  # a sweep shows texts
     study = Study.sweep(
         steer,
         [*(prompt or []), *(PromptFile.read(prompts).items() if prompts else [])],

