@@ -140,6 +140,7 @@ class Outcome:
     title: str = ""
     notes: Sequence[str] = ()
     largest_first: bool = False
+    by_layer: bool = False  # on a terminal a row a layer, a column a component
 
     def save(self, path: Path) -> None:
         from interp_steer.util.files import whole
@@ -186,7 +187,7 @@ def _ablated(request: Request) -> Outcome:
 
         return plots.profile(summary)
 
-    return Outcome(effects.table, summary, draw)
+    return Outcome(effects.table, summary, draw, by_layer=True)
 
 
 def _patched(request: Request) -> Outcome:
@@ -311,10 +312,33 @@ def write(outcome: Outcome, out: Path | None, plot: Path | None, as_json: bool) 
         raise RunError(f"the table is complete, but {lost} could not be made: {why}") from why
 
 
+def layer_table(summary: "pd.DataFrame") -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of one score: a row a layer (or head), a column a component and method."""
+    columns: dict[str, None] = {}
+    rows: dict[str, dict[str, str]] = {}
+    one_method = summary["method"].nunique() == 1
+    for r in summary.to_dict("records"):
+        head = "" if r.get("head") is None or r["head"] != r["head"] else f"h{r['head']}"
+        column = str(r["component"]) if one_method else f"{r['component']} {r['method']}"
+        value = "" if r["estimate"] != r["estimate"] else f"{r['estimate']:+.3f}"
+        if r["low"] is not None and r["low"] == r["low"]:
+            value += f" [{r['low']:+.2f}, {r['high']:+.2f}]"
+        columns[column] = None
+        rows.setdefault(f"{r['span']}{head}", {})[column] = value
+    return ["layer", *columns], [[at, *(v.get(c, "") for c in columns)] for at, v in rows.items()]
+
+
 def _show(outcome: Outcome, notes: list[str]) -> None:
     """The table without columns that say nothing, and why it has no intervals, if so."""
     if outcome.title:
         print(safe(outcome.title))
+    if outcome.by_layer and sys.stdout.isatty():
+        for score, some in outcome.summary.groupby("score", sort=False):
+            print(f"\n{score}: change, in nats")
+            common.table(*layer_table(some))
+        if outcome.summary["low"].isna().all():
+            notes.append(f"no intervals: {outcome.summary['interval'].iloc[0]}")
+        return
     shown, more = outcome.summary.head(SHOWN), len(outcome.summary) - SHOWN
     if more > 0 and outcome.largest_first:
         order = outcome.summary["estimate"].abs().sort_values(ascending=False, kind="stable").index

@@ -7,9 +7,12 @@ import sys
 import pandas as pd
 import pytest
 
+from interp_steer.causal.ablate import ablate
 from interp_steer.causal.patch import Patching
 from interp_steer.cli import main as cli
+from interp_steer.cli.ablate import layer_table
 from interp_steer.errors import RequestError
+from interp_steer.prompts.item import Item
 from interp_steer.report import maps, marks
 from interp_steer.report.chosen import setting_of
 from interp_steer.report.run import Run
@@ -324,3 +327,23 @@ def test_patching_tables_of_unequal_prompts_count_their_own_items():
     table = pd.DataFrame(rows, columns=[*columns, "clean", "corrupt", "value"]).assign(head=None)
     summary = Patching(table).summary()
     assert list(summary["estimate"]) == [0.75, 0.75, 1.0] and list(summary["n"]) == [2, 2, 1]
+
+
+def test_a_terminal_gets_a_row_a_layer_and_a_column_a_component(tiny):
+    items = [Item("I love the tower", " fox", " dog"), Item("I hate the rain", " fox", " dog")]
+    found = ablate(tiny, items, ["mlp_out", "attn_out"], ["zero", "mean"], layers=[1, 3])
+    summary = found.summary()
+    heads, rows = layer_table(summary[summary["score"] == "logit_difference"])
+    assert heads == ["layer", *(f"{c} {m}" for c in ("mlp_out", "attn_out")
+                                for m in ("zero", "mean"))]  # fmt: skip
+    assert [row[0] for row in rows] == ["1", "3"]
+    changes = found.table[found.table["score"] == "logit_difference"]
+    for row in rows:
+        for head, cell in zip(heads[1:], row[1:], strict=True):
+            component, method = head.split()
+            mine = changes[
+                (changes["component"] == component)
+                & (changes["method"] == method)
+                & (changes["layer"] == int(row[0]))
+            ]
+            assert cell == f"{mine['change'].mean():+.3f}"
