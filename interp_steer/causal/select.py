@@ -1,27 +1,29 @@
 """Choosing a direction over layers and positions, as for refusal (Arditi et al. 2024)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from interp_steer.causal.branch import Edit, Trunk, Variant, check_names, check_range, put
-from interp_steer.causal.scores import Reading, first_tokens, summarised, sweep
+from interp_steer.causal.branch import check_names, check_range
+from interp_steer.causal.scores import LOGITS_AT_ONCE, Reading, first_tokens, summarised
 from interp_steer.causal.trace import Prompts
+from interp_steer.engine.engine import Engine
+from interp_steer.engine.row import Row
 from interp_steer.errors import RequestError
 from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
 from interp_steer.prompts.item import Item, digests
 from interp_steer.prompts.parts import check_apart
-from interp_steer.steering import operators
 from interp_steer.steering.direction import Direction
-from interp_steer.util.console import Report
+from interp_steer.steering.intervention import Intervention, Scope
+from interp_steer.util.console import Report, watched
 
+BRANCHES = ("resid_pre", "attn_out", "mlp_out")  # whatever writes to the stream is ablated
 RANKED = ("add", "ablate", "both")
 Sides = tuple[Prompts, Prompts]
 """Prompts with the behaviour, and prompts without it."""
@@ -125,14 +127,20 @@ def select_direction(
     table.loc[deep, "veto"] = f"layer is not below {max_depth:g} x {model.n_layers}"
     left = [n for n in table.index if not table["veto"][n]]
 
-    def measured(part: str, which: list[int]) -> tuple[pd.DataFrame, Tensor]:
-        some = [vectors[candidates[n]] for n in which]
-        at = [candidates[n][0] for n in which]
-        return _effects(model, items[part], some, at, words, first, batch, report)
+    def direction(at: tuple[int, int], source: Mapping[str, str]) -> Direction:
+        hook_point = Site("resid_post", at[0]).hook_point
+        return Direction.of(vectors[at], hook_point, name, source)
 
-    _, means = measured("choose", left)
+    def measured(part: str, which: list[int]) -> tuple[pd.DataFrame, Tensor]:
+        some = [candidates[n] for n in which]
+        tried = [direction(at, {}) for at in some]
+        layers = [layer for layer, _ in some]
+        return _effects(model, items[part], tried, layers, words, first, batch, report)
+
     table[["added", "ablated", "kl"]] = math.nan
-    table.loc[left, ["added", "ablated", "kl"]] = means.double().numpy()
+    if left:
+        _, means = measured("choose", left)
+        table.loc[left, ["added", "ablated", "kl"]] = means.double().numpy()
     added, taken = table["added"], -table["ablated"]
     table["rank_by"] = {"add": added, "ablate": taken, "both": added + taken}[by]
     fine = table["veto"] == ""
@@ -156,10 +164,8 @@ def select_direction(
             [one.prompt for part in ("build", "choose") for side in items[part] for one in side]
         ),
     }  # fmt: skip
-    hook_point = Site("resid_post", layer).hook_point
-    direction = Direction.of(vectors[layer, n], hook_point, name, source)
     proof, _ = measured("prove", [best])
-    return Selection(direction, layer, positions[n], table, proof)
+    return Selection(direction((layer, n), source), layer, positions[n], table, proof)
 
 
 def _differences(
@@ -203,15 +209,15 @@ def _differences(
 def _effects(
     model: SteeringModel,
     sides: list[list[Item]],
-    vectors: Sequence[Float[Tensor, " d_model"]],
+    directions: Sequence[Direction],
     layers: Sequence[int],
     words: Sequence[str],
     first: bool,
     batch: int | None,
     report: Report | None,
 ) -> tuple[pd.DataFrame, Float[Tensor, "candidate measure"]]:
-    """Adding each vector at its layer, and ablating its direction everywhere: a row for each
-    measure, item and candidate; and means over items of added, ablated, kl.
+    """Adding each direction at its layer, and ablating it everywhere: a row for each measure, item
+    and candidate; and means over items of added, ablated, kl.
     """
     score = "words" if words else "logit_difference"
     readings = [[Reading.of(model, item) for item in side] for side in sides]
@@ -221,62 +227,77 @@ def _effects(
                 f"{one.item.text[:60]!r} has no answers, positive and negative, to be scored by; "
                 "give words with which the behaviour begins"
             )
-    at = [v.to(model.device) for v in vectors]
-
-    def ablated(trunk: Trunk, chunk: list[int]) -> list[Variant]:
-        changes = [partial(_erase, trunk.changed(first), v / v.norm()) for v in at]
-        kinds = ("resid_pre", "attn_out", "mlp_out")
-        return [
-            tuple(Edit(kind, layer, change) for layer in range(model.n_layers) for kind in kinds)
-            for change in changes
-        ]
-
-    def both(trunk: Trunk, chunk: list[int]) -> list[Variant]:
-        changes = [partial(_shift, trunk.changed(first), v) for v in at]
-        moves = zip(layers, changes, strict=True)
-        added = [(Edit("resid_post", layer, change),) for layer, change in moves]
-        return [*added, *ablated(trunk, chunk)]
-
-    tokens, n = first_tokens(model, words), len(vectors)
-
-    def share(begin: float) -> Report | None:
-        return (lambda done, note="": report(begin + done / 2, note)) if report else None
-
-    before, taken = sweep(
-        model, readings[0], [score], ablated, words=tokens, batch=batch, report=share(0)
-    )
-    plain, moved = sweep(
-        model, readings[1], [score, "kl_last"], both, words=tokens, batch=batch, report=share(0.5)
-    )
-    found = (
-        ("added", readings[1], plain[:, 0], moved[:n, :, 0]),
-        ("ablated", readings[0], before[:, 0], taken[:, :, 0]),
-        ("kl", readings[1], plain[:, 1], moved[n:, :, 1]),
+    scope = Scope(first=first)
+    everywhere = tuple(Site(kind, n) for n in range(model.n_layers) for kind in BRANCHES)
+    ablating = [(Intervention("ablate", (one,), 0, "", everywhere, scope),) for one in directions]
+    adding = [
+        (Intervention("add", (one,), one.norm, "", (Site("resid_post", layer),), scope),)
+        for one, layer in zip(directions, layers, strict=True)
+    ]
+    tokens, n = first_tokens(model, words), len(directions)
+    passes = [(readings[0], ablating), (readings[1], [*adding, *ablating])]
+    total = sum(len(items) * len(variants) for items, variants in passes)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    with watched("trying candidates", 1.0, report) as told:
+        for items, variants in passes:
+            ready = sum(kl.numel() for _, _, kl in found)
+            size = max(1, LOGITS_AT_ONCE // (model.d_vocab * len(items)))
+            parts = []
+            for start in range(0, len(variants), size):
+                some = variants[start : start + size]
+                parts.append(_scored(model, items, some, tokens, batch))
+                if told:
+                    told((ready + len(items) * (start + len(some))) / total)
+            clean, values, kl = zip(*parts, strict=True)
+            found.append((clean[0], torch.cat(values), torch.cat(kl)))
+    (before, taken, _), (plain, moved, far) = found
+    measures = (
+        ("added", readings[1], plain, moved[:n]),
+        ("ablated", readings[0], before, taken),
+        ("kl", readings[1], torch.zeros_like(plain), far[n:]),
     )
     rows = [
         (measure, one.item.id, clean[i].item(), value[i].item())
-        for measure, some, clean, values in found
+        for measure, some, clean, values in measures
         for value in values
         for i, one in enumerate(some)
     ]
     table = pd.DataFrame(rows, columns=["measure", "item", "clean", "value"])
-    means = torch.stack([(values - clean).mean(1) for _, _, clean, values in found], 1)
+    means = torch.stack([(values - clean).mean(1) for _, _, clean, values in measures], 1)
     return table.assign(change=table["value"] - table["clean"]), means
 
 
-def _shift(
-    mask: Bool[Tensor, "item pos"],
-    vector: Float[Tensor, " d_model"],
-    x: Float[Tensor, "item pos d_model"],
-) -> Float[Tensor, "item pos d_model"]:
-    return put(mask, operators.add(x, vector.expand(len(x), -1)), x)
-
-
-def _erase(
-    mask: Bool[Tensor, "item pos"],
-    unit: Float[Tensor, " d_model"],
-    x: Float[Tensor, "item pos d_model"],
-) -> Float[Tensor, "item pos d_model"]:
-    one = unit.expand(len(x), 1, -1)
-    zero = torch.zeros(len(x), 1, dtype=unit.dtype, device=x.device)
-    return put(mask, operators.clamp(x, one, one, zero, zero), x)
+def _scored(
+    model: SteeringModel,
+    readings: Sequence[Reading],
+    variants: Sequence[tuple[Intervention, ...]],
+    tokens: Sequence[int],
+    batch: int | None,
+) -> tuple[Float[Tensor, " item"], Float[Tensor, "variant item"], Float[Tensor, "variant item"]]:
+    """The score of items unsteered and under each variant, and the KL from the unsteered ones, at
+    the last position of the prompt.
+    """
+    steered = ((), *variants)
+    rows = [Row(one.item.prompt, steer) for steer in steered for one in readings]
+    # by words the prompt's last position is read, else what the two answers share comes first
+    after = [() if tokens else one.ids[one.last + 1 : one.at + 1] for one in readings]
+    scores = Engine(model).score(
+        rows,
+        after * len(steered),
+        reference=[*range(len(readings))] * len(steered),
+        last_logits=True,
+        batch=batch,
+        report=lambda done, note="": None,
+    )
+    values = torch.empty(len(rows))
+    for row, score in enumerate(scores):
+        assert score.last_logits is not None and score.kl is not None
+        logprobs = score.last_logits.log_softmax(-1)
+        pair = readings[row % len(readings)].pair
+        if tokens:
+            values[row] = logprobs[[*tokens]].logsumexp(-1)
+        elif pair:
+            values[row] = logprobs[pair[0]] - logprobs[pair[1]]
+    far = torch.stack([score.kl[0] for score in scores if score.kl is not None])
+    shaped, apart = (x.view(len(steered), len(readings)) for x in (values, far))
+    return shaped[0], shaped[1:], apart[1:]

@@ -322,16 +322,17 @@ class Filling:
             self._plans[segment] = [*self._plan(segment)]
         for shelf, numbers, served, begins, stale in self._plans[segment]:
             entries = segment.place[served]
-            width = min(segment.width, shelf.capacity)
+            begin = segment.begins[0]
+            end = min(begin + segment.width, shelf.capacity)
             for tensor, new in zip(
                 shelf.layers[layer], (segment.keys, segment.values), strict=True
             ):
-                if segment.past:  # one token, behind the shared part of the prompt
+                if segment.past and segment.width == 1:  # shared parts may differ in length
                     tensor[numbers, :, begins] = new[entries, :, 0]
                     continue
-                tensor[numbers, :, :width] = new[entries, :, :width]
-                if width < stale:  # a masked number that is none would still spread
-                    tensor[numbers, :, width:stale] = 0
+                tensor[numbers, :, begin:end] = new[entries, :, : end - begin]
+                if end < stale:  # a masked number that is none would still spread
+                    tensor[numbers, :, end:stale] = 0
 
     def _plan(self, segment: Segment) -> Iterator[tuple[Shelf, Tensor, Tensor, Tensor, int]]:
         """Of each shelf: numbers of rows, which rows of the segment, first positions."""

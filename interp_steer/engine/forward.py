@@ -3,6 +3,8 @@
 A batch is left-aligned: the token at absolute position p stands in slot p, padding at the right
 end. Rows with the same tokens share a pass up to the first block that is steered. Rows whose prompt
 is steered alike, and who differ from its last position on, share all of it before that position.
+Rows of different prompts share the tokens with which all begin, such as a template's system prompt,
+where these are steered alike.
 """
 
 import math
@@ -10,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -165,8 +167,8 @@ Keep = Callable[[int, Segment], None]
 """Takes the keys and values of a segment after a block."""
 
 Part = tuple[Steering | None, Hashable]
-"""What decides a prompt's stream before its last position: its steering there (None: unsteered)
-and its tokens.
+"""What decides the stream of a prompt's beginning: its steering there (None: unsteered), and its
+tokens or, where all begin alike, which of them are steered.
 """
 
 
@@ -183,6 +185,7 @@ def read(
 
     A sweep over layers on one prompt costs about half of separate passes. Rows that are steered
     from the last position of a prompt on, or read on differently, share the rest of that prompt.
+    Prompts under one steering share the tokens with which all of them begin.
 
     Args:
         rows: steering and prompt of each row.
@@ -223,10 +226,12 @@ class Group:
     Attributes:
         rows: numbers of rows that are equal, for each distinct row.
         parts: what each shares with others; None if it shares nothing.
+        cut: of how many tokens the shared part consists; None for the prompt without its last one.
     """
 
     rows: list[list[int]]
     parts: list[Part] | None
+    cut: int | None = None
 
 
 def _groups(
@@ -261,11 +266,41 @@ def _groups(
             befores = {b for _, b in grown}
             waste += (max(befores) - min(befores)) * len(prompts)
             if group and waste > total // 8 + SLACK + again * len(prompts):
-                yield Group(group, [parts[same[0]] for same in group] if shared else None)
+                yield _grouped(rows, sequences, group, parts if shared else None)
                 group, grown = [], grown[len(tokens) :]
             group, tokens = group + sizes[size], grown
         if group:
-            yield Group(group, [parts[same[0]] for same in group] if shared else None)
+            yield _grouped(rows, sequences, group, parts if shared else None)
+
+
+def _grouped(
+    rows: Sequence[Steered],
+    sequences: Sequence[Sequence[int]],
+    group: list[list[int]],
+    prompts: Mapping[int, Part] | None,
+) -> Group:
+    """Rows that share their `prompts`; or, without, the tokens with which all of them begin, where
+    that saves more than the pass costs.
+    """
+    numbers = [same[0] for same in group]
+    if prompts:
+        return Group(group, [prompts[r] for r in numbers])
+    shortest = min(len(rows[r][1].ids) - 1 for r in numbers)
+    columns = zip(*(rows[r][1].ids[:shortest] for r in numbers), strict=True)
+    cut = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    parts = [_beginning(rows[r], cut) for r in numbers]
+    saved = cut * (len(parts) - len(set(parts)))
+    if saved <= sum(len(sequences[r]) for r in numbers) // 8 + SLACK:
+        return Group(group, None)
+    return Group(group, parts, cut)
+
+
+def _beginning(row: Steered, cut: int) -> Part:
+    """What decides the stream of the first tokens of a prompt, beside the tokens themselves."""
+    steering, prompt = row
+    scopes = dict.fromkeys(one.scope for one in steering.interventions)
+    masks = tuple(tuple(scope.prompt_mask(prompt.content)[:cut]) for scope in scopes)
+    return (steering, masks) if any(map(any, masks)) else (None, ())
 
 
 def _segments(
@@ -274,7 +309,7 @@ def _segments(
     sequences: Sequence[Sequence[int]],
     group: Group,
 ) -> list[Segment]:
-    """Whole sequences as one segment; or their prompts without the last position, then the rest."""
+    """Whole sequences as one segment; or what their rows share, then the rest."""
     numbers = [same[0] for same in group.rows]
     leaves = [rows[r][0].first_block for r in numbers]
     serves = [(row, n) for n, same in enumerate(group.rows) for row in same]
@@ -284,17 +319,18 @@ def _segments(
     shared = {part: n for n, part in enumerate(dict.fromkeys(group.parts))}
     follows = [shared[part] for part in group.parts]
     examples = [numbers[group.parts.index(part)] for part in shared]
-    prompts = [rows[r][1].ids[:-1] for r in examples]
+    cuts = {r: len(rows[r][1].ids) - 1 if group.cut is None else group.cut for r in numbers}
+    begins = [rows[r][1].ids[: cuts[r]] for r in examples]
     first = Segment(
         model,
         examples,
         [(row, follows[n]) for row, n in serves],
-        prompts,
+        begins,
         [steering.first_block if steering else math.inf for steering, _ in shared],
-        prompts,
+        begins,
     )
-    rest = [one[len(rows[r][1].ids) - 1 :] for r, one in zip(numbers, ids, strict=True)]
-    trunks = [(prompts[n], one) for n, one in zip(follows, rest, strict=True)]
+    rest = [one[cuts[r] :] for r, one in zip(numbers, ids, strict=True)]
+    trunks = [(begins[n], one) for n, one in zip(follows, rest, strict=True)]
     return [first, Segment(model, numbers, serves, rest, leaves, trunks, (first, follows))]
 
 

@@ -252,6 +252,45 @@ def test_continuations_of_one_prompt_share_it(tiny, engine, directions, blocks):
         assert torch.allclose(score.logprobs, alone.logprobs, atol=1e-4)
 
 
+BEGINNING = "It was a dark night in the old town, and the rain fell on the roofs of the houses. "
+
+
+@pytest.mark.parametrize("scope", ["all", "prompt", "positions 2-5", "positions 2-40"])
+def test_prompts_that_begin_alike_share_their_beginning(tiny, engine, directions, blocks, scope):
+    """Each steering reads it once; what is steered after it, or before it, stays as it is alone."""
+    ends = ("The fox", "The lazy dog sat", "A", "Who?", "He said no", "Rain!")
+    settings = [(steer("add", directions["one"], coefficient=c, at=1, on=scope),) for c in (3, -4)]
+    rows = [
+        Row(BEGINNING + end, setting, Sampling(max_new_tokens=6)) for setting in settings
+        for end in ends
+    ]  # fmt: skip
+    lengths = [len(tiny.encode(row.prompt).ids) for row in rows]
+    together = engine.score(rows, [()] * len(rows), last_logits=True, taps=[Site("resid_post", 3)])
+    first = [size for layer, size, _ in blocks if layer == 3]
+    assert first == [2, 12]  # the beginning, then the ends
+    assert sum(n for layer, _, n in blocks if layer == 3) == max(lengths)
+    texts = [result.token_ids for result in engine.generate(rows)]
+    for row, length, score, text in zip(rows, lengths, together, texts, strict=True):
+        alone = engine.score([row], [()], last_logits=True, taps=[Site("resid_post", 3)])[0]
+        assert torch.allclose(score.last_logits, alone.last_logits, atol=1e-4)
+        stream, reference = (one.taps[Site("resid_post", 3)] for one in (score, alone))
+        assert len(stream) == length and torch.allclose(stream, reference, atol=1e-4)
+        assert text == engine.generate([row])[0].token_ids
+
+
+def test_what_is_steered_differently_is_not_shared(tiny, engine, directions):
+    """The same tokens are content in one prompt, and the template's in another."""
+    setting = (steer("add", directions["one"], coefficient=4, at=1, on="content"),)
+    chats = [chat(BEGINNING + end) for end in ("The fox", "A", "No")]
+    texts = [tiny.encode(one).ids for one in chats]
+    prompts = [*chats, *("".join(map(tiny.decode_token, ids)) for ids in texts)]
+    rows = [Row(prompt, setting) for prompt in prompts]
+    together = engine.score(rows, [()] * len(rows), last_logits=True)
+    for row, score in zip(rows, together, strict=True):
+        alone = engine.score([row], [()], last_logits=True)[0]
+        assert torch.allclose(score.last_logits, alone.last_logits, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("scope", "begin"), [("all", 1), ("generated", -1), ("last", -1), ("all+first", 0)]
 )
