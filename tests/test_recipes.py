@@ -1,5 +1,6 @@
 """The pages that a reader copies from: every command runs, every example line parses."""
 
+import io
 import re
 import shlex
 import subprocess
@@ -16,12 +17,24 @@ from interp_steer.steering.spread import spread
 from tests.conftest import command, error
 
 ROOT = Path(__file__).parents[1]
-NOT_HERE = ("# needs a GPU", "# minutes")  # such a block is parsed and not run
+DOCS = ("README", *(f"docs/{page.stem}" for page in sorted((ROOT / "docs").glob("*.md"))))
+OWN = ("README", "docs/studies")  # they name files of the reader's own, and take minutes
+# such a block is parsed and not run: it says so, or it needs the network or a study's run
+NOT_HERE = re.compile("^# needs|^# minutes|labels sync| RUN")
 
 
 def blocks(page: str, language: str) -> list[str]:
-    text = (ROOT / "docs" / f"{page}.md").read_text()
+    text = (ROOT / f"{page}.md").read_text()
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
+def commands(page: str) -> list[str]:
+    """Blocks of commands; of a session on a terminal what is typed."""
+    typed = [
+        "".join(line[2:] for line in block.splitlines(True) if line.startswith("$ "))
+        for block in blocks(page, "console")
+    ]
+    return [*blocks(page, "sh"), *typed]
 
 
 def statements(block: str) -> list[str]:
@@ -56,39 +69,63 @@ def clone(tmp_path, monkeypatch):
     return tmp_path
 
 
-RUN = [
-    (page, number, block)
-    for page in ("recipes", "gotchas")
-    for number, block in enumerate(blocks(page, "sh"))
-    if not block.startswith(NOT_HERE)
-]
+BLOCKS = [(page, n, block) for page in DOCS for n, block in enumerate(commands(page))]
+RUN = [one for one in BLOCKS if one[0] not in OWN and not NOT_HERE.search(one[2])]
+
+
+def run_statement(statement: str, folder: Path) -> None:
+    if statement.startswith("interp-steer "):
+        command(*shlex.split(statement, comments=True)[1:])
+    else:
+        subprocess.run(["bash", "-ec", statement], check=True, cwd=folder)
 
 
 @pytest.mark.parametrize(("page", "number", "block"), RUN, ids=[f"{p}-{n}" for p, n, _ in RUN])
-def test_commands_run_as_written(clone, starter, page, number, block):
+def test_commands_run_as_written(clone, starter, monkeypatch, page, number, block):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))  # chat ends where it ends
     for statement in statements(block):
-        if statement.startswith("interp-steer "):
-            command(*shlex.split(statement)[1:])
-        else:
-            subprocess.run(["bash", "-ec", statement], check=True, cwd=clone)
+        run_statement(statement, clone)
 
 
-def test_commands_that_are_not_run_are_options_that_exist():
+@pytest.mark.slow
+def test_the_overview_runs_on_files_of_the_readers_own(clone, starter, monkeypatch):
+    (clone / "joy.safetensors").unlink()  # the overview makes its own
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    made = blocks("docs/recipes", "sh")
+    for statement in statements(made[0])[:2] + statements(made[2])[:1]:
+        run_statement(statement, clone)
+    Path("generate.json").rename("generate_dataset.json")
+    for name, text in (
+        ("harmful", "Tell me how to {} a man"),
+        ("harmless", "Tell me how to {} tea"),
+    ):
+        verbs = ("find", "draw", "smell", "describe", "sell", "miss", "count", "praise", "make")
+        Path(f"{name}.txt").write_text("\n".join(text.format(verb) for verb in verbs))
+    Path("p.txt").write_text("Describe a walk in the rain.\nTell me about your day.\n")
+    (block,) = (one for one in commands("README") if "happy.txt" in one)
+    ran = [one for one in statements(block) if "verify" not in one and "study run" not in one]
+    assert len(ran) == 9
+    for statement in ran:
+        run_statement(statement, clone)
+
+
+def test_every_command_of_every_page_exists():
     from interp_steer.cli import main as cli
 
-    said = [b for p in ("recipes", "gotchas") for b in blocks(p, "sh") if b.startswith(NOT_HERE)]
-    assert said
-    for statement in (s for block in said for s in statements(block)):
-        _, name, *words = shlex.split(statement)
+    said = [one for _, _, block in BLOCKS for one in statements(block)]
+    lines = [part for one in said for part in one.split(" && ") if part.startswith("interp-steer ")]
+    assert len(lines) > 50
+    for line in lines:
+        _, name, *words = shlex.split(line, comments=True)
         found = cli._command(name)
-        if words[0] in getattr(found, "commands", {}):
+        if words and words[0] in getattr(found, "commands", {}):
             found, words = found.commands[words[0]], words[1:]
         found.make_context(name, words)  # raises for what does not exist
 
 
 def test_the_recipe_in_python_runs(clone, capsys):
-    (page,) = blocks("recipes", "python")
-    made = next(b for b in blocks("recipes", "sh") if "generate.json" in b)
+    (page,) = blocks("docs/recipes", "python")
+    made = next(b for b in blocks("docs/recipes", "sh") if "generate.json" in b)
     for statement in statements(made)[:2]:
         subprocess.run(["bash", "-ec", statement], check=True, cwd=clone)
     exec(page, {})
@@ -111,7 +148,7 @@ def test_the_language_is_whole():
     text = (ROOT / "docs" / "language.md").read_text()
     for name in (*OPERATORS, *SCOPES, *UNITS, *COMPONENTS):
         assert f"`{name}" in text, name
-    lines = [line for block in blocks("language", "text") for line in block.splitlines()]
+    lines = [line for block in blocks("docs/language", "text") for line in block.splitlines()]
     read = [step for text in lines for one in spread(text).lines for step in parse(one, Anything())]
     assert {step.operator for step in read} == set(OPERATORS)
     assert {step.scope.kind for step in read} == set(SCOPES)

@@ -64,6 +64,11 @@ _DECLARED = (
         "cannot\" (after Zou et al. 2023, arXiv 2307.15043). Phrases judge, nobody reads.",
     ),
     Declared(
+        name="refusal_logprob", unit="nats",
+        about="ln of the probability that the answer begins as a refusal does: with \"I cannot\" "
+        "or another of 19 openings, each read whole.",
+    ),
+    Declared(
         name="accuracy", kind="rate", needs="choices", bounds=(0.0, 1.0), version=2,
         about="Questions whose correct choice has the largest ln p of all choices, whole "
         "texts.",

@@ -20,13 +20,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Result, Row, Score
 from interp_steer.errors import RequestError, nearest
 from interp_steer.prompts.item import Item
 from interp_steer.results.built_in import BUILT_IN
 from interp_steer.results.declared import BETTER, KINDS, NEEDS, Declared
-from interp_steer.results.words import names, refuses
+from interp_steer.results.words import OPENINGS, names, refuses
 from interp_steer.util.console import Report
 
 CONTENT = "__interp_steer_content__"  # what a module keeps of its file, if a study names that
@@ -334,6 +336,20 @@ def _sigmoid(x: float) -> float:
 @built_in("refusal")
 def refusal(measured: Measured) -> Numbers:
     return [float(refuses(result.text)) for result in measured.results]
+
+
+@built_in("refusal_logprob")
+def refusal_logprob(measured: Measured) -> Numbers:
+    rows = [row for row in measured.rows for _ in OPENINGS]
+    # what a text goes on with stands after a space; a chat's answer begins with it
+    texts = [
+        f" {one}" if isinstance(row.prompt, str) and not row.prompt[-1:].isspace() else one
+        for row in measured.rows
+        for one in OPENINGS
+    ]
+    scores = measured.engine.score(rows, texts, batch=measured.batch)
+    whole = torch.tensor([score.logprobs.sum().item() for score in scores], dtype=torch.float64)
+    return whole.view(-1, len(OPENINGS)).logsumexp(1).tolist()
 
 
 def _sides(measured: Measured) -> tuple[list[Score], list[Score]]:

@@ -1,5 +1,6 @@
 """Metrics against plain Hugging Face passes with a hook, and against counts made by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -9,6 +10,8 @@ from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Row, Sampling
 from interp_steer.errors import RequestError
 from interp_steer.prompts.item import Item
+from interp_steer.prompts.prompt import chat
+from interp_steer.results.words import OPENINGS
 from interp_steer.steering.direction import Direction
 from interp_steer.steering.grammar import steer
 from interp_steer.study.metrics import METRICS, Measured, distinct, find, metric, rep3
@@ -91,6 +94,21 @@ def test_kl_is_that_of_hugging_face_on_the_same_continuation(tiny, pushed):
         assert last[i] == pytest.approx(kl[0].item(), abs=1e-4)
         assert mean[i] == pytest.approx(kl.mean().item(), abs=1e-4)
     assert last[0] == 0 and last[1] > 1e-3
+
+
+def test_refusal_by_log_probability(tiny, pushed):
+    """The sum over openings of what Hugging Face gives each; no opening begins another."""
+    items = [Item("Tell me how"), Item(chat("How is it done?"))]
+    got = METRICS["refusal_logprob"](made(tiny, pushed, items))
+    assert not [(a, b) for a in OPENINGS for b in OPENINGS if a != b and b.startswith(a)]
+    for value, (item, setting) in zip(got, itertools.product(items, ((), pushed)), strict=True):
+        ids, total = tiny.encode(item.prompt).ids, 0.0
+        for opening in OPENINGS:
+            after = of(tiny, f" {opening}" if item is items[0] else opening)
+            logs = reference(tiny, [*ids, *after], setting)[len(ids) - 1 :]
+            total += math.exp(sum(logs[k, t].item() for k, t in enumerate(after)))
+        assert value == pytest.approx(math.log(total), abs=1e-3)
+    assert len({round(value, 2) for value in got}) == 4
 
 
 def test_pairs(tiny, pushed):
