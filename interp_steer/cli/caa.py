@@ -53,6 +53,7 @@ def caa(
     prompt's last token on. The table has p(matching answer) over the two answers, a mean over
     the held-out questions.
     """
+    common.writable_folder("--out", out)
     with progress("starting", every=5):
         from interp_steer.model.loading import glance
         from interp_steer.model.site import Site

@@ -1,9 +1,9 @@
 """What the commands share: options with one meaning everywhere, output files, tables, the model."""
 
 import json
-import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -141,9 +141,25 @@ def writable(
     folder = path.absolute().parent
     if not folder.exists() and not new_folders:
         raise RequestError(f"{option} {path}: there is no folder {folder}")
+    _try(option, path)
+
+
+def writable_folder(option: str, path: Path | None) -> None:
+    """Refuses a folder in which nothing can be written, before any work is done."""
+    if path is not None:
+        if path.exists() and not path.is_dir():
+            raise RequestError(f"{option} {path} is a file; give a folder")
+        _try(option, path / "any")
+
+
+def _try(option: str, path: Path) -> None:
+    """Writes a file without a name in the nearest folder that is there."""
     there = next(one for one in path.absolute().parents if one.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise RequestError(f"{option} {path} cannot be written")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise RequestError(f"{option} {path} cannot be written: {error.strerror}") from None
 
 
 def print_json(value: object) -> None:

@@ -39,6 +39,7 @@ def demo(
     It is steered by a contrastive direction, and by a feature of the sparse autoencoder that comes
     with the package. What steers best is chosen on eight prompts, and shown on eight others.
     """
+    common.writable_folder("--out", out)
     model = load("starter", None, None)
     from dataclasses import replace
 

@@ -145,6 +145,7 @@ def run(
     The exit code is 1 if rows failed.
     """
     part = _shard(shard)
+    common.writable_folder("--out", out)
     common.at_least_one(workers=workers, threads=threads)
     if not ray and (workers > 1 or address or gpus_per_worker is not None):
         raise RequestError("--workers, --gpus-per-worker and --address need --ray")

@@ -80,6 +80,7 @@ def sweep(
         raise RequestError("nothing to sweep: give --steer 'add(NAME, {0.2,0.4} dose) at {8-20}'")
     if not prompt and not prompts:
         raise RequestError("nothing to answer: give --prompt or --prompts")
+    common.writable_folder("--out", out)
     words = common.words(concept)
     if prove and not (words or metrics):
         raise RequestError(

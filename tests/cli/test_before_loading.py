@@ -54,6 +54,10 @@ def unread(monkeypatch):
         (["chat", *D, "--steer", "add(d, 1) at 99"], "has layers 0-5"),
         (["chat", "--temperature", "-1"], "temperature is -1"),
         (["sweep", *PROMPT, *D, "--steer", "add(d, 1) at {1-9}"], "has layers 0-5"),
+        (["sweep", *PROMPT, *D, "--steer", "add(d, 1) at 1", "--out", "{folder}/p.txt"], "a file"),
+        (["sweep", *PROMPT, *D, "--steer", "add(d, 1) at 1", "--out", "{folder}/p.txt/r"],
+          "cannot be written"),
+        (["generate", *PROMPT, "--out", "/proc/answers.json"], "cannot be written"),
         (["ablate", "--prompts", "{folder}/p.txt", "--layers", "99"], "has layers 0-5"),
         (["ablate", "--prompts", "{folder}/p.txt", "--component", "z", "--heads", "99"], "heads"),
         (["direction", "make", "--positive", "{folder}/p.txt", "--negative", "{folder}/p.txt",
@@ -85,3 +89,13 @@ def test_in_a_study(folder, tiny_folder, verb, fields, expected):
     file = folder / "s.yaml"
     file.write_text(json.dumps({**STUDY, "model": str(tiny_folder), **fields}))  # JSON is YAML
     assert expected in error(2, "study", verb, file)
+
+
+def test_a_folder_that_cannot_be_written(folder, tmp_path):
+    file = folder / "s.yaml"
+    file.write_text(json.dumps(STUDY))
+    (tmp_path / "taken").write_text("")
+    for out in (tmp_path / "taken", tmp_path / "taken" / "RUN"):
+        assert "--out" in error(2, "study", "run", file, "--out", out)
+        assert "--out" in error(2, "demo", "--out", out)
+        assert "--out" in error(2, "caa", file, "--out", out)
