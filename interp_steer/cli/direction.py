@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from interp_steer.cli import common
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 app = common.group()
 
+DATA = Path(__file__).parents[1] / "data" / "demo_texts"
+DEMO = (DATA / "positive.txt", DATA / "negative.txt")
 REFUSING = ("I cannot", "Sorry", "As an AI")  # beginnings of refusals
 SHOWN = 12  # candidates in a table
 READ = """
@@ -242,6 +245,109 @@ def select(
     common.table(tuple(summary.columns), summary.itertuples(index=False))
     print(f"saved {target}")
     print(f"try   interp-steer generate --model {model} --prompt '...' --steer '{line}'")
+
+
+@app.command()
+def word(
+    words: Annotated[list[str], common.arg("One or more words, each one token of the model.")],
+    layers: common.Layers = None,
+    texts: Annotated[
+        list[Path] | None,
+        common.opt("File of texts to read. May be repeated. Default: the demo's sentences."),
+    ] = None,
+    lens: Annotated[
+        Path | None,
+        common.opt("A published lens file to take the directions from, in place of reading texts."),
+    ] = None,
+    published: Annotated[
+        bool,
+        common.opt("Read the word as published lenses do, without centring.", "--published"),
+    ] = False,
+    out: Annotated[
+        Path | None, common.opt("File to save; by default the cache's directions/WORD.safetensors.")
+    ] = None,
+    model: common.Model = "starter",
+    as_json: common.Json = False,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+) -> None:
+    """Make a direction for a word, without an SAE, labels or contrasting prompts.
+
+    The Jacobian lens (Gurnee et al. 2026): the change of the stream that raises the word most
+    against other words, here and at later positions, on average over texts.
+    """
+    common.writable("--out", out)
+    if out and len(words) > 1:
+        raise RequestError("--out is one file; give one word, or leave it out")
+    with progress("starting", every=5):
+        from interp_steer.features.contexts import windows
+        from interp_steer.prompts.file import read_prompts
+        from interp_steer.steering.direction import DirectionSet
+        from interp_steer.steering.jacobian import LENGTH, Word, token_of, word_directions
+        from interp_steer.steering.lens import JacobianLens
+        from interp_steer.util.files import cache_dir
+
+    numbers = common.indices("layers", layers) if layers else None
+    if lens and not lens.is_file():
+        raise RequestError(f"no lens file {lens}")
+    if lens and texts:
+        raise RequestError("give --lens or --texts, not both: a lens file was fitted on its own")
+    read = [text for file in texts or DEMO for text in read_prompts(file)]
+    if not all(isinstance(text, str) for text in read):
+        raise RequestError("--texts holds chats; give plain texts")
+    loaded = common.load(model, dtype, device)
+    for one in words:
+        token_of(loaded, one)
+    if lens:
+        whole = JacobianLens.load(lens, loaded)
+        at = whole.layers if numbers is None else numbers
+        found = {
+            one: Word(
+                token_of(loaded, one),
+                DirectionSet([whole.word(loaded, one, layer, published) for layer in at]),
+            )
+            for one in words
+        }
+    else:
+        encoded = windows(loaded, ["\n".join(map(str, read))], LENGTH)
+        with progress("reading texts", len(encoded)) as report:
+            found = word_directions(
+                loaded, words, encoded, layers=numbers, published=published, report=report
+            )
+    rows: list[dict[str, Any]] = []
+    for said in found.values():
+        path = out or cache_dir("directions") / f"{said.directions.name}.safetensors"
+        said.directions.save(path)
+        rows += [
+            {
+                "word": said.directions.name, "layer": member.site.layer, "norm": member.norm,
+                "halves": said.halves[i] if said.halves else None,
+                "logit_lens": said.lens[i] if said.lens else None,
+                "direction": member.label, "file": str(path),
+            }
+            for i, member in enumerate(said.directions)
+        ]  # fmt: skip
+    if as_json:
+        common.print_json(rows)
+        return
+    common.table(
+        ("word", "layer", "norm", "halves", "logit lens", "direction"),
+        [
+            (r["word"], r["layer"], r["norm"], _short(r["halves"]), _short(r["logit_lens"]),
+             r["direction"])
+            for r in rows
+        ],
+    )  # fmt: skip
+    if not lens:
+        print(
+            "\nhalves: cosine of the directions of the even and of the odd texts; near 1, more "
+            "texts change little.\nlogit lens: cosine with what reads the word from the last layer."
+        )
+    print(f"saved {', '.join(dict.fromkeys(r['file'] for r in rows))}")
+    middle = rows[len(rows) // len(words) // 2]
+    called = middle["word"] if out is None else str(out)
+    steer = f"add({called}, 0.5 dose) at {middle['layer']} on prompt"
+    print(f"try   interp-steer generate --model {model} --prompt '...' --steer '{steer}'")
 
 
 def _parts(

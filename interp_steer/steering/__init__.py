@@ -5,6 +5,8 @@
     file           directions on disk
     contrast       directions from contrasting prompts, one pure function a method
     separation     how well a contrast's layers tell its sides apart
+    jacobian       directions of words, by the Jacobian lens
+    lens           JacobianLens: whole lenses, and the files that hold them
     scale          Scale: the residual stream's median length, the unit of a relative coefficient
     operators      what an intervention computes
     intervention   Intervention: operator, directions, coefficient, sites, scope and gate
