@@ -142,7 +142,7 @@ class Engine:
             rows: prompts and interventions; scope `generated` covers the continuation.
             continuations: token ids (may be none), or text that follows the prompt directly.
             reference: for each row the number of the row that it is compared with by KL; both
-                need the same prompt and continuation.
+                need the same continuation; their prompts may differ.
             last_logits: whether to return the logits after the last token.
             taps: sites whose activations every row returns, continuation included.
 
@@ -169,8 +169,10 @@ class Engine:
         for mine, other in zip(range(len(rows)), against, strict=True):
             if other is None:
                 continue
-            if (lives[mine].prompt.ids, given[mine]) != (lives[other].prompt.ids, given[other]):
-                raise RequestError(f"row {mine} and its reference {other} have different tokens")
+            if given[mine] != given[other]:
+                raise RequestError(
+                    f"row {mine} and its reference {other} have different continuations"
+                )
         self.admission.judge(lives)
         scoring = _Scoring(model, lives, given, against, last_logits)
         needs = [working(model, len(ids), 0) for ids in scoring.sequences]

@@ -13,6 +13,7 @@ from interp_steer.results.roles import SETTING
 from interp_steer.stats import chance, intervals, simultaneous
 from interp_steer.stats.interval import MINIMUM, Interval
 
+SINGLE = ("chosen", "flip", "wrong_layer")
 NULLS = ("random", "features", "shuffled", "null")
 
 
@@ -131,10 +132,7 @@ class Evidence:
 
     def claims(self) -> pd.DataFrame:
         lines: list[dict[str, Any]] = []
-        for role in ("chosen", "flip", "wrong_layer"):
-            rows = self.table[self.table["role"] == role]
-            if rows.empty:
-                continue
+        for role, rows in self._single():
             for metric in self.metrics:
                 after = self._by_item(rows, metric.name)
                 before = self.before[metric.name].reindex(after.index)
@@ -167,6 +165,47 @@ class Evidence:
                         "n": int(there.sum()),
                         "missing": int((~there).sum()),
                         "mean_missing_zero": float(after.fillna(0.0).mean()),
+                    }
+                )
+        return pd.DataFrame(lines)
+
+    def _single(self) -> list[tuple[str, pd.DataFrame]]:
+        """(role, rows) of what is run once on the held-out prompts: of prompts in place of
+        steering, each.
+        """
+        held_out = self.table[self.table["split"] == "prove"]
+        found = [(role, self.table[self.table["role"] == role]) for role in SINGLE]
+        told = held_out[held_out["role"] == "prompted"]
+        found += [("prompted", part) for _, part in told.groupby("direction", sort=False)]
+        return [(role, rows) for role, rows in found if len(rows)]
+
+    def asking(self) -> pd.DataFrame:
+        lines: list[dict[str, Any]] = []
+        steered = self.table[(self.table["role"] == "chosen") & (self.table["split"] == "prove")]
+        for role, rows in self._single():
+            if role != "prompted" or steered.empty:
+                continue
+            for metric in self.metrics:
+                after = self._by_item(steered, metric.name)
+                other = self._by_item(rows, metric.name).reindex(after.index)
+                there = after.notna() & other.notna()
+                if not there.any():
+                    continue
+                difference = self._effect(after[there], other[there], metric)
+                lines.append(
+                    {
+                        "prompting": rows["direction"].iloc[0],
+                        "metric": metric.name,
+                        "unit": metric.unit,
+                        "steered": after[there].mean(),
+                        "prompted": other[there].mean(),
+                        "difference": difference.estimate,
+                        "low": difference.low,
+                        "high": difference.high,
+                        "method": difference.method,
+                        "p": self._paired_p(after[there], other[there], metric),
+                        "n": int(there.sum()),
+                        "missing": int((~there).sum()),
                     }
                 )
         return pd.DataFrame(lines)

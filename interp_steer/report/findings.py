@@ -70,6 +70,9 @@ class Findings:
         slopes: where a metric was asked at three coefficients or more: mean slope per unit of
             dose (or of coefficient), its interval, and the share of prompts with a negative one
             (steerability, Tan et al. 2024).
+        asking: prompt in place of steering x metric: the chosen cell less the prompt, paired over
+            the held-out prompts: `steered`, `prompted`, `difference`, `low`, `high`, `method`,
+            `p`, `n`, `missing`.
         measures: the metrics as the manifest declares them, by name.
         state: a key of `STATES`.
         chosen: the chosen cell's setting, by name of its parts.
@@ -84,6 +87,7 @@ class Findings:
     nulls: pd.DataFrame
     p: pd.DataFrame
     slopes: pd.DataFrame
+    asking: pd.DataFrame
     measures: Mapping[str, Declared]
     state: str
     chosen: Mapping[str, str] | None
@@ -117,6 +121,7 @@ class Findings:
             nulls,
             p,
             reader.slopes(),
+            reader.asking(),
             measures,
             reader.state,
             chosen,
@@ -141,6 +146,13 @@ class Findings:
                 theirs = f"their mean effect {row['mean']:+.3f}, largest {row['highest']:+.3f}"
                 theirs = "none has an effect" if math.isnan(row["mean"]) else theirs
                 lines.append(f"  against {row['n']} {row['control']}: {theirs}, p {row['p']:.3f}")
+        for row in self.asking.to_dict("records"):
+            if row["metric"] == decides:
+                lines.append(
+                    f"  steering less prompt {row['prompting']}: {row['steered']:.3f} - "
+                    f"{row['prompted']:.3f} = {row['difference']:+.3f} "
+                    f"{_span(row['low'], row['high'])}"
+                )
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:

@@ -226,6 +226,7 @@ def setting(folder: Path, told: Mapping[str, Any]) -> list[tuple[str, object]]:
         *((n, spec[n]) for n in ("sites", "coefficients", "operators", "scopes") if n in spec),
         *((n, spec[n]) for n in ("lines", "method") if spec.get(n)),
         *((n, repr(spec[n])) for n in ("system",) if spec.get(n) is not None),
+        *((f"prompt {name}", text) for name, text in told.get("prompting", {}).items()),
         ("settings", told["cells"]),
         ("prompts", ", ".join(f"{count} {name}" for name, count in told["prompts"].items())),
         ("concept", told["concept"]),

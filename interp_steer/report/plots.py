@@ -278,6 +278,12 @@ def _lines(
 # --- controls -------------------------------------------------------------------------------------
 
 
+def _role(claim: Mapping[str, Any]) -> str:
+    """What a claim is of; prompts in place of steering each by its name."""
+    role = str(claim["role"])
+    return f"prompt {claim['direction']}" if role == "prompted" else role
+
+
 def controls(
     nulls: pd.DataFrame, claims: pd.DataFrame, metric: str, p: pd.DataFrame | None = None
 ) -> "Figure":
@@ -296,7 +302,7 @@ def controls(
     from matplotlib.figure import Figure
 
     mine = [r for r in as_records(claims) if r["metric"] == metric and pd.notna(r["effect"])]
-    single = {str(r["role"]): r for r in mine}
+    single = {_role(r): r for r in mine}
     if "chosen" not in single:
         raise RequestError(f"no chosen cell has an effect on {metric}")
     strips: dict[str, list[float]] = {}
@@ -305,7 +311,8 @@ def controls(
             strips.setdefault(r["role"], []).append(float(r["effect"]))
     chances = () if p is None else [r for r in as_records(p) if r["metric"] == metric]
     chance = {r["control"]: r for r in chances}
-    rows = [role for role in ROLES if role in single or role in strips]
+    known = [*ROLES, *(role for role in single if role not in ROLES)]
+    rows = [role for role in known if role in single or role in strips]
     heights = [0.45 if role in single else 0.75 for role in rows]
     figure = Figure(figsize=(4.5, sum(heights) + 1.0), layout="constrained")
     axis = figure.subplots()
@@ -320,7 +327,7 @@ def controls(
         y = top - height / 2
         top -= height
         ticks.append(y)
-        said.append(ROLES[role])
+        said.append(ROLES.get(role, role))
         if role in single:
             r, ink = single[role], RED if role == "chosen" else "black"
             if pd.notna(r["low"]):

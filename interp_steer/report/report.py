@@ -22,6 +22,7 @@ from interp_steer.report.page import (
     Picture,
     Table,
     as_records,
+    chance,
     pieces,
     plain,
     render,
@@ -104,6 +105,7 @@ class _Report:
             claims=claims_table(findings.claims, self.decides),
             best_layers=", ".join(map(str, findings.best_layers)) if chosen_from else "",
             controls=self._controls([self.decides], "one-sided"),
+            asking=self._asking(),
             slopes=mine,
             other_slopes=other_slopes,
             pictures=self._pictures(self.decides, True),
@@ -158,7 +160,8 @@ class _Report:
         for r in as_records(self.findings.claims):
             if r["metric"] in metrics and r["role"] != "chosen":
                 ends = ("", signed(r["effect"]), span(r["low"], r["high"]), "")
-                rows.append((ROLES[r["role"]], r["metric"], *ends))
+                named = f"prompt {r['direction']}" if r["role"] == "prompted" else ROLES[r["role"]]
+                rows.append((named, r["metric"], *ends))
         for r in as_records(self.findings.p):
             if r["metric"] in metrics:
                 reach = f"{signed(r['lowest'])} to {signed(r['highest'])}"
@@ -173,6 +176,21 @@ class _Report:
             caption=f"Controls. p, {sides}: how often null directions do at least as well",
             words=2,
         )
+
+    def _asking(self) -> Table | None:
+        """Steering against prompts that ask for it."""
+        rows: list[Cells] = [
+            (
+                r["prompting"], r["metric"], plain(r["steered"]), plain(r["prompted"]),
+                signed(r["difference"]), span(r["low"], r["high"]), chance(r["p"]), int(r["n"]),
+                r["method"],
+            )
+            for r in as_records(self.findings.asking)
+        ]  # fmt: skip
+        heads = ("prompt", "metric", "steered", "prompted", "difference", "interval",
+                 "p of no difference", "prompts", "method")  # fmt: skip
+        caption = "The chosen setting less prompts that ask for it, paired over held-out prompts"
+        return Table(heads, rows, caption=caption, words=2, last_words=True) if rows else None
 
     def _slopes(self) -> tuple[Table | None, Table | None]:
         """Steerability: of the chosen setting's site, and of the others."""

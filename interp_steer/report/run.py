@@ -36,7 +36,7 @@ _MANIFEST = {
     "directions": {str: str}, "model": str, "revision": (str, NONE), "dtype": str, "device": str,
     "n_layers": int, "threads": COUNT[1:4097], "versions": {str: str}, "machine": {str: object},
     "arguments": [str], "modules": [str], "written_at": str,
-    "earlier?": [{str: object}],
+    "earlier?": [{str: object}], "prompting?": {str: str},
 }  # fmt: skip
 _PLANNED = {
     "role": str, "null": (int, NONE), "split": str, "item": str, "seed": int, "direction": str,

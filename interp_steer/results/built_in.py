@@ -39,6 +39,11 @@ _DECLARED = (
         "unsteered answer.",
     ),
     Declared(
+        name="kl_p95", better="low", needs="unsteered", unit="nats a token",
+        about="95th percentile of KL(unsteered || steered) over the last prompt position and the "
+        "unsteered answer's.",
+    ),
+    Declared(
         name="logit_difference", needs="pair", unit="nats", version=2,
         about="Logit of the positive answer minus that of the negative at the first token "
         "that differs.",

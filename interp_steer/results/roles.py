@@ -51,6 +51,7 @@ ROLES = {
     "grid": "every setting, on the selection prompts",
     "null_grid": "the same grid with random directions, on the selection prompts",
     "chosen": "the chosen setting, on the held-out prompts",
+    "prompted": "a prompt that asks for it in words, without steering, on the held-out prompts",
     "flip": "the chosen setting with the coefficient's sign turned",
     "wrong_layer": "the chosen setting's direction half the model away",
     "random": "random directions of the same norm in the chosen setting",

@@ -2,7 +2,8 @@
 
 - `study`: `Study`, a design that can be run
 - `design`: what a study declares, its checks, and the cells that follow
-- `cell`: controls, cells and planned rows
+- `cell`: controls, prompts in place of steering, cells and planned rows
+- `fields`: fields as people write them, in the one form that a study keeps
 - `file`: a study as a YAML file
 - `modules`: Python files that define further metrics
 - `metrics`: functions from what was run to a number for each row

@@ -1,9 +1,11 @@
 """The parts of a study: its controls, its cells, and the rows that they become."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from interp_steer.errors import RequestError
+from interp_steer.errors import RequestError, nearest
 from interp_steer.prompts.item import Item
+from interp_steer.prompts.prompt import Prompt
 from interp_steer.results.roles import Setting
 from interp_steer.steering.intervention import Intervention
 from interp_steer.steering.scale import Scale
@@ -49,6 +51,65 @@ class Controls:
 
 
 @dataclass(frozen=True)
+class Prompting:
+    """What a prompt says in place of steering: the baseline that steering has to beat.
+
+    Attributes:
+        system: the system prompt; it takes the place of one that is there.
+        user: text before the user's last message, an empty line between them.
+    """
+
+    system: str | None = None
+    user: str | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.system or "").strip() and not (self.user or "").strip():
+            raise RequestError("a prompting says nothing; give `system`, or `user`, or both")
+
+    @classmethod
+    def of(cls, name: str, given: object) -> "Prompting":
+        """What a study declares under a name; raises RequestError if it is not of that form."""
+        if not isinstance(given, Mapping):
+            raise RequestError(
+                f"prompting {name!r} is {str(given)[:60]!r}; expected fields: system, user, or both"
+            )
+        for key in given:
+            if key not in ("system", "user"):
+                close = nearest(str(key), ("system", "user"))
+                raise RequestError(f"prompting {name!r}: unknown field {key!r}{close}")
+            expect(f"prompting {name!r}: {key}", given[key], "text")
+        return cls(**given)
+
+    def put(self, prompt: Prompt) -> Prompt:
+        """A prompt that says it.
+
+        Raises:
+            RequestError: a system prompt for a plain text, or a chat in which no user speaks.
+        """
+        if isinstance(prompt, str):
+            if self.system is not None:
+                raise RequestError(
+                    f"a system prompt needs a chat, and {prompt[:60]!r} is a plain text; give "
+                    "`user`, or a model with a chat template"
+                )
+            return f"{self.user}\n\n{prompt}"
+        said = list(prompt)
+        if self.user is not None:
+            last = max((n for n, (role, _) in enumerate(said) if role == "user"), default=None)
+            if last is None:
+                raise RequestError("no user speaks in a chat that is to be prompted by `user`")
+            said[last] = ("user", f"{self.user}\n\n{said[last][1]}")
+        if self.system is not None:
+            rest = [message for message in said if message[0] != "system"]
+            said = [("system", self.system), *rest]
+        return tuple(said)
+
+    def __str__(self) -> str:
+        parts = (("system prompt", self.system), ("before the question", self.user))
+        return "; ".join(f"{where}: {text}" for where, text in parts if text is not None)
+
+
+@dataclass(frozen=True)
 class Cell:
     """One setting of a study, whatever the prompt.
 
@@ -57,6 +118,7 @@ class Cell:
         direction, operator, site, level, scope: its setting.
         steer: the interventions, their coefficients resolved to lengths.
         null: of a random control, its number from 0.
+        prompting: what the prompt says in place of steering; its name is the `direction`.
     """
 
     role: str
@@ -67,6 +129,7 @@ class Cell:
     scope: str = ""
     steer: tuple[Intervention, ...] = ()
     null: int | None = None
+    prompting: Prompting | None = None
 
     def strength(self, name: str, scale: Scale) -> float | None:
         """Its "coefficient", "dose" or "max": the mean over its sites. None if a site has none."""
@@ -82,6 +145,8 @@ class Cell:
     def __str__(self) -> str:
         if not self.direction:
             return self.role
+        if self.prompting:
+            return f"prompt {self.direction}"
         level = f", {self.level}" if self.level else ""
         scope = f" on {self.scope}" if self.scope not in ("", "all") else ""
         return f"{self.operator}({self.direction}{level}) at {self.site}{scope}"

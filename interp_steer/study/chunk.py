@@ -98,7 +98,11 @@ def measure(engine: Engine, chunk: Chunk, report: Report | None = None) -> list[
     )
     generated = any(m.needs == "text" for m in applicable)
     forced: Sequence[tuple[int, ...] | None] = chunk.unsteered
-    if not any(row.steer for row in chunk.rows) and any(m.needs == "unsteered" for m in applicable):
+    plain = not any(
+        row.steer or "prompting" in about
+        for row, about in zip(chunk.rows, chunk.about, strict=True)
+    )
+    if plain and any(m.needs == "unsteered" for m in applicable):
         generated = True  # the answers on which the other rows are read, and these as well
         forced = [result.token_ids for result in measured.results]
     measured.unsteered = [ids or () for ids in forced]
@@ -140,7 +144,10 @@ def _step_lengths(
     prompt's steered positions, from one pass with the steering and one without. None at a single
     head's output, unless it is an addition.
     """
-    lengths: list[float | None] = [0.0 if not row.steer else None for row in chunk.rows]
+    lengths: list[float | None] = [
+        None if row.steer or "prompting" in about else 0.0
+        for row, about in zip(chunk.rows, chunk.about, strict=True)
+    ]
     todo: dict[Any, list[int]] = {}
     for i, row in enumerate(chunk.rows):
         if not row.steer:

@@ -158,6 +158,10 @@ def declared(study: Design, model: SteeringModel) -> dict[str, Any]:
     }
     for name in OWN:
         value = getattr(study, name)
+        if name == "prompting":
+            if value:  # without it a study is the one that earlier versions wrote
+                spec[name] = {one: dict(given) for one, given in value.items()}
+            continue
         if name in ("controls", "sampling"):
             value = asdict(value)
         spec.setdefault(name, list(value) if isinstance(value, tuple) else value)
@@ -189,6 +193,7 @@ def _manifest(
     study: Design, model: SteeringModel, about: Mapping[str, str], arguments: Sequence[str]
 ) -> dict[str, Any]:
     """Versions, arguments, hashes and machine of this start."""
+    cells = study.prompted()
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     return {
         "about": dict(about),
@@ -205,6 +210,7 @@ def _manifest(
         "seeds": list(study.seeds),
         "chunk": study.chunk,
         "prompts": {part: len(getattr(study, part)) for part in PARTS},
+        **({"prompting": {c.direction: str(c.prompting) for c in cells}} if cells else {}),
         "directions": {name: vector.sha for name, vector in study.vectors.items()},
         "model": model.name,
         "revision": model.revision,

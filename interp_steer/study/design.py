@@ -21,15 +21,14 @@ from interp_steer.prompts.parts import check_apart, questions
 from interp_steer.prompts.prompt import chat
 from interp_steer.results.declared import NEEDS
 from interp_steer.results.roles import Setting
-from interp_steer.results.words import middle
 from interp_steer.steering.contrast import Contrast
-from interp_steer.steering.direction import Direction, DirectionSet
+from interp_steer.steering.direction import Direction, DirectionSet, is_name
 from interp_steer.steering.grammar import Reader, parse, steer
-from interp_steer.steering.intervention import OPERATORS, Intervention, Vector, resolve, sites_text
+from interp_steer.steering.intervention import OPERATORS, Intervention, Vector, resolve
 from interp_steer.steering.scale import Scale
-from interp_steer.steering.spread import spread
 from interp_steer.study import metrics as measures
-from interp_steer.study.cell import Cell, Controls, Planned
+from interp_steer.study.cell import Cell, Controls, Planned, Prompting
+from interp_steer.study.fields import apart, each, halved, level, listed
 from interp_steer.study.modules import load_modules
 from interp_steer.util.typed import expect
 
@@ -69,6 +68,9 @@ class Design:
         chunk: rows that are run together. It is fixed, because the other rows of a batch decide a
             row's last bits.
         question: what the study asks, for the report.
+        prompting: by name, what prompts say in place of steering: `{"system": "..."}`, `{"user":
+            "..."}` or both; see `Prompting`. Each runs on the `prove` prompts beside the chosen
+            cell: is steering better than asking?
 
     Raises:
         RequestError: the fields do not fit together. All is checked that needs no model.
@@ -97,29 +99,31 @@ class Design:
     modules: Any = ()
     chunk: int = 128
     question: str = ""
+    prompting: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        put("modules", tuple(str(Path(path).resolve()) for path in _tuple(self.modules)))
+        put("modules", tuple(str(Path(path).resolve()) for path in listed(self.modules)))
         load_modules(self.modules)
         for name in PARTS:
             given = getattr(self, name)
             if isinstance(given, str):
                 raise RequestError(f"{name} is one text, expected a list of prompts")
             items = tuple(map(Item.of, given))
-            put(name, tuple(map(_halved, items)) if name == "neutral" else items)
+            put(name, tuple(map(halved, items)) if name == "neutral" else items)
         for name in ("sites", "coefficients", "operators", "scopes", "seeds", "lines", "concept"):
-            put(name, _tuple(getattr(self, name)))
+            put(name, listed(getattr(self, name)))
         usual = (*(("concept",) if self.concept else ()), "rep3", "surprise", "length")
-        put("metrics", _tuple(self.metrics) or usual)
+        put("metrics", listed(self.metrics) or usual)
         put("choose_by", self.choose_by or self.metrics[0])
         for name in ("sites", "coefficients", "operators", "scopes", "lines"):
-            put(name, tuple(part for given in getattr(self, name) for part in _apart(given)))
-        put("sites", tuple(site for given in self.sites for site in _each(given)))
-        put("coefficients", tuple(map(_level, self.coefficients)))
+            put(name, tuple(part for given in getattr(self, name) for part in apart(given)))
+        put("sites", tuple(site for given in self.sites for site in each(given)))
+        put("coefficients", tuple(map(level, self.coefficients)))
         self._check_grid()
+        self._check_prompting()
         self._check_metrics()
         self._check_prompts()
 
@@ -160,6 +164,15 @@ class Design:
         expect("seeds", list(self.seeds), "a whole number", several=True)
         if type(self.chunk) is not int or self.chunk < 1:
             raise RequestError(f"chunk is {self.chunk!r}, expected at least 1")
+
+    def _check_prompting(self) -> None:
+        for name, given in self.prompting.items():
+            if not is_name(str(name)) or name in self.directions:
+                raise RequestError(
+                    f"{name!r} cannot name a prompt: use letters, digits, '_' and '-', and no "
+                    "direction's name"
+                )
+            Prompting.of(name, given)
 
     def _check_metrics(self) -> None:
         for word in self.concept:
@@ -321,6 +334,13 @@ class Design:
         """Every cell of the grid."""
         return [self.cell(setting, scale) for setting in self.settings]
 
+    def prompted(self) -> list[Cell]:
+        """A cell for each prompt that takes the place of steering."""
+        return [
+            Cell("prompted", name, prompting=Prompting.of(name, given))
+            for name, given in self.prompting.items()
+        ]
+
     def null_vectors(self, number: int) -> dict[str, Vector]:
         """Random directions in place of all of the study's."""
         seed = self.controls.seed * 100_003 + number
@@ -337,7 +357,8 @@ class Design:
 
     def sampled(self, row: Planned) -> Row:
         """What the engine runs for a planned row."""
-        return Row(row.item.prompt, row.cell.steer, self.sampling, row.seed)
+        asked = row.cell.prompting.put(row.item.prompt) if row.cell.prompting else row.item.prompt
+        return Row(asked, row.cell.steer, self.sampling, row.seed)
 
     def notes(self) -> list[str]:
         """What to be careful about: too few prompts, controls or random directions."""
@@ -364,40 +385,3 @@ class Design:
             if 0 < len(getattr(self, part)) < 10:
                 notes.append(f"{len(getattr(self, part))} prompts {part}: points without intervals")
         return notes
-
-
-def _tuple(given: object) -> tuple[Any, ...]:
-    """A single value as a tuple of one."""
-    return tuple(given) if isinstance(given, (list, tuple, range)) else (given,)
-
-
-def _apart(given: Any) -> Sequence[Any]:
-    """The values that a text with braces stands for; anything else is one."""
-    return spread(given).lines if isinstance(given, str) else (given,)
-
-
-def _halved(item: Item) -> Item:
-    """A neutral text without a continuation: its second half continues the first."""
-    if item.continuation is not None or not isinstance(item.prompt, str):
-        return item
-    cut = middle(item.prompt)
-    if cut is None:
-        raise RequestError(f"the neutral text {item.prompt[:60]!r} has no second half")
-    return replace(item, prompt=item.prompt[:cut], continuation=item.prompt[cut:])
-
-
-def _each(given: object) -> list[str]:
-    """The sites of each cell as text: one cell, or one for each site behind the word `each`."""
-    text = str(given).strip()
-    word, _, rest = text.partition(" ")
-    if word != "each":
-        return [sites_text(Reader(text).only(Reader.sites))]
-    return [sites_text((site,)) for site in Reader(rest).only(Reader.sites)]
-
-
-def _level(given: object) -> str:
-    """A coefficient as text in one spelling."""
-    if isinstance(given, bool) or not isinstance(given, (int, float, str)):
-        raise RequestError(f"{given!r} is no coefficient; expected such as 8.5 or '0.4 dose'")
-    value, unit = Reader(str(given)).only(Reader.coefficient)
-    return f"{value!r} {unit}".strip()

@@ -211,7 +211,8 @@ class _Work:
         if len(chunk) > 1:
             return chunk.halves()
         about = chunk.about[0]
-        what = f"{about['steer'] or 'unsteered'} on {about['prompt'][:40]!r}, seed {about['seed']}"
+        how = about["steer"] or about.get("prompting") or "unsteered"
+        what = f"{how} on {about['prompt'][:40]!r}, seed {about['seed']}"
         why = str(error).strip().splitlines()
         self.failures.append(Failure(chunk.keys[0], what, why[-1] if why else repr(error)))
         self.failed_in_row += 1
@@ -237,7 +238,8 @@ class _Work:
         for _, row in rows:
             plain = Planned(Cell("unsteered"), row.item, row.split, row.seed)
             answer = self.known.get(key_of(self.study, self.model, plain))
-            ids = answer["token_ids"] if answer and row.cell.steer else None
+            other = row.cell.steer or row.cell.prompting
+            ids = answer["token_ids"] if answer and other else None
             unsteered.append(None if ids is None else tuple(ids))
         return Chunk(
             keys=tuple(key for key, _ in rows),
@@ -264,6 +266,7 @@ class _Work:
             "coefficient": row.cell.strength("coefficient", self.scale),
             "dose": row.cell.strength("dose", self.scale),
             "of_max": row.cell.strength("max", self.scale),
+            **({"prompting": str(row.cell.prompting)} if row.cell.prompting else {}),
         }
 
     def _write_plan(self, stage: Stage, keys: Mapping[int, str]) -> None:

@@ -104,6 +104,7 @@ class StudyFile:
             ("controls", [f.name for f in fields(Controls)], "control"),
             ("sampling", [f.name for f in fields(Sampling)], "sampling setting"),
             ("limits", None, ""),
+            ("prompting", None, ""),
             ("directions", None, ""),
         ):
             given = spec.get(part, {})

@@ -26,6 +26,7 @@ from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Result, Row, Score
 from interp_steer.errors import RequestError, nearest
 from interp_steer.prompts.item import Item
+from interp_steer.prompts.prompt import Prompt
 from interp_steer.results.built_in import BUILT_IN
 from interp_steer.results.declared import BETTER, KINDS, NEEDS, Declared
 from interp_steer.results.words import OPENINGS, names, refuses
@@ -67,7 +68,22 @@ def surprise(
     All answer tokens count; None where there are none. A loop has low surprise: read it beside
     `rep3`.
     """
-    rows = [Row(result.row.prompt) for result in results]
+    return _surprise_after(
+        engine, [result.row.prompt for result in results], results, report, batch
+    )
+
+
+def _surprise_after(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    results: Sequence[Result],
+    report: Report | None = None,
+    batch: int | None = None,
+) -> Numbers:
+    """The same after given prompts: a row that was asked in other words is read after the plain
+    question, as all others are.
+    """
+    rows = [Row(prompt) for prompt in prompts]
     answers = [result.token_ids for result in results]
     scores = engine.score(rows, answers, report=report, batch=batch)
     return [_mean_loss(score) for score in scores]
@@ -105,14 +121,14 @@ class Measured:
     @cached_property
     def scores(self) -> list[Score]:
         """The rows on the unsteered answer, teacher-forced, with the KL from the unsteered row."""
-        plain = {row.prompt: Row(row.prompt) for row in self.rows}
-        pairs = dict.fromkeys(zip((r.prompt for r in self.rows), self._forced, strict=True))
+        asked = [item.prompt for item in self.items]  # in other words, if a row is prompted
+        pairs = dict.fromkeys(zip(asked, self._forced, strict=True))
         at = {pair: len(self.rows) + i for i, pair in enumerate(pairs)}
         scores = self.engine.score(
-            [*self.rows, *(plain[prompt] for prompt, _ in pairs)],
+            [*self.rows, *(Row(prompt) for prompt, _ in pairs)],
             [*self._forced, *(ids for _, ids in pairs)],
             reference=[
-                *(at[r.prompt, ids] for r, ids in zip(self.rows, self._forced, strict=True)),
+                *(at[pair] for pair in zip(asked, self._forced, strict=True)),
                 *(None for _ in pairs),
             ],
             batch=self.batch,
@@ -271,7 +287,8 @@ def distinct2(measured: Measured) -> Numbers:
 
 @built_in("surprise")
 def _surprise(measured: Measured) -> Numbers:
-    return surprise(measured.engine, measured.results, batch=measured.batch)
+    asked = [item.prompt for item in measured.items]
+    return _surprise_after(measured.engine, asked, measured.results, batch=measured.batch)
 
 
 @built_in("length")
@@ -287,6 +304,11 @@ def kl_last(measured: Measured) -> Numbers:
 @built_in("kl_mean")
 def kl_mean(measured: Measured) -> Numbers:
     return [s.kl.mean().item() if s.kl is not None else None for s in measured.scores]
+
+
+@built_in("kl_p95")
+def kl_p95(measured: Measured) -> Numbers:
+    return [s.kl.quantile(0.95).item() if s.kl is not None else None for s in measured.scores]
 
 
 @built_in("logit_difference")

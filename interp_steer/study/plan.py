@@ -60,6 +60,11 @@ def check(study: Design, model: SteeringModel) -> None:
         cell = study.cell(setting, unit)
         for item in (longest, *rewritten):
             admission.take(0, Row(item.prompt, cell.steer, study.sampling), (), new)
+    for cell in study.prompted():
+        assert cell.prompting is not None
+        for number, item in enumerate(study.prove, start=1):
+            with numbered(f"prompting {cell.direction}, prove", number):
+                admission.take(0, Row(cell.prompting.put(item.prompt), (), study.sampling), (), new)
     if study.choose or len(study.settings) == 1:  # else nothing is proved
         for one in study.vectors.values():
             if isinstance(one, Direction) and one.is_feature:
@@ -85,12 +90,13 @@ def forecast(study: Design) -> dict[str, int]:
     contrastive = any(isinstance(one, Contrast) for one in made)
     features = sum(isinstance(one, Direction) and one.is_feature for one in made)
     cells = 1 + controls.flip + controls.wrong_layer + controls.random + study.selected
-    cells += controls.shuffled * contrastive + controls.features * features
+    cells += len(study.prompting) + controls.shuffled * contrastive + controls.features * features
     found = {"unsteered": items * seeds}
     if study.choose:
         found["grid"] = len(study.settings) * (1 + study.selected) * len(study.choose) * seeds
     elif len(study.settings) > 1:
-        return {**found, "grid": len(study.settings) * len(study.prove) * seeds}
+        cells = len(study.settings) + len(study.prompting)
+        return {**found, "grid": cells * len(study.prove) * seeds}
     found["prove"] = (cells * len(study.prove) + 2 * len(study.neutral)) * seeds
     return found
 

@@ -62,12 +62,12 @@ def stages(
         null_cells = [replace(cell, role="null") for cell in picked if cell is not None]
     elif len(grid) > 1:
         # without a selection the whole grid runs on `prove`, and no cell of it is claimed
-        yield Stage("grid", _crossed(study, grid, "prove"))
+        yield Stage("grid", _crossed(study, [*grid, *study.prompted()], "prove"))
         return
     if chosen is None:
         return
     beside = controlled(study, chosen.setting, scale, model.n_layers)
-    rows = _crossed(study, [*beside, *null_cells], "prove")
+    rows = _crossed(study, [*beside, *study.prompted(), *null_cells], "prove")
     rows += _crossed(study, [c for c in beside if c.role in ("chosen", "flip")], "neutral")
     yield Stage("prove", rows)
 

@@ -364,9 +364,24 @@ def test_score_gives_logprobs_and_kl(tiny, engine, rows, answers):
         assert torch.allclose(mine.logprobs, expected, atol=1e-3)
 
 
+def test_a_reference_may_have_another_prompt(engine, tiny):
+    """The same answer, asked for in two ways."""
+    rows = [Row(PROMPTS[0]), Row(PROMPTS[1])]
+    answer = (5, 6, 7)
+    _, mine = engine.score(rows, [answer] * 2, reference=[None, 0])
+    logs = []
+    for row in rows:
+        ids = tiny.encode(row.prompt).ids
+        with torch.no_grad():
+            logits = tiny.hf(torch.tensor([[*ids, *answer]])).logits[0, len(ids) - 1 :]
+        logs.append(logits.log_softmax(-1))
+    kl = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
+    assert torch.allclose(mine.kl, kl, atol=1e-4) and kl.min() > 1e-3
+
+
 def test_a_reference_of_other_tokens_is_refused(engine):
-    with pytest.raises(RequestError, match="different tokens"):
-        engine.score([Row(PROMPTS[0]), Row(PROMPTS[1])], [(), ()], reference=[None, 0])
+    with pytest.raises(RequestError, match="different continuations"):
+        engine.score([Row(PROMPTS[0])] * 2, [(1, 2), (3,)], reference=[None, 0])
     for wrong in ([None], [None, 2], [-1, None]):
         with pytest.raises(RequestError, match="row number 0-1"):
             engine.score([Row(PROMPTS[0])] * 2, [(), ()], reference=wrong)
