@@ -25,11 +25,13 @@ from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Row, Sampling
 from interp_steer.errors import RequestError
 from interp_steer.model.model import SteeringModel
+from interp_steer.prompts.item import Item
+from interp_steer.prompts.parts import check_apart
 from interp_steer.results.roles import declared_in
 from interp_steer.stats import intervals
 from interp_steer.stats.interval import MINIMUM
 from interp_steer.steering.grammar import parse
-from interp_steer.steering.intervention import Vector, resolve
+from interp_steer.steering.intervention import Intervention, Vector, resolve
 from interp_steer.steering.intervention import line as text_of
 from interp_steer.steering.spread import spread
 from interp_steer.study.study import Study
@@ -76,6 +78,59 @@ class Tuned:
         return frame(self.table.drop(columns="steer"), f"{self.target:g} nats a token")
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What is asked, read: lines with `?`, what the names mean, and the target.
+
+    Attributes:
+        lines: with `?`, every one that braces stand for.
+        units: of each line's unknown strength.
+        fields: further ones of the studies that measure.
+    """
+
+    lines: tuple[str, ...]
+    units: tuple[str, ...]
+    directions: Mapping[str, Vector]
+    target: float
+    fields: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        lines: str | Sequence[str],
+        directions: Mapping[str, Vector],
+        target: float = TARGET,
+        **fields: Any,
+    ) -> "Trial":
+        """Raises RequestError as `equal_kl` does."""
+        if not 0 < target < 100:
+            raise RequestError(
+                f"a target of {target:g} nats a token; expected above 0, such as 0.2"
+            )
+        given = (lines,) if isinstance(lines, str) else lines
+        read = tuple(dict.fromkeys(one for text in given for one in spread(text).lines))
+        units = tuple(map(_unit, read))
+        return cls(read, units, directions, target, {"metrics": METRICS, **fields})
+
+    @property
+    def examples(self) -> list[tuple[Intervention, ...]]:
+        """Every line at some strength."""
+        return [parse(_at(one, 1.0), self.directions) for one in self.lines]
+
+    def study(self, texts: Sequence[str], prompts: Sequence[Any]) -> Study:
+        """What measures lines on prompts."""
+        return Study.sweep(texts, prompts, self.directions, **self.fields)
+
+    def check(self, prompts: Sequence[Any], held_out: Sequence[Any]) -> None:
+        """Raises RequestError where the studies would, and for a prompt that both parts have."""
+        example = [_at(one, 1.0) for one in self.lines]
+        self.study(example, prompts)
+        if held_out:
+            self.study(example, held_out)
+            parts = {"selection": prompts, "held out": held_out}
+            check_apart({name: [Item.of(one) for one in some] for name, some in parts.items()})
+
+
 def equal_kl(
     model: SteeringModel,
     lines: str | Sequence[str],
@@ -110,21 +165,17 @@ def equal_kl(
             or less, or below ten times what rounding makes; or as `Study` does.
         RunError: as a study's run does.
     """
-    if not 0 < target < 100:
-        raise RequestError(f"a target of {target:g} nats a token; expected above 0, such as 0.2")
     if not doses or min(doses) <= 0 or len(set(doses)) < len(doses):
-        raise RequestError(
-            f"doses are {', '.join(map(str, doses))}; expected some above 0, each once"
-        )
+        shown = ", ".join(map(str, doses))
+        raise RequestError(f"doses are {shown}; expected some above 0, each once")
     if type(batches) is not int or batches < 1:
         raise RequestError(f"batches is {batches!r}, expected at least 1")
-    given = (lines,) if isinstance(lines, str) else lines
-    templates = list(dict.fromkeys(one for text in given for one in spread(text).lines))
-    units = [_unit(one) for one in templates]
-    curves = [Curve(target, _is_identity(one, directions)) for one in templates]
     sampling = Sampling(max_new_tokens=length)
-    ground = _Ground(model, directions, {"metrics": METRICS, "sampling": sampling, **fields})
-    ground.check_floor(prompts, target)
+    trial = Trial.of(lines, directions, target, sampling=sampling, **fields)
+    trial.check(prompts, held_out)
+    templates, units = trial.lines, trial.units
+    curves = [Curve(target, all(s.operator in ZERO for s in one)) for one in trial.examples]
+    _check_floor(trial, model, prompts)
     folder = Path(folder)
     tried: list[tuple[str, float, float, float]] = []
     rounds = [0] * len(templates)
@@ -134,7 +185,7 @@ def equal_kl(
         strengths = [dose * UNITS[units[n]] for n, dose in todo]
         texts = [_at(templates[n], x) for (n, _), x in zip(todo, strengths, strict=True)]
         found: dict[int, dict[float, float]] = {}
-        values = ground.measured(texts, prompts, folder / "selection")
+        values = _measured(trial.study(texts, prompts), model, folder / "selection")
         for (n, dose), strength, (kl, high) in zip(todo, strengths, values, strict=True):
             found.setdefault(n, {})[dose] = float(kl.mean())
             tried.append((templates[n], strength, float(kl.mean()), high))
@@ -145,7 +196,7 @@ def equal_kl(
         following = [(n, curve.next) for n, curve in enumerate(curves)]
         todo = [(n, dose) for n, dose in following if dose is not None]
     known = pd.DataFrame(tried, columns=["line", "strength", "kl", "kl_p95"])
-    scale = ground.study([_at(templates[0], 1.0)], prompts).bound(model).scale(model)
+    scale = trial.study([_at(templates[0], 1.0)], prompts).bound(model).scale(model)
     rows = []
     for n, (one, curve) in enumerate(zip(templates, curves, strict=True)):
         row: dict[str, Any] = {
@@ -162,83 +213,70 @@ def equal_kl(
         rows.append(row)
     table = pd.DataFrame(rows)
     if held_out:
-        table = ground.shown(table, held_out, folder / "held_out")
+        table = _shown(table, trial, model, held_out, folder / "held_out")
     in_order = known.sort_values(["line", "strength"], kind="stable", ignore_index=True)
     return Tuned(table, in_order, target, done)
 
 
-@dataclass(frozen=True)
-class _Ground:
-    """What all rounds share: the model, the directions, and the fields of their studies."""
-
-    model: SteeringModel
-    directions: Mapping[str, Vector]
-    fields: Mapping[str, Any]
-
-    def study(self, texts: Sequence[str], prompts: Sequence[Any]) -> Study:
-        return Study.sweep(texts, prompts, self.directions, **self.fields)
-
-    def measured(
-        self, texts: Sequence[str], prompts: Sequence[Any], folder: Path
-    ) -> list[tuple[Values, float]]:
-        """Of each line the KL of every prompt, and the mean of its 95th percentiles."""
-        study = self.study(texts, prompts)
-        run = study.run(self.model, folder)
-        rows: dict[str, dict[str, list[Mapping[str, float]]]] = {}
-        for planned in run.plan:
-            if planned["role"] in ("grid", "chosen"):
-                items = rows.setdefault(declared_in(planned)[0], {})
-                metrics = run.rows[planned["key"]]["metrics"]
-                items.setdefault(planned["item"], []).append(metrics)
-        found = []
-        for text, *_ in study.settings:
-            mean, high = (
-                np.array([np.mean([one[name] for one in some]) for some in rows[text].values()])
-                for name in METRICS
-            )
-            found.append((mean, float(high.mean())))
-        return found
-
-    def shown(self, table: pd.DataFrame, held_out: Sequence[Any], folder: Path) -> pd.DataFrame:
-        """The table with the KL of the doses found on prompts that did not find them."""
-        there = table.index[table["steer"].notna()]
-        names = ("held_out", "low", "high", "n")
-        table = table.assign(**{name: math.nan for name in names})
-        if len(there):
-            values = self.measured(list(table.loc[there, "steer"]), held_out, folder)
-            for n, (kl, _) in zip(there, values, strict=True):
-                span = intervals.mean(kl, bounds=(0.0, math.inf))
-                ends = (span.low, span.high) if len(kl) >= MINIMUM else (None, None)
-                table.loc[n, list(names)] = [float(kl.mean()), *ends, len(kl)]
-        return table
-
-    def check_floor(self, prompts: Sequence[Any], target: float) -> None:
-        """Refuses a target that rounding alone comes near: KL of the model from itself, in two
-        batches. Float32 rounds away about 1e-6 nats, bfloat16 1e-2 and more.
-        """
-        if self.model.dtype == torch.float32:
-            return
-        some = next(iter(self.directions))
-        items = self.study([f"ablate({some}) at 0"], prompts[:8]).bound(self.model).prove
-        engine, rows = Engine(self.model), [Row(item.prompt) for item in items]
-        said = engine.generate(
-            [Row(item.prompt, (), Sampling(max_new_tokens=16)) for item in items]
+def _measured(study: Study, model: SteeringModel, folder: Path) -> list[tuple[Values, float]]:
+    """Of each of the study's lines the KL of every prompt, and the mean of its 95th percentiles."""
+    run = study.run(model, folder)
+    rows: dict[str, dict[str, list[Mapping[str, float]]]] = {}
+    for planned in run.plan:
+        if planned["role"] in ("grid", "chosen"):
+            items = rows.setdefault(declared_in(planned)[0], {})
+            items.setdefault(planned["item"], []).append(run.rows[planned["key"]]["metrics"])
+    found = []
+    for text, *_ in study.settings:
+        mean, high = (
+            np.array([np.mean([one[name] for one in some]) for some in rows[text].values()])
+            for name in METRICS
         )
-        after = [result.token_ids for result in said]
-        together = engine.score(rows, after, last_logits=True)
-        apart = []
-        for row, ids, one in zip(rows, after, together, strict=True):
-            (other,) = engine.score([row], [ids], last_logits=True)
-            assert one.last_logits is not None and other.last_logits is not None
-            p, q = one.last_logits.log_softmax(-1), other.last_logits.log_softmax(-1)
-            apart.append((p.exp() * (p - q)).sum().item())
-        floor = FLOOR * max(0.0, sum(apart) / len(apart))
-        if target < floor:
-            raise RequestError(
-                f"a target of {target:g} nats is below {floor:.2g}, {FLOOR:g} times what "
-                f"{self.model.dtype} rounds away between two batches; load the model in float32, "
-                "or raise the target"
-            )
+        found.append((mean, float(high.mean())))
+    return found
+
+
+def _shown(
+    table: pd.DataFrame, trial: Trial, model: SteeringModel, held_out: Sequence[Any], folder: Path
+) -> pd.DataFrame:
+    """The table with the KL of the doses found on prompts that did not find them."""
+    there = table.index[table["steer"].notna()]
+    names = ("held_out", "low", "high", "n")
+    table = table.assign(**{name: math.nan for name in names})
+    if len(there):
+        study = trial.study(list(table.loc[there, "steer"]), held_out)
+        for n, (kl, _) in zip(there, _measured(study, model, folder), strict=True):
+            span = intervals.mean(kl, bounds=(0.0, math.inf))
+            ends = (span.low, span.high) if len(kl) >= MINIMUM else (None, None)
+            table.loc[n, list(names)] = [float(kl.mean()), *ends, len(kl)]
+    return table
+
+
+def _check_floor(trial: Trial, model: SteeringModel, prompts: Sequence[Any]) -> None:
+    """Refuses a target that rounding alone comes near: KL of the model from itself, in two
+    batches. Float32 rounds away about 1e-6 nats, bfloat16 1e-2 and more.
+    """
+    if model.dtype == torch.float32:
+        return
+    items = trial.study([_at(trial.lines[0], 1.0)], prompts[:8]).bound(model).prove
+    engine, rows = Engine(model), [Row(item.prompt) for item in items]
+    sampling = Sampling(max_new_tokens=16)
+    said = engine.generate([Row(item.prompt, (), sampling) for item in items])
+    after = [result.token_ids for result in said]
+    together = engine.score(rows, after, last_logits=True)
+    apart = []
+    for row, ids, one in zip(rows, after, together, strict=True):
+        (other,) = engine.score([row], [ids], last_logits=True)
+        assert one.last_logits is not None and other.last_logits is not None
+        p, q = one.last_logits.log_softmax(-1), other.last_logits.log_softmax(-1)
+        apart.append((p.exp() * (p - q)).sum().item())
+    floor = FLOOR * max(0.0, sum(apart) / len(apart))
+    if trial.target < floor:
+        raise RequestError(
+            f"a target of {trial.target:g} nats is below {floor:.2g}, {FLOOR:g} times what "
+            f"{model.dtype} rounds away between two batches; load the model in float32, or raise "
+            "the target"
+        )
 
 
 def _unit(text: str) -> str:
@@ -258,8 +296,3 @@ def _unit(text: str) -> str:
 def _at(text: str, strength: float) -> str:
     """A line with a strength in place of `?`."""
     return text.replace("?", f"{strength:.6g}")
-
-
-def _is_identity(text: str, directions: Mapping[str, Vector]) -> bool:
-    """Whether the line does nothing at strength 0."""
-    return all(step.operator in ZERO for step in parse(_at(text, 1.0), directions))

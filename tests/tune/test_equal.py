@@ -108,7 +108,7 @@ def test_the_vectors_length_makes_no_difference(tiny, tmp_path):
         ("add(d, ?) at 1", {}, "expected one unknown"),
         ("add(x, ? dose) at 1", {}, "unknown direction 'x'"),
         ("add(d, ? dose) at 99", {}, "layers 0-5"),
-        ("add(d, ? dose) at 1", {"target": 0}, "expected above 0"),
+        ("add(d, ? dose) at 1", {"target": 0}, "above 0, such as 0.2"),
         ("add(d, ? dose) at 1", {"doses": [0.1, -1]}, "expected some above 0"),
         ("add(d, ? dose) at 1", {"batches": 0}, "at least 1"),
     ],
