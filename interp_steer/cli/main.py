@@ -33,6 +33,7 @@ COMMANDS = {
     "sae": ("features:saes", "Check how well a sparse autoencoder fits your model."),
     "tune": ("tune:tune", "Find the strength of every setting for one amount of damage."),
     "study": ("study:app", "Plan and run a study: a grid of steered answers with its controls."),
+    "judge": ("judge:judge", "Rate a run's held-out answers by a judge, arm by arm."),
     "report": ("study:report", "Write one HTML page about a study's run."),
     "ablate": ("ablate:ablate", "Find which parts of the model matter, and where steering acts."),
     "patch": (

@@ -132,7 +132,8 @@ class Transport:
     """One session; safe to use from several threads.
 
     Args:
-        key: sent as `x-api-key` to the host of `key_url` and to no other.
+        key: sent as a header to the host of `key_url` and to no other.
+        header, scheme: the header's name, and what stands before the key in it.
         offline: refuse every request before a socket is opened.
         wait: sleep until a rate limit ends, and slow down before it is reached.
         timeout: seconds to connect, and between two pieces of an answer.
@@ -148,9 +149,12 @@ class Transport:
         wait: bool = False,
         timeout: float = 10.0,
         workers: int = 8,
+        header: str = "x-api-key",
+        scheme: str = "",
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._key, self._key_origin = key, _origin(key_url)
+        self._header, self._scheme = header, scheme
         self.offline, self.wait, self.timeout = offline, wait, timeout
         self._sleep = sleep
         self._session = requests.Session()
@@ -224,7 +228,7 @@ class Transport:
                 limit = max(min(self.timeout, clock.left), 0.05)
                 mine = dict(headers)
                 if self._key and _origin(url) == self._key_origin:
-                    mine["x-api-key"] = self._key
+                    mine[self._header] = self._scheme + self._key
                 response = self._session.request(
                     method,
                     url,

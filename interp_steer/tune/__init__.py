@@ -1,7 +1,11 @@
-"""How strong: strengths that do equal damage, found on selection prompts, shown on held-out ones.
+"""How strong, and how good: strengths that do equal damage, and answers that a judge rates.
 
-    curve     Curve: which dose to try next, from the KL of those tried
-    equal     equal_kl: every line's dose for one KL, its brackets read as one batch
+    curve      Curve: which dose to try next, from the KL of those tried
+    equal      equal_kl: every line's dose for one KL, its brackets read as one batch
+    ratings    rubrics, how a rating is read, and how three become one score
+    endpoint   Endpoint: a judge at an OpenAI-compatible address
+    judge      judge: ratings by content, asked once; LocalJudge: a model of our own engine
+    arms       judge_run: the arms of a run, as a judge rates them
 
-Start at `equal_kl`.
+Start at `equal_kl`, or at `judge_run`.
 """
