@@ -36,6 +36,7 @@ from interp_steer.prompts.item import Item
 from interp_steer.prompts.prompt import Prompt
 from interp_steer.stats import shares
 from interp_steer.steering.intervention import Intervention
+from interp_steer.steering.lens import JacobianLens
 from interp_steer.util.console import Report
 
 __all__ = ["Mediation", "Patching", "Propagation", "mediation", "patch", "propagation"]
@@ -56,7 +57,8 @@ class Propagation:
             `all_relative`: divided by it; `kl`: KL(unsteered || steered) of the logit lens at the
             last position, in nats.
         risen: the tokens whose probability under the lens rises most, in the mean over prompts:
-            `layer`, `rank` (from 1), `token`, `rise`, `before`, `after`.
+            `layer`, `rank` (from 1), `token`, `rise`, `before`, `after`, `read` ("logit lens"; with
+            a Jacobian lens also "jacobian lens").
     """
 
     table: pd.DataFrame
@@ -79,12 +81,12 @@ class Propagation:
 class _Apart:
     """Compares steered prompts with their unsteered selves, layer by layer."""
 
-    def __init__(self, model: SteeringModel, top: int) -> None:
-        self.model, self.top = model, top
+    def __init__(self, model: SteeringModel, top: int, lens: JacobianLens | None) -> None:
+        self.model, self.top, self.lens = model, top, lens
         self.norms: dict[int, list[Tensor]] = {}
         self.rows: list[dict[str, object]] = []
-        self.before: dict[int, Tensor] = {}
-        self.after: dict[int, Tensor] = {}
+        self.before: dict[tuple[str, int], Tensor] = {}
+        self.after: dict[tuple[str, int], Tensor] = {}
 
     def add(
         self,
@@ -96,11 +98,11 @@ class _Apart:
     ) -> None:
         """Streams after a block, of prompts with these names and steered positions."""
         lasts = torch.stack([torch.stack([x[-1] for x in side]) for side in (plain, moved)])
-        logits = self.model.unembed(lasts.to(self.model.device)).float().cpu()
-        before, after = logits.log_softmax(-1)
+        lasts = lasts.to(self.model.device)
+        before, after = self._read("logit lens", layer, self.model.unembed(lasts))
         kl = (before.exp() * (before - after)).sum(-1)
-        for kept, now in ((self.before, before), (self.after, after)):
-            kept[layer] = kept.get(layer, 0) + now.exp().sum(0)
+        if self.lens and layer in self.lens.layers:
+            self._read("jacobian lens", layer, self.lens.read(self.model, layer, lasts))
         for n, (name, mask) in enumerate(zip(names, steered, strict=True)):
             apart = (moved[n].float() - plain[n].float()).norm(dim=-1)
             self.norms.setdefault(layer, []).append(plain[n][1:].float().norm(dim=-1))
@@ -109,6 +111,15 @@ class _Apart:
             numbers = {name: value.item() for name, value in far.items()}
             self.rows.append({"item": name, "layer": layer, **numbers, "kl": kl[n].item()})
 
+    def _read(
+        self, by: str, layer: int, logits: Float[Tensor, "2 prompt d_vocab"]
+    ) -> Float[Tensor, "2 prompt d_vocab"]:
+        """Adds up what a lens reads, and gives its log-probabilities."""
+        logprobs = logits.float().cpu().log_softmax(-1)
+        for kept, now in zip((self.before, self.after), logprobs, strict=True):
+            kept[by, layer] = kept.get((by, layer), 0) + now.exp().sum(0)
+        return logprobs
+
     def found(self) -> Propagation:
         table = pd.DataFrame(self.rows)
         medians = {layer: torch.cat(seen).median().item() for layer, seen in self.norms.items()}
@@ -116,12 +127,13 @@ class _Apart:
         for name in ("last", "steered", "all"):
             table[f"{name}_relative"] = table[name] / table["median"]
         risen, count = [], table["item"].size / len(medians)
-        for layer, after in self.after.items():
-            rise = after - self.before[layer]
+        for (by, layer), after in self.after.items():
+            before = self.before[by, layer]
+            rise = after - before
             for rank, token in enumerate(rise.topk(self.top).indices.tolist(), start=1):
-                shares = [part[token].item() / count for part in (rise, self.before[layer], after)]
-                risen.append((layer, rank, self.model.decode_token(token), *shares))
-        columns = ["layer", "rank", "token", "rise", "before", "after"]
+                shares = [part[token].item() / count for part in (rise, before, after)]
+                risen.append((layer, rank, self.model.decode_token(token), *shares, by))
+        columns = ["layer", "rank", "token", "rise", "before", "after", "read"]
         return Propagation(table, pd.DataFrame(risen, columns=columns))
 
 
@@ -132,6 +144,7 @@ def propagation(
     *,
     top: int = 10,
     batch: int = 16,
+    lens: JacobianLens | None = None,
     report: Report | None = None,
 ) -> Propagation:
     """How far steering moves the stream at every later layer, and what the logit lens reads there.
@@ -142,6 +155,7 @@ def propagation(
         steer: resolved interventions (lengths, not doses).
         top: tokens a layer in `risen`.
         batch: prompts at once.
+        lens: reads the layers that it has beside the logit lens, as unembed(final_norm(J x)).
         report: called with the number of prompts done.
 
     Raises:
@@ -150,6 +164,8 @@ def propagation(
     items = [Item.of(one) for one in prompts]
     if not items or not steer:
         raise RequestError("propagation needs prompts and an intervention")
+    if lens:
+        lens.check(model)
     engine = Engine(model)
     rows = [Row(item.prompt, tuple(steer)) for item in items]
     encoded = [engine.admission.steered(row) for row in rows]
@@ -158,7 +174,7 @@ def propagation(
             raise RequestError(f"{item.text[:60]!r} is one token long: only its first position")
     first = min(site.layer for one in steer for site in one.sites)
     sites = [Site("resid_post", layer) for layer in range(first, model.n_layers)]
-    compared = _Apart(model, top)
+    compared = _Apart(model, top, lens)
     order = sorted(range(len(items)), key=lambda n: len(encoded[n][1].ids))
     for start in range(0, len(order), batch):
         some = order[start : start + batch]

@@ -89,6 +89,10 @@ def ablate(
         bool,
         common.opt("Measure how far the run's chosen steering moves later layers.", "--propagate"),
     ] = False,
+    lens: Annotated[
+        Path | None,
+        common.opt("With --propagate: a Jacobian lens file, read beside the logit lens."),
+    ] = None,
     first: Annotated[
         bool, common.opt("Ablate the first position (an attention sink) as well.", "--first")
     ] = False,
@@ -240,12 +244,19 @@ def _traced(request: Request) -> Outcome:
     cell = study.cell(setting, study.scale(model), "chosen")
     items = list(study.prove)
     if request.kind == "--propagate":
+        from interp_steer.steering.lens import JacobianLens
+
+        path = request.given.get("lens")
+        lens = JacobianLens.load(path, model) if path else None
         with progress("tracing", len(items)) as report:
             batch = {"batch": request.given["batch"]} if "batch" in request.given else {}
-            moved = tracing.propagation(model, items, cell.steer, report=report, **batch)
+            moved = tracing.propagation(model, items, cell.steer, lens=lens, report=report, **batch)
         summary = moved.summary("last_relative")
-        risen = moved.risen[moved.risen["rank"] <= 3].groupby("layer")["token"].apply(" ".join)
-        summary = summary.assign(rises=summary["layer"].map(risen))
+        best = moved.risen[moved.risen["rank"] <= 3]
+        for by, part in best.groupby("read", sort=False):
+            risen = part.groupby("layer")["token"].apply(" ".join)
+            name = "rises" if by == "logit lens" else "jacobian_rises"
+            summary = summary.assign(**{name: summary["layer"].map(risen)})
         title = f"{cell}\nlast_relative: {maps.MOVED['last_relative']}"
         return Outcome(moved.table, summary, lambda: maps.propagation(summary), title)
     words = request.many("word", study.concept)

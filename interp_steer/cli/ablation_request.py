@@ -21,7 +21,7 @@ TAKES = {
     ),
     "--patch": ("prompts", "component", "layers", "heads", "positions", "text", "batch"),
     "--mediate": ("run", "component", "heads", "score", "word", "answer", "batch"),
-    "--propagate": ("run", "batch"),
+    "--propagate": ("run", "lens", "batch"),
 }  # fmt: skip
 EVERYWHERE = ("out", "plot", "model", "as_json", "dtype", "device")
 FILES = {"out": (".csv", ".parquet"), "plot": (".png", ".svg")}
@@ -134,6 +134,8 @@ class Request:
         from interp_steer.causal import trace as tracing
         from interp_steer.causal.branch import check_names
 
+        if "lens" in self.given and not self.given["lens"].is_file():
+            raise RequestError(f"no lens file {self.given['lens']}")
         components = self.many("component", ["attn_out", "mlp_out"])
         check_names("component", components, tracing.RESTORED)
         if "heads" in self.given and "z" not in components:

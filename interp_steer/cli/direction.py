@@ -5,9 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from interp_steer.cli import common
+from interp_steer.cli import common, stored
 from interp_steer.errors import RequestError, nearest, note
-from interp_steer.util.console import progress, safe
+from interp_steer.util.console import progress
 
 if TYPE_CHECKING:
     from interp_steer.prompts.item import Item
@@ -21,7 +21,10 @@ SHOWN = 12  # candidates in a table
 READ = """
 d and AUC: how far apart the sides lie on held-out prompts (in standard deviations, * the largest;
 0.5 is chance). Each half of the prompts is judged by the other's direction; halves is the cosine
-of the two. Which layer steers best is another question: `interp-steer sweep` answers it."""
+of the two. pairs: cosine of a pair's difference with the mean of the others'; right: the share of
+held-out pairs that project the right way. They say how well a layer tells the sides apart. Whether
+the direction steers, and where best, `interp-steer sweep` and `tune` answer."""
+MEASURES = ("d", "auc", "halves", "pairs", "right")
 HARDLY = 0.02  # share of the stream below which a difference of means hardly steers
 
 
@@ -128,11 +131,11 @@ def make(
     best = max(parted, key=lambda one: (one.d or 0, one.auc or 0), default=None)
     marked = best.layer if best and best.auc is not None else None
     common.table(
-        ("layer", "norm", "of |x|", "d", "AUC", "halves", "", "direction"),
+        ("layer", "norm", "of |x|", "d", "AUC", "halves", "pairs", "right", "", "direction"),
         [
             (
                 row["layer"], row["norm"], row["dose"],
-                *(_short(row.get(measure)) for measure in ("d", "auc", "halves")),
+                *(_short(row.get(measure)) for measure in MEASURES),
                 "*" if row["layer"] == marked else "", f"{row['name']}@{row['sha']}",
             )
             for row in rows
@@ -367,68 +370,5 @@ def _short(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-@app.command("list")
-def list_stored(as_json: common.Json = False) -> None:
-    """List the stored directions, which --steer knows by their names."""
-    from interp_steer.errors import SteerError
-    from interp_steer.steering.direction import Direction
-    from interp_steer.steering.directions import Directions
-
-    known, rows = Directions(), []
-    for name in known:
-        try:
-            stored = known[name]
-        except SteerError as error:
-            note(f"{name}: {error}")
-            continue
-        members = [stored] if isinstance(stored, Direction) else list(stored)
-        one, numbers = members[0], sorted(member.site.layer for member in members)
-        source = one.source
-        rows.append(
-            {
-                "name": name,
-                "layers": "-".join(map(str, dict.fromkeys((numbers[0], numbers[-1])))),
-                "width": len(one.unit),
-                "from": source.get("release") or source.get("method") or "",
-                "model": source.get("model") or source.get("model_name") or "",
-                "made": source.get("created_at", "")[:10],
-            }
-        )
-    if as_json:
-        common.print_json(rows)
-    elif not rows:
-        print("no stored directions; `direction make` and `features get` store them")
-    else:
-        common.table(tuple(rows[0]), [tuple(row.values()) for row in rows])
-
-
-@app.command()
-def show(
-    file: Annotated[
-        str, common.arg("As --steer finds it: the name of a stored direction, a file, NAME=FILE.")
-    ],
-    as_json: common.Json = False,
-) -> None:
-    """Show what a direction's file holds, and where it came from."""
-    from interp_steer.steering.direction import Direction
-    from interp_steer.steering.directions import Directions
-
-    name, sign, _ = file.partition("=")
-    known = Directions([file] if sign else [])
-    try:
-        stored = known[name if sign else file]
-    except KeyError:
-        raise RequestError(f"no direction {file}{nearest(file, known)}") from None
-    members = [stored] if isinstance(stored, Direction) else list(stored)
-    if as_json:
-        fields = ("name", "sha", "hook_point", "norm", "max_activation")
-        common.print_json(
-            [{**{f: getattr(m, f) for f in fields}, "source": dict(m.source)} for m in members]
-        )
-        return
-    print(safe(stored.label))
-    for key, value in members[0].source.items():
-        shown = f"digests of {len(value.split())} prompts" if key == "asked" else safe(value)
-        print(f"  {key}: {shown}")
-    for one in members:
-        print(f"  {one.hook_point}  norm {one.norm:.4g}  {one.sha}")
+app.command("list")(stored.list_stored)
+app.command()(stored.show)

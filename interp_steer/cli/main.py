@@ -31,9 +31,12 @@ COMMANDS = {
     "labels": ("labels:app", "Fetch the labels of SAE features, and search them offline."),
     "features": ("features:app", "Find SAE features of a concept, and save their directions."),
     "sae": ("features:saes", "Check how well a sparse autoencoder fits your model."),
-    "tune": ("tune:tune", "Find the strength of every setting for one amount of damage."),
+    "tune": ("tune:tune", "Find the strength of every line for one amount of damage."),
     "study": ("study:app", "Plan and run a study: a grid of steered answers with its controls."),
-    "judge": ("judge:judge", "Rate a run's held-out answers by a judge, arm by arm."),
+    "judge": (
+        "judge:judge",
+        "Rate a run's held-out answers: concept, instruction, fluency, and their harmonic mean.",
+    ),
     "report": ("study:report", "Write one HTML page about a study's run."),
     "ablate": ("ablate:ablate", "Find which parts of the model matter, and where steering acts."),
     "patch": (

@@ -24,12 +24,17 @@ class Separation:
         d: `cohens_d` of the same, in standard deviations.
         halves: cosine of the directions that the two halves give: how much of the direction is
             these prompts' own accident.
+        pairs: of prompts in pairs, the mean cosine of a pair's difference with the mean of all
+            others': whether they differ in one way (Braun et al. 2025, arXiv 2505.22637).
+        right: share of held-out pairs whose positive side projects further.
     """
 
     layer: int
     auc: float | None = None
     d: float | None = None
     halves: float | None = None
+    pairs: float | None = None
+    right: float | None = None
 
 
 def auc(positive: Ups, negative: Downs) -> float:
@@ -89,9 +94,19 @@ def _of(layer: int, contrast: Contrast, method: str) -> Separation:
     ]
     areas = [auc(up, down) for up, down in along]
     gaps = [gap for up, down in along if (gap := cohens_d(up, down)) is not None]
+    paired = len(sides[0]) == len(sides[1])
     return Separation(
         layer,
         sum(areas) / 2,
         sum(gaps) / 2 if len(gaps) == 2 else None,
         float(torch.dot(found[0] / found[0].norm(), found[1] / found[1].norm())),
+        _agreement(sides[0] - sides[1]) if paired else None,
+        sum(float((up > down).double().mean()) for up, down in along) / 2 if paired else None,
     )
+
+
+def _agreement(differences: Float[Tensor, "pair d_model"]) -> float:
+    """Mean cosine of each difference with the mean of all others."""
+    each = differences.double()
+    others = (each.sum(0) - each) / (len(each) - 1)
+    return float(torch.cosine_similarity(each, others, dim=-1).mean())

@@ -1,8 +1,10 @@
 """A run's answers by arm, as a judge rates them: unsteered, steered, prompted."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -89,7 +91,7 @@ def judge_run(
     return Arms(pd.DataFrame(rows), answers, judged)
 
 
-def _arm(record: dict[str, object]) -> str:
+def _arm(record: Mapping[Any, Any]) -> str:
     if record["role"] == "unsteered":
         return "unsteered"
     if record["role"] == "prompted":

@@ -126,9 +126,7 @@ for word in CONCEPTS:
     rows = study.run(model, RUN / "held_out" / word).table()
     kinds = rows["direction"].str.split("_").str[0].where(rows["role"] != "unsteered", "unsteered")
     means = rows.groupby(kinds)[["mention", "concept", "rep3", "surprise", "kl_mean"]].mean()
-    found += [
-        {"word": word, "kind": kind, **row} for kind, row in means.to_dict("index").items()
-    ]
+    found += [{"word": word, "kind": kind, **row} for kind, row in means.to_dict("index").items()]
 shown = pd.DataFrame(found)
 shown.to_csv(RUN / "shown.csv", index=False)
 

@@ -15,6 +15,7 @@ from interp_steer.prompts.prompt import chat
 from interp_steer.steering.direction import Direction
 from interp_steer.steering.grammar import steer
 from interp_steer.steering.intervention import Gate
+from interp_steer.steering.lens import JacobianLens
 from tests.causal.test_ablate import FOX, HOOKS, activations, ids_of, replacing, run, sequence
 from tests.conftest import hf_streams, state
 
@@ -101,6 +102,29 @@ def test_propagation_is_what_hugging_face_sees(tiny, scope):
         assert list(risen["token"]) == [tiny.decode_token(i) for i in best.indices.tolist()]
         assert list(risen["after"]) == pytest.approx(after[best.indices].tolist(), abs=1e-5)
     assert found.table["kl"].max() > 0.01
+
+
+def test_a_jacobian_lens_reads_beside_the_logit_lens(tiny):
+    """J x under the model's own norm and head; layers that the lens lacks are read by one alone."""
+    draw = torch.Generator().manual_seed(4)
+    matrices = {n: torch.randn(64, 64, generator=draw) / 8 for n in (2, 3)}
+    given = JacobianLens((2, 3), 64, 1, {}, matrices)
+    steering = (steer("add", direction(), coefficient=9, at=AT),)
+    found = propagation(tiny, ["I love the tower"], steering, top=3, lens=given).risen
+    assert set(found["read"]) == {"logit lens", "jacobian lens"}
+    own = found[found["read"] == "jacobian lens"]
+    assert set(own["layer"]) == {n for n in (2, 3) if n >= AT}
+    ids = tiny.encode("I love the tower").ids
+    plain = hf_streams(tiny, ids)
+    moved = steered_streams(tiny, ids, 9.0, range(1, len(ids)))
+    for layer, some in own.groupby("layer"):
+        chances = []
+        for streams in (plain, moved):
+            x = matrices[layer] @ streams[layer + 1][0, -1]
+            normed = x / (x.square().mean() + 1e-5).sqrt() * tiny.hf.model.norm.weight
+            chances.append((normed @ tiny.hf.lm_head.weight.T).softmax(-1).detach())
+        rise = (chances[1] - chances[0]).topk(3).values
+        assert list(some["rise"]) == pytest.approx(rise.tolist(), abs=1e-5)
 
 
 def test_a_shut_gate_moves_nothing(tiny):

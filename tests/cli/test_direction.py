@@ -26,9 +26,9 @@ def test_make_says_what_helps_to_choose_a_layer(tiny, tiny_folder, sides, tmp_pa
     shown, _ = command(*words)
     lines = [line.split("\t") for line in shown.splitlines()]
     head, rows = lines[0], lines[1:7]
-    assert head[:6] == ["layer", "norm", "of |x|", "d", "AUC", "halves"]
+    assert head[:8] == ["layer", "norm", "of |x|", "d", "AUC", "halves", "pairs", "right"]
     d = [float(row[3]) for row in rows]
-    assert [row[6] for row in rows] == ["*" if one == max(d) else "" for one in d]
+    assert [row[8] for row in rows] == ["*" if one == max(d) else "" for one in d]
     assert "held-out" in shown and "`interp-steer sweep`" in shown
     # each half of the prompts gives a direction: made by the command itself, compared in NumPy
     halves = []

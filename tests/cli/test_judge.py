@@ -11,10 +11,8 @@ from tests.tune.test_judge import server  # noqa: F401  (a fixture)
 
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory):
-    prompts = [
-        f"Name the {word}, please"
-        for word in ["one", "two", "six", "ten", "red", "old", "big", "sad", "dry", "hot"]
-    ]
+    words = ["one", "two", "six", "ten", "red", "old", "big", "sad", "dry", "hot"]
+    prompts = [f"Name the {word}, please" for word in words]
     asked = {"told": {"system": "Speak of rain."}}
     one = study(prove=prompts, prompting=asked, metrics=["kl_mean", "length"])
     return one.run(tiny, tmp_path_factory.mktemp("judged") / "RUN").folder

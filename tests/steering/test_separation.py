@@ -61,6 +61,17 @@ def test_each_half_is_judged_by_the_other(method, n):
             gaps.append(pooled(a, b))
         lengths = [np.linalg.norm(v) for v in vectors]
         assert one.halves == pytest.approx(vectors[0] @ vectors[1] / np.prod(lengths), abs=1e-5)
+        if n == 10:  # in pairs
+            gaps_of = up - down
+            alike = []
+            for i, gap in enumerate(gaps_of):
+                rest = np.delete(gaps_of, i, 0).mean(0)
+                alike.append(gap @ rest / np.linalg.norm(gap) / np.linalg.norm(rest))
+            assert one.pairs == pytest.approx(np.mean(alike), abs=1e-5)
+            right = [(gaps_of[o::2] @ v > 0).mean() for v, o in zip(vectors, (1, 0), strict=True)]
+            assert one.right == pytest.approx(np.mean(right))
+        else:
+            assert one.pairs is one.right is None
         assert one.auc == pytest.approx(np.mean(areas)) and one.d == pytest.approx(
             np.mean(gaps), rel=1e-4
         )
