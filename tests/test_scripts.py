@@ -11,6 +11,7 @@ import torch
 
 from interp_steer.model.site import Site
 from interp_steer.steering.direction import Direction
+from tests.conftest import command
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 EIFFEL_TOWER_8B = SCRIPTS / "studies" / "eiffel_tower_8b.py"
@@ -138,3 +139,18 @@ def test_memory_is_as_planned():
     for one in json.loads(done.stdout):
         assert one["load"] <= 1.10
         assert 0.8 <= one["planned"] / one["peak"] <= 1.2
+
+
+@pytest.mark.slow
+def test_five_ways_to_a_concept_at_small_size(starter, tmp_path, monkeypatch, capsys):
+    from interp_steer.util.files import cache_dir
+
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "models").symlink_to(cache_dir("models"))
+    monkeypatch.setenv("INTERP_STEER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RUN", str(tmp_path / "RUN"))
+    command("labels", "import", "starter")
+    monkeypatch.setattr(sys, "argv", ["equal_damage", "--small"])
+    runpy.run_path(str(SCRIPTS / "studies" / "equal_damage.py"))
+    told = capsys.readouterr().out
+    assert "12 of 12 meet 0.5 nats within 10 %" in told and "prompt   - means" in told
