@@ -134,6 +134,40 @@ def screen(
     return scored
 
 
+def output_scores(
+    model: SteeringModel,
+    directions: Sequence[Direction],
+    length: float,
+    *,
+    prompt: Prompt = PROMPT,
+    batch: int = 256,
+) -> list[float]:
+    """The output score of any directions: as for features, with a length in place of a latent's.
+
+    Args:
+        length: of what is added at the prompt's last token, in residual units; Arad et al. raise a
+            latent by ten times the largest activation there, which other directions do not have.
+
+    Raises:
+        RequestError: a length of 0 or less, or directions that do not fit the model.
+    """
+    if not length > 0:
+        raise RequestError(f"a length of {length:g}; expected above 0, such as the median norm")
+    found: list[float] = []
+    for start in range(0, len(directions), batch):
+        some = directions[start : start + batch]
+        ids, _ = promoted(model, torch.stack([one.unit for one in some]))
+        scope = Scope("last", first=True)
+        raised = [
+            Row(prompt, (Intervention("add", (one,), length, "", (one.site,), scope),))
+            for one in some
+        ]
+        scores = Engine(model).score(raised, [()] * len(some), last_logits=True)
+        logits = torch.stack([s.last_logits for s in scores if s.last_logits is not None])
+        found += _output(logits, ids)
+    return found
+
+
 def _raised(row: Float[Tensor, " d_model"], lift: float, sae: Sae) -> Intervention:
     direction = Direction.of(row, sae.site.hook_point)
     length = lift * direction.norm

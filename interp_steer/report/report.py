@@ -106,6 +106,7 @@ class _Report:
             best_layers=", ".join(map(str, findings.best_layers)) if chosen_from else "",
             controls=self._controls([self.decides], "one-sided"),
             asking=self._asking(),
+            prompting=manifest.get("prompting", {}),
             slopes=mine,
             other_slopes=other_slopes,
             pictures=self._pictures(self.decides, True),

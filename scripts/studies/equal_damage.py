@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import spearmanr
 
 from interp_steer import (
     Contrast,
@@ -25,6 +26,8 @@ from interp_steer import (
     Row,
     Sae,
     Sampling,
+    Scale,
+    Site,
     SteeringModel,
     Study,
     chat,
@@ -34,10 +37,11 @@ from interp_steer import (
     split_items,
 )
 from interp_steer.features.contexts import windows
-from interp_steer.features.screen import screen
+from interp_steer.features.screen import output_scores, screen
 from interp_steer.labels.searching import fused
 from interp_steer.stats import intervals
 from interp_steer.steering.jacobian import word_directions
+from interp_steer.steering.separation import separation
 from interp_steer.tune.equal import equal_kl
 
 SMALL = "--small" in sys.argv
@@ -147,3 +151,39 @@ for one, other in (("means", "word"), ("means", "feature"), ("word", "feature"),
                    ("prompt", "means"), ("prompt", "word")):  # fmt: skip
     apart = (wide[one] - wide[other]).dropna().to_numpy(float)
     print(f"  {one:8} - {other:8} {told(apart, '+.3f')}  n {len(apart)}")
+
+# %% do cheap numbers predict it?
+scale = Scale.of(model, [model.encode(item.prompt) for item in choose])
+scored = output_scores(model, list(directions.values()), scale.at(Site("resid_post", LAYER)))
+cheap = pd.DataFrame(
+    {
+        "word": [name.split("_")[1] for name in directions],
+        "kind": [name.split("_")[0] for name in directions],
+        "output score": scored,
+    }
+)
+by_template = activations.view(len(CONCEPTS), len(ASKED), -1)
+for n, word in enumerate(CONCEPTS):
+    rest = by_template[[i for i in range(len(CONCEPTS)) if i != n]].mean(0)
+    told_apart = separation(Contrast(by_template[n][None], rest[None]))[0]
+    mine = (cheap["word"] == word) & (cheap["kind"] == "means")
+    cheap.loc[mine, ["pairs", "d"]] = [told_apart.pairs, told_apart.d]
+together = cheap.merge(shown, on=["word", "kind"])
+
+
+def rank_correlation(one: pd.Series, other: pd.Series) -> str:
+    """Spearman's, with a percentile interval over 2,000 resamples of concepts."""
+    there = one.notna() & other.notna()
+    x, y = one[there].to_numpy(float), other[there].to_numpy(float)
+    draw = np.random.default_rng(0)
+    picks = [draw.integers(0, len(x), len(x)) for _ in range(2000)]
+    values = [spearmanr(x[p], y[p]).statistic for p in picks if np.ptp(x[p]) and np.ptp(y[p])]
+    low, high = np.quantile(values, [0.025, 0.975]) if values else (np.nan, np.nan)
+    return f"{spearmanr(x, y).statistic:+.2f} [{low:+.2f}, {high:+.2f}]  n {len(x)}"
+
+
+print("\nrank correlation with naming without loops, over concepts")
+for kind, predictor in (("means", "pairs"), ("means", "d"), ("means", "output score"),
+                        ("feature", "output score"), ("word", "output score")):  # fmt: skip
+    some = together[together["kind"] == kind]
+    print(f"  {kind:8} {predictor:13} {rank_correlation(some[predictor], some['concept'])}")

@@ -6,7 +6,8 @@ import torch
 from interp_steer.errors import RequestError
 from interp_steer.features.contexts import Context
 from interp_steer.features.sae import Sae
-from interp_steer.features.screen import PROMPT, TOKENS, promoted, screen
+from interp_steer.features.screen import PROMPT, TOKENS, output_scores, promoted, screen
+from interp_steer.steering.direction import Direction
 from tests.conftest import hf_streams
 from tests.features.test_fit import identity
 from tests.features.test_sae import LAYER, saved
@@ -73,6 +74,24 @@ def test_output_score_and_confidence(tiny, sae, batch, lift, monkeypatch):
         assert one.confidence == pytest.approx(spread[0] - spread[1], abs=1e-3)
         assert one.norm == pytest.approx(sae.rows(torch.tensor(one.index)).norm().item(), rel=1e-5)
     assert lift == 10 or max(best) > 1
+
+
+def test_output_score_of_any_direction(tiny, sae):
+    """Raised by the length that a latent's raise has, a decoder row scores as its feature does."""
+    ids = tiny.tokenizer(PROMPT)["input_ids"]
+    latents = sae.encode(hf_streams(tiny, ids)[LAYER + 1][0, -1])
+    rows = sae.rows(torch.tensor([3, 200, 11]))
+    hook_point = f"blocks.{LAYER}.hook_resid_post"
+    for index, row in zip((3, 200, 11), rows, strict=True):
+        length = (10 * latents.max() * row.norm()).item()
+        found = output_scores(tiny, [Direction.of(row, hook_point)], length)
+        (feature,) = screen(sae, tiny, [index])
+        assert found == pytest.approx([feature.output_score], rel=1e-4)
+    every = [Direction.of(row, hook_point) for row in rows]
+    alone = [output_scores(tiny, [one], 20.0)[0] for one in every]
+    assert output_scores(tiny, every, 20.0, batch=2) == pytest.approx(alone, rel=1e-4)
+    with pytest.raises(RequestError, match="expected above 0"):
+        output_scores(tiny, every, 0.0)
 
 
 def test_a_prompt_on_which_nothing_is_active_is_refused(tiny, tmp_path):

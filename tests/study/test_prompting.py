@@ -112,7 +112,7 @@ def test_the_findings_set_it_beside_steering(ran):
     assert "steering less prompt told" in str(found)
     html = page.write(ran).read_text()
     assert "Is it better than asking?" in html and "prompt told" in html
-    assert "system prompt: Speak of rain." in html
+    assert "<strong>told</strong>, system prompt: Speak of rain." in html
 
 
 def test_rows_are_forecast_and_found_again(tiny, ran):
