@@ -20,30 +20,43 @@ from interp_steer.util.console import safe
 if TYPE_CHECKING:
     from typer.exceptions import TyperException
 
-# name -> (module:function, or module:group, in this package; one sentence)
+# name -> (module of this package, and :function or :group where its name is not the module's; what
+# it does)
 COMMANDS = {
-    "demo": ("demo:demo", "Make the starter model talk about the Eiffel Tower."),
-    "generate": ("generate:generate", "Answer prompts, unsteered and under every --steer."),
-    "sweep": ("sweep:sweep", "Answer prompts under many settings, by layer and strength."),
-    "caa": ("caa:caa", "Contrastive activation addition: propensity by layer and multiple."),
-    "chat": ("chat:chat", "Talk to the steered and to the unsteered model, side by side."),
-    "direction": ("direction:app", "Make directions from contrasting prompts, and show them."),
+    "demo": ("steering.demo", "Make the starter model talk about the Eiffel Tower."),
+    "generate": (
+        "steering.generate",
+        "Answer prompts, unsteered and under every --steer.",
+    ),
+    "sweep": ("steering.sweep", "Answer prompts under many settings, by layer and strength."),
+    "caa": (
+        "steering.caa",
+        "Contrastive activation addition: propensity by layer and multiple.",
+    ),
+    "chat": ("steering.chat", "Talk to the steered and to the unsteered model, side by side."),
+    "direction": (
+        "steering.direction:app",
+        "Make directions from contrasting prompts, and show them.",
+    ),
     "labels": ("labels:app", "Fetch the labels of SAE features, and search them offline."),
     "features": ("features:app", "Find SAE features of a concept, and save their directions."),
     "sae": ("features:saes", "Check how well a sparse autoencoder fits your model."),
-    "tune": ("tune:tune", "Find the strength of every line for one amount of damage."),
+    "tune": ("tune", "Find the strength of every line for one amount of damage."),
     "study": ("study:app", "Plan and run a study: a grid of steered answers with its controls."),
     "judge": (
-        "judge:judge",
+        "judge",
         "Rate a run's held-out answers: concept, instruction, fluency, and their harmonic mean.",
     ),
     "report": ("study:report", "Write one HTML page about a study's run."),
-    "ablate": ("ablate:ablate", "Find which parts of the model matter, and where steering acts."),
+    "ablate": (
+        "causal.ablate",
+        "Find which parts of the model matter, and where steering acts.",
+    ),
     "patch": (
-        "patch:patch",
+        "causal.patch",
         "Find where an answer is kept, by position or by head.",
     ),
-    "verify": ("verify:verify", "Check that the toolkit computes your own model correctly."),
+    "verify": ("verify", "Check that the toolkit computes your own model correctly."),
 }
 HELP = """Usage: interp-steer COMMAND [OPTIONS] [ARGS]...
 
@@ -133,6 +146,7 @@ def _command(name: str) -> Any:
 
     place, about = COMMANDS[name]
     module, _, attribute = place.partition(":")
+    attribute = attribute or module.rpartition(".")[2]
     target = getattr(importlib.import_module(f"interp_steer.cli.{module}"), attribute)
     if isinstance(target, typer.Typer):
         group: Any = typer.main.get_group(target)

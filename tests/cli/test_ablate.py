@@ -10,7 +10,7 @@ import pytest
 from interp_steer.causal.ablate import ablate
 from interp_steer.causal.patch import Patching
 from interp_steer.cli import main as cli
-from interp_steer.cli.ablate import layer_table
+from interp_steer.cli.causal.ablate import layer_table
 from interp_steer.errors import RequestError
 from interp_steer.prompts.item import Item
 from interp_steer.report import maps, marks

@@ -2,7 +2,7 @@
 
 import itertools
 
-from interp_steer.cli.demo import FILE
+from interp_steer.cli.steering.demo import FILE
 from interp_steer.study.file import StudyFile
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from interp_steer.cli import chat as conversation
+from interp_steer.cli.steering import chat as conversation
 from interp_steer.engine.engine import Engine
 from interp_steer.engine.hooks import fwd_hooks
 from interp_steer.engine.row import Row, Sampling

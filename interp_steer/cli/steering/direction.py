@@ -5,7 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from interp_steer.cli import common, stored
+from interp_steer.cli import common
+from interp_steer.cli.steering import stored
 from interp_steer.errors import RequestError, nearest, note
 from interp_steer.util.console import progress
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 app = common.group()
 
-DATA = Path(__file__).parents[1] / "data" / "demo_texts"
+DATA = Path(__file__).parents[2] / "data" / "demo_texts"
 DEMO = (DATA / "positive.txt", DATA / "negative.txt")
 REFUSING = ("I cannot", "Sorry", "As an AI")  # beginnings of refusals
 SHOWN = 12  # candidates in a table

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from interp_steer.results.roles import Setting
     from interp_steer.study.study import Study
 
-FILE = Path(__file__).parents[1] / "data" / "demo.yaml"
+FILE = Path(__file__).parents[2] / "data" / "demo.yaml"
 PANELS = {
     "mention": "answers that name the concept",
     "works": "answers that work: 40 tokens or more, named, no loop, likely",

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 from interp_steer.cli import common
-from interp_steer.cli.ablate import brought_back, write
+from interp_steer.cli.causal.ablate import brought_back, write
 from interp_steer.errors import RequestError, nearest
 from interp_steer.util.console import progress
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from interp_steer.cli import common
-from interp_steer.cli.ablation_request import Request
+from interp_steer.cli.causal.request import Request
 from interp_steer.errors import RunError
 from interp_steer.util.console import progress, safe
 

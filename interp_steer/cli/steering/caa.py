@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from interp_steer.cli import common
-from interp_steer.cli.sweep import as_grid, print_grid
+from interp_steer.cli.steering.sweep import as_grid, print_grid
 from interp_steer.errors import RequestError
 from interp_steer.util.console import progress
 
