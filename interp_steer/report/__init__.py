@@ -13,6 +13,7 @@
     spots      the settings of a grid with their places
     heat       the grid as a heat map
     plots      lines and strips: curves, layers, controls
+    damage     effect against damage, and the Pareto front
     maps       pictures of patching and tracing
 
 Start at `Run(folder).findings()`, or `report.write(run)`.

@@ -16,6 +16,7 @@ import pandas as pd
 from interp_steer.errors import RequestError
 from interp_steer.report import methods, plots
 from interp_steer.report.brief import claims_table
+from interp_steer.report.damage import against_damage
 from interp_steer.report.findings import Findings, setting_text
 from interp_steer.report.heat import heat_map
 from interp_steer.report.page import (
@@ -252,6 +253,14 @@ class _Report:
         if not grid.empty and grid["layer"].nunique() > 2:
             caption = f"Effect on {metric} against the layer. {bands}"
             wanted.append((caption, lambda: plots.profile(grid, [metric], chosen)))
+        sign = findings.measures[metric].sign
+        if metric == self.decides:
+            wanted.append(
+                (
+                    f"Effect on {metric} against damage, on the {on} of the grid.",
+                    lambda: against_damage(grid, metric, chosen, sign),
+                )
+            )
         if full or not findings.nulls.empty:
             wanted.append(
                 (
