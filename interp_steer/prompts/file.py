@@ -8,6 +8,7 @@
 | `.csv`, `.tsv` | a header with fields of an entry; `FILE.csv:COLUMN` takes any column as texts |
 
 `entry` has the forms of an entry; `FILE.jsonl:FIELD` takes one field of objects as texts.
+A table of six columns that ends in A, B, C or D is one of MMLU's: question, four choices, answer.
 """
 
 import csv
@@ -30,6 +31,7 @@ TEXTS = ("", ".txt", ".md")
 LINES = (".jsonl", ".ndjson")
 TABLES = {".csv": ",", ".tsv": "\t"}
 LARGEST = 128 * 2**20  # bytes of a prompt file
+MMLU = ("question", "A", "B", "C", "D", "answer")  # columns of its files
 SUFFIXES = (*TEXTS[1:], ".json", *LINES, *TABLES)
 
 
@@ -181,6 +183,8 @@ def _table(path: Path, text: str, sign: str, picked: list[str]) -> list[Any]:
     except (ValueError, csv.Error) as error:
         why = f": {error}" if isinstance(error, csv.Error) else ""
         raise RequestError(f"{path} holds no prompts; expected a header and rows{why}") from error
+    if not picked and all(_is_mmlu(row) for row in (header, *rows)):
+        header, rows = list(MMLU), [header, *rows]
     columns = [name.strip() for name in header]
     shown = ", ".join(repr(name) for name in columns)
     if twice := [name for name in columns if columns.count(name) > 1]:
@@ -203,7 +207,23 @@ def _table(path: Path, text: str, sign: str, picked: list[str]) -> list[Any]:
             f"{path} has the columns {shown} and none of {', '.join((*PROMPTS, *SIDES))}: name "
             f"the one that holds prompts, as {path}:{columns[-1]}"
         )
+    if set(MMLU) <= set(columns):
+        return [_mmlu(row) for row in cells]
     return [{spelled[k]: _cell(spelled[k], v) for k, v in row.items() if v} for row in cells]
+
+
+def _is_mmlu(row: Sequence[str]) -> bool:
+    """Whether a row is one of MMLU's own files, which have no header."""
+    return len(row) == len(MMLU) and row[-1].strip() in MMLU[1:-1]
+
+
+def _mmlu(row: dict[str, str]) -> dict[str, object]:
+    """A question whose choices have a column each."""
+    return {
+        "question": row["question"],
+        "choices": [row[letter] for letter in MMLU[1:-1]],
+        "answer": row["answer"].strip(),
+    }
 
 
 def _cell(name: str, value: str) -> object:

@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 
 from interp_steer.results.declared import UNKNOWN, Declared
-from interp_steer.results.roles import SETTING
+from interp_steer.results.roles import CAPABILITY, SETTING
 from interp_steer.stats import chance, intervals, simultaneous
 from interp_steer.stats.interval import MINIMUM, Interval
 
 SINGLE = ("chosen", "flip", "wrong_layer")
+QUESTIONS = 200  # of a set of capability, below which its interval is noted to be wide
 NULLS = ("random", "features", "shuffled", "null")
 
 
@@ -28,10 +29,13 @@ class Evidence:
         measures: Mapping[str, Declared],
         level: float,
     ) -> None:
+        questions = table["split"].str.startswith(CAPABILITY.format(""))
+        self.asked, table = table[questions], table[~questions]
         self.table, self.manifest, self.plan, self.level = table, manifest, plan, level
         self.measures, self.metrics = measures, list(measures.values())
         self.decides = measures[manifest["choose_by"]]
         self.notes: list[str] = []
+        self.few: set[str] = set()  # sets of questions that were noted to be small
         unsteered = table[table["role"] == "unsteered"]
         self.before = unsteered.groupby("item", sort=False)[list(measures)].mean()
 
@@ -208,6 +212,47 @@ class Evidence:
                         "missing": int((~there).sum()),
                     }
                 )
+        return pd.DataFrame(lines)
+
+    def capability(self) -> pd.DataFrame:
+        lines: list[dict[str, Any]] = []
+        if "accuracy" not in self.asked:
+            return pd.DataFrame(lines)
+        for split, answered in self.asked.groupby("split", sort=False):
+            plain = answered[answered["role"] == "unsteered"].set_index("item")["accuracy"]
+            arms = answered[answered["role"] != "unsteered"]
+            for (role, *setting), rows in arms.groupby(["role", *SETTING], sort=False):
+                after = rows.set_index("item")["accuracy"]
+                there = after.notna() & plain.reindex(after.index).notna()
+                one = after[there].to_numpy(bool)
+                other = plain.reindex(after.index)[there].to_numpy(bool)
+                if not len(one):
+                    continue
+                span = intervals.difference(one, other, kind="rate", level=self.level)
+                few = len(one) < MINIMUM
+                lines.append(
+                    {
+                        "set": str(split).removeprefix(CAPABILITY.format("")),
+                        "role": role,
+                        **dict(zip(SETTING, setting, strict=True)),
+                        "unsteered": other.mean(),
+                        "accuracy": one.mean(),
+                        "difference": span.estimate,
+                        "low": None if few else span.low,
+                        "high": None if few else span.high,
+                        "lost": int((other & ~one).sum()),
+                        "gained": int((one & ~other).sum()),
+                        "p": chance.exact_p(one, other),
+                        "n": len(one),
+                        "missing": int((~there).sum()),
+                    }
+                )
+                if len(one) < QUESTIONS and str(split) not in self.few:
+                    self.few.add(str(split))
+                    self.notes.append(
+                        f"{split}: {len(one)} questions; with fewer than {QUESTIONS} an interval "
+                        "is so wide that a loss of several points can hide in it"
+                    )
         return pd.DataFrame(lines)
 
     def _mean(self, rows: pd.DataFrame, items: "pd.Index[Any]", metric: Declared) -> Interval:

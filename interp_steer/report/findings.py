@@ -73,6 +73,9 @@ class Findings:
         asking: prompt in place of steering x metric: the chosen cell less the prompt, paired over
             the held-out prompts: `steered`, `prompted`, `difference`, `low`, `high`, `method`,
             `p`, `n`, `missing`.
+        capability: set of questions x arm: accuracy `unsteered` and with the arm, the `difference`
+            with `low` and `high` (paired Newcombe), answers `lost` and `gained`, McNemar's exact
+            `p`, `n` questions, `missing`.
         measures: the metrics as the manifest declares them, by name.
         state: a key of `STATES`.
         chosen: the chosen cell's setting, by name of its parts.
@@ -88,6 +91,7 @@ class Findings:
     p: pd.DataFrame
     slopes: pd.DataFrame
     asking: pd.DataFrame
+    capability: pd.DataFrame
     measures: Mapping[str, Declared]
     state: str
     chosen: Mapping[str, str] | None
@@ -122,6 +126,7 @@ class Findings:
             p,
             reader.slopes(),
             reader.asking(),
+            reader.capability(),
             measures,
             reader.state,
             chosen,
@@ -153,6 +158,12 @@ class Findings:
                     f"{row['prompted']:.3f} = {row['difference']:+.3f} "
                     f"{_span(row['low'], row['high'])}"
                 )
+        for row in self.capability.to_dict("records"):
+            lines.append(
+                f"  {row['set']}: {arm_text(row)} {row['unsteered']:.3f} -> {row['accuracy']:.3f} "
+                f"of {row['n']} questions, {row['difference']:+.3f} "
+                f"{_span(row['low'], row['high'])}, p {row['p']:.3f}"
+            )
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
@@ -168,10 +179,15 @@ class Findings:
         )
 
 
-def setting_text(setting: Mapping[str, str]) -> str:
+def arm_text(row: Mapping[Any, Any]) -> str:
+    """What stands in a table for an arm: its setting, or the prompt's name."""
+    return f"prompt {row['direction']}" if row["role"] == "prompted" else setting_text(row)
+
+
+def setting_text(setting: Mapping[Any, Any]) -> str:
     """A setting as a line of interventions has it, without the direction's hash."""
     if not setting["operator"]:
-        return setting["direction"]
+        return str(setting["direction"])
     level = f", {setting['level']}" if setting["level"] else ""
     scope = f" on {setting['scope']}" if setting["scope"] not in ("", "all") else ""
     return f"{setting['operator']}({setting['direction']}{level}) at {setting['site']}{scope}"

@@ -129,6 +129,11 @@ def _choosing(found: Findings) -> list[str]:
             said.append("No setting stayed within the limits, so none was chosen.")
     if prompts["neutral"]:
         said.append(f"On {prompts['neutral']} neutral texts it is measured what steering damages.")
+    for name, count in told.get("capability", {}).items():
+        said.append(
+            f"{count} multiple-choice questions ({name}) were asked as MMLU is (Hendrycks et al. "
+            "2021): a choice is its letter, and the likeliest letter is the answer."
+        )
     return said
 
 

@@ -17,7 +17,7 @@ from interp_steer.errors import RequestError
 from interp_steer.report import methods, plots
 from interp_steer.report.brief import claims_table
 from interp_steer.report.damage import against_damage
-from interp_steer.report.findings import Findings, setting_text
+from interp_steer.report.findings import Findings, arm_text, setting_text
 from interp_steer.report.heat import heat_map
 from interp_steer.report.page import (
     Picture,
@@ -107,6 +107,7 @@ class _Report:
             best_layers=", ".join(map(str, findings.best_layers)) if chosen_from else "",
             controls=self._controls([self.decides], "one-sided"),
             asking=self._asking(),
+            capability=self._capability(),
             prompting=manifest.get("prompting", {}),
             slopes=mine,
             other_slopes=other_slopes,
@@ -193,6 +194,21 @@ class _Report:
                  "p of no difference", "prompts", "method")  # fmt: skip
         caption = "The chosen setting less prompts that ask for it, paired over held-out prompts"
         return Table(heads, rows, caption=caption, words=2, last_words=True) if rows else None
+
+    def _capability(self) -> Table | None:
+        """Accuracy on sets of questions."""
+        rows: list[Cells] = [
+            (
+                r["set"], arm_text(r), plain(r["unsteered"]), plain(r["accuracy"]),
+                signed(r["difference"]), span(r["low"], r["high"]), int(r["lost"]),
+                int(r["gained"]), chance(r["p"]), int(r["n"]),
+            )
+            for r in as_records(self.findings.capability)
+        ]  # fmt: skip
+        heads = ("questions", "setting", "unsteered", "accuracy", "difference", "interval", "lost",
+                 "gained", "p of no difference", "n")  # fmt: skip
+        caption = "Share of questions answered correctly, paired over questions (McNemar, Newcombe)"
+        return Table(heads, rows, caption=caption, words=2) if rows else None
 
     def _slopes(self) -> tuple[Table | None, Table | None]:
         """Steerability: of the chosen setting's site, and of the others."""

@@ -37,6 +37,7 @@ _MANIFEST = {
     "n_layers": int, "threads": COUNT[1:4097], "versions": {str: str}, "machine": {str: object},
     "arguments": [str], "modules": [str], "written_at": str,
     "earlier?": [{str: object}], "prompting?": {str: str},
+    "capability?": {str: COUNT},
 }  # fmt: skip
 _PLANNED = {
     "role": str, "null": (int, NONE), "split": str, "item": str, "seed": int, "direction": str,

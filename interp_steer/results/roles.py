@@ -7,6 +7,8 @@ SETTING = ("direction", "operator", "site", "level", "scope")
 Setting = tuple[str, str, str, str, str]
 """Direction, operator, site, level and scope as a study declares them; "" where there is none."""
 
+CAPABILITY = "capability {}"
+"""The split of a set of multiple-choice questions, by its name."""
 _PLAIN = re.compile(
     r"\s*(?P<operator>\w+)\(\s*(?P<direction>[^\s,;()@]+)(?:@[0-9a-f]{8})?\s*"
     r"(?:,\s*(?P<number>[-+.\deE]+)\s*(?P<unit>[a-z]*)\s*)?\)"

@@ -1,12 +1,13 @@
 """The parts of a study: its controls, its cells, and the rows that they become."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from interp_steer.errors import RequestError, nearest
 from interp_steer.prompts.item import Item
 from interp_steer.prompts.prompt import Prompt
 from interp_steer.results.roles import Setting
+from interp_steer.steering.direction import is_name
 from interp_steer.steering.intervention import Intervention
 from interp_steer.steering.scale import Scale
 from interp_steer.util.typed import expect
@@ -67,8 +68,15 @@ class Prompting:
             raise RequestError("a prompting says nothing; give `system`, or `user`, or both")
 
     @classmethod
-    def of(cls, name: str, given: object) -> "Prompting":
-        """What a study declares under a name; raises RequestError if it is not of that form."""
+    def of(cls, name: str, given: object, taken: Iterable[str] = ()) -> "Prompting":
+        """What a study declares under a name that is not taken; raises RequestError if it is not of
+        that form.
+        """
+        if not is_name(str(name)) or name in taken:
+            raise RequestError(
+                f"{name!r} cannot name a prompt: use letters, digits, '_' and '-', and no "
+                "direction's name"
+            )
         if not isinstance(given, Mapping):
             raise RequestError(
                 f"prompting {name!r} is {str(given)[:60]!r}; expected fields: system, user, or both"

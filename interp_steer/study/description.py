@@ -162,6 +162,10 @@ def declared(study: Design, model: SteeringModel) -> dict[str, Any]:
             if value:  # without it a study is the one that earlier versions wrote
                 spec[name] = {one: dict(given) for one, given in value.items()}
             continue
+        if name == "capability":
+            if value:
+                spec[name] = {k: [item.as_mapping() for item in v] for k, v in value.items()}
+            continue
         if name in ("controls", "sampling"):
             value = asdict(value)
         spec.setdefault(name, list(value) if isinstance(value, tuple) else value)
@@ -194,6 +198,7 @@ def _manifest(
 ) -> dict[str, Any]:
     """Versions, arguments, hashes and machine of this start."""
     cells = study.prompted()
+    questions = {name: len(some) for name, some in study.capability.items()}
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     return {
         "about": dict(about),
@@ -210,6 +215,7 @@ def _manifest(
         "seeds": list(study.seeds),
         "chunk": study.chunk,
         "prompts": {part: len(getattr(study, part)) for part in PARTS},
+        **({"capability": questions} if questions else {}),
         **({"prompting": {c.direction: str(c.prompting) for c in cells}} if cells else {}),
         "directions": {name: vector.sha for name, vector in study.vectors.items()},
         "model": model.name,

@@ -20,20 +20,21 @@ from interp_steer.prompts.item import Item, digest
 from interp_steer.prompts.parts import check_apart, questions
 from interp_steer.prompts.prompt import chat
 from interp_steer.results.declared import NEEDS
-from interp_steer.results.roles import Setting
+from interp_steer.results.roles import CAPABILITY, Setting
 from interp_steer.steering.contrast import Contrast
-from interp_steer.steering.direction import Direction, DirectionSet, is_name
+from interp_steer.steering.direction import Direction, DirectionSet
 from interp_steer.steering.grammar import Reader, parse, steer
 from interp_steer.steering.intervention import OPERATORS, Intervention, Vector, resolve
 from interp_steer.steering.scale import Scale
 from interp_steer.study import metrics as measures
 from interp_steer.study.cell import Cell, Controls, Planned, Prompting
-from interp_steer.study.fields import apart, each, halved, level, listed
+from interp_steer.study.fields import apart, each, halved, lettered, level, listed, questioned
 from interp_steer.study.modules import load_modules
 from interp_steer.util.typed import expect
 
 SPLITS = ("choose", "prove", "neutral")  # the parts whose prompts are run
 PARTS = ("build", *SPLITS)
+ACCURACY = "accuracy"  # the metric of `capability`
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,9 @@ class Design:
         prompting: by name, what prompts say in place of steering: `{"system": "..."}`, `{"user":
             "..."}` or both; see `Prompting`. Each runs on the `prove` prompts beside the chosen
             cell: is steering better than asking?
+        capability: by name, multiple-choice questions (`choices` and the `correct` one), asked as
+            MMLU is; see `fields.lettered`. They are answered unsteered, by the chosen cell and
+            by each prompt, or by the whole grid where nothing is chosen; `accuracy` tells.
 
     Raises:
         RequestError: the fields do not fit together. All is checked that needs no model.
@@ -100,6 +104,7 @@ class Design:
     chunk: int = 128
     question: str = ""
     prompting: Mapping[str, Any] = field(default_factory=dict)
+    capability: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -113,17 +118,21 @@ class Design:
                 raise RequestError(f"{name} is one text, expected a list of prompts")
             items = tuple(map(Item.of, given))
             put(name, tuple(map(halved, items)) if name == "neutral" else items)
+        put("capability", {name: questioned(name, some) for name, some in self.capability.items()})
         for name in ("sites", "coefficients", "operators", "scopes", "seeds", "lines", "concept"):
             put(name, listed(getattr(self, name)))
         usual = (*(("concept",) if self.concept else ()), "rep3", "surprise", "length")
-        put("metrics", listed(self.metrics) or usual)
+        told = listed(self.metrics) or usual
+        asked = (ACCURACY,) if self.capability and ACCURACY not in told else ()
+        put("metrics", (*told, *asked))
         put("choose_by", self.choose_by or self.metrics[0])
         for name in ("sites", "coefficients", "operators", "scopes", "lines"):
             put(name, tuple(part for given in getattr(self, name) for part in apart(given)))
         put("sites", tuple(site for given in self.sites for site in each(given)))
         put("coefficients", tuple(map(level, self.coefficients)))
         self._check_grid()
-        self._check_prompting()
+        for name, given in self.prompting.items():
+            Prompting.of(name, given, self.directions)
         self._check_metrics()
         self._check_prompts()
 
@@ -165,15 +174,6 @@ class Design:
         if type(self.chunk) is not int or self.chunk < 1:
             raise RequestError(f"chunk is {self.chunk!r}, expected at least 1")
 
-    def _check_prompting(self) -> None:
-        for name, given in self.prompting.items():
-            if not is_name(str(name)) or name in self.directions:
-                raise RequestError(
-                    f"{name!r} cannot name a prompt: use letters, digits, '_' and '-', and no "
-                    "direction's name"
-                )
-            Prompting.of(name, given)
-
     def _check_metrics(self) -> None:
         for word in self.concept:
             if not isinstance(word, str) or not word.strip():
@@ -189,7 +189,7 @@ class Design:
             metric = measures.METRICS[name]
             if name in ("concept", "mention") and not self.concept:
                 raise RequestError(f"{name} needs the study's `concept`: words to look for")
-            if not any(metric.applies(item) for item in (*self.prove, *self.neutral)):
+            if not any(metric.applies(item) for split, item in self.items() if split != "choose"):
                 raise RequestError(f"{name} needs {NEEDS[metric.needs]}; prove has none")
         decides = measures.METRICS[self.choose_by]
         for part in ("choose", "prove"):
@@ -209,8 +209,8 @@ class Design:
                 )
         check_apart({part: getattr(self, part) for part in PARTS})
         run: dict[str, tuple[str, str]] = {}  # digest of a question -> its prompt and split
-        for split in SPLITS:
-            items = getattr(self, split)
+        for split in self.splits:
+            items = self.part(split)
             for item in items:
                 if items.count(item) > 1:
                     raise RequestError(f"{split} holds {item.text[:60]!r} twice")
@@ -283,13 +283,28 @@ class Design:
 
         parts = {split: [as_asked(item) for item in getattr(self, split)] for split in SPLITS}
         parts["neutral"] = [parted(item) for item in parts["neutral"]]
-        changes: dict[str, Any] = {**parts, "as_chat": False}
+        sets = {
+            name: tuple(lettered(item, as_chat, self.system) for item in some)
+            for name, some in self.capability.items()
+        }
+        changes: dict[str, Any] = {**parts, "capability": sets, "as_chat": False}
         return replace(self, **changes)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The parts whose prompts are run: `SPLITS`, and each set of `capability`."""
+        return (*SPLITS, *map(CAPABILITY.format, self.capability))
+
+    def part(self, split: str) -> Sequence[Item]:
+        """The items of one of the splits."""
+        if split in SPLITS:
+            return tuple(getattr(self, split))
+        return tuple(next(v for k, v in self.capability.items() if CAPABILITY.format(k) == split))
 
     def items(self) -> Iterator[tuple[str, Item]]:
         """(split, item) of everything that is run."""
-        for split in SPLITS:
-            for item in getattr(self, split):
+        for split in self.splits:
+            for item in self.part(split):
                 yield split, item
 
     def scale(self, model: SteeringModel) -> Scale:

@@ -167,11 +167,11 @@ class _Work:
         for number, part in enumerate(parts):
             # every shard runs the unsteered rows: they are few, and all of its other rows need them
             own = stage.name == "unsteered" or number % self.shard[1] == self.shard[0] - 1
-            missing = [(key, row) for key, row in part if not self._has(key)]
+            missing = [(key, row) for key, row in part if not self._has(key, row)]
             self.done += len(part) - len(missing)
             if missing and own:
                 todo.append(self._chunk(missing))
-            if present := [pair for pair in part if self._has(pair[0])]:
+            if present := [pair for pair in part if self._has(*pair)]:
                 self.sound = self._chunk(present[:1])
         self.report(self.done)
         while todo:
@@ -183,7 +183,7 @@ class _Work:
                     self._succeeded(chunk, outcome)
             todo = again
         failed = {failure.key for failure in self.failures}
-        return all(self._has(key) or key in failed for part in parts for key, _ in part)
+        return all(self._has(key, row) or key in failed for part in parts for key, row in part)
 
     def _partly(self, done: float, note: str = "") -> None:
         """Progress within a chunk."""
@@ -198,9 +198,13 @@ class _Work:
         self.failed_in_row, self.sound = 0, chunk.part(0, 1)
         self.report(self.done)
 
-    def _has(self, key: str) -> bool:
+    def _has(self, key: str, planned: Planned) -> bool:
+        """Whether a row is there with every metric that its item can be asked."""
         row = self.known.get(key)
-        return row is not None and set(self.study.metrics) <= set(row["metrics"])
+        if row is None:
+            return False
+        left = set(self.study.metrics) - set(row["metrics"])
+        return not any(measures.find(name).applies(planned.item) for name in left)
 
     def _failed(self, chunk: Chunk, error: Exception) -> list[Chunk]:
         """Its halves, to be tried; a single row is given up.

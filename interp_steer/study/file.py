@@ -105,6 +105,7 @@ class StudyFile:
             ("sampling", [f.name for f in fields(Sampling)], "sampling setting"),
             ("limits", None, ""),
             ("prompting", None, ""),
+            ("capability", None, ""),
             ("directions", None, ""),
         ):
             given = spec.get(part, {})
@@ -136,6 +137,7 @@ class StudyFile:
         read_date(spec.get("date"))
         file = cls(spec, path.parent)
         file.parts()
+        file.capability()
         return file
 
     @property
@@ -170,6 +172,11 @@ class StudyFile:
             both = split_items(self._file(given["all"], "all").items(), share, seed)
             parts |= dict(zip(("choose", "prove"), both, strict=True))
         return parts
+
+    def capability(self) -> dict[str, list[Item]]:
+        """The questions of each set."""
+        sets = self.spec.get("capability") or {}
+        return {name: self._file(one, f"capability {name}").items() for name, one in sets.items()}
 
     def rehearse(self, bounds: Bounds | None) -> None:
         """Checks all of the study that can be checked before a model loads: the grid, its sites,
@@ -224,6 +231,7 @@ class StudyFile:
         for name, kind in (("controls", Controls), ("sampling", Sampling)):
             if name in given:
                 given[name] = kind(**given[name])
+        given["capability"] = self.capability()
         given["modules"] = [str(self._path(m)) for m in _listed(spec.get("modules"))]
         build = list(parts.pop("build", []))
         build += [item for item in used if item not in build]

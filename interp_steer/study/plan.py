@@ -46,8 +46,8 @@ def check(study: Design, model: SteeringModel) -> None:
     """
     admission = Admission(model, computes=False)
     needs = {measures.find(name).needs for name in study.metrics}
-    for part in ("choose", "prove", "neutral"):
-        for number, item in enumerate(getattr(study, part), start=1):
+    for part in study.splits:
+        for number, item in enumerate(study.part(part), start=1):
             with numbered(part, number):
                 model.encode(item.prompt)
                 for text in _read(item, needs):
@@ -85,19 +85,21 @@ def forecast(study: Design) -> dict[str, int]:
     """Rows of each stage, at most."""
     seeds = len(study.seeds)
     items = len(study.choose) + len(study.prove) + len(study.neutral)
+    able, arms = sum(map(len, study.capability.values())), len(study.prompting)
     controls = study.controls
     made = study.directions.values()
     contrastive = any(isinstance(one, Contrast) for one in made)
     features = sum(isinstance(one, Direction) and one.is_feature for one in made)
     cells = 1 + controls.flip + controls.wrong_layer + controls.random + study.selected
     cells += len(study.prompting) + controls.shuffled * contrastive + controls.features * features
-    found = {"unsteered": items * seeds}
+    found = {"unsteered": items * seeds + able}
     if study.choose:
         found["grid"] = len(study.settings) * (1 + study.selected) * len(study.choose) * seeds
     elif len(study.settings) > 1:
         cells = len(study.settings) + len(study.prompting)
-        return {**found, "grid": cells * len(study.prove) * seeds}
+        return {**found, "grid": cells * (len(study.prove) * seeds + able)}
     found["prove"] = (cells * len(study.prove) + 2 * len(study.neutral)) * seeds
+    found["prove"] += (1 + arms) * able
     return found
 
 

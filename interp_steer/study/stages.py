@@ -19,7 +19,7 @@ from interp_steer.steering.intervention import Intervention, Vector, resolve
 from interp_steer.steering.scale import Scale
 from interp_steer.study import metrics as measures
 from interp_steer.study.cell import Cell, Planned
-from interp_steer.study.design import Design
+from interp_steer.study.design import SPLITS, Design
 
 FLIPPED = ("add", "add_norm_kept", "clamp")  # operators for which a negative coefficient is a flip
 
@@ -44,7 +44,8 @@ def stages(
         known: rows by key; those of a stage have to be there when the next one is asked for.
     """
     unsteered = Cell("unsteered")
-    rows = [Planned(unsteered, i, s, seed) for s, i in study.items() for seed in study.seeds]
+    rows = [row for split in SPLITS for row in _crossed(study, [unsteered], split)]
+    rows += _able(study, [unsteered])
     if changed := remeasured(study, model, rows, known):
         note(f"rows here were measured by another form of {', '.join(changed)}; they are run anew")
     yield Stage("unsteered", rows)
@@ -62,13 +63,15 @@ def stages(
         null_cells = [replace(cell, role="null") for cell in picked if cell is not None]
     elif len(grid) > 1:
         # without a selection the whole grid runs on `prove`, and no cell of it is claimed
-        yield Stage("grid", _crossed(study, [*grid, *study.prompted()], "prove"))
+        cells = [*grid, *study.prompted()]
+        yield Stage("grid", [*_crossed(study, cells, "prove"), *_able(study, cells)])
         return
     if chosen is None:
         return
     beside = controlled(study, chosen.setting, scale, model.n_layers)
     rows = _crossed(study, [*beside, *study.prompted(), *null_cells], "prove")
     rows += _crossed(study, [c for c in beside if c.role in ("chosen", "flip")], "neutral")
+    rows += _able(study, [beside[0], *study.prompted()])
     yield Stage("prove", rows)
 
 
@@ -236,5 +239,11 @@ def _elsewhere(chosen: Cell, vector: Vector, scale: Scale, n_layers: int) -> Cel
 
 
 def _crossed(study: Design, cells: Sequence[Cell], split: str) -> list[Planned]:
-    items = getattr(study, split)
+    items = study.part(split)
     return [Planned(c, i, split, s) for i in items for s in study.seeds for c in cells]
+
+
+def _able(study: Design, cells: Sequence[Cell]) -> list[Planned]:
+    """Questions of capability; they generate nothing, so that one seed tells."""
+    splits = [split for split in study.splits if split not in SPLITS]
+    return [Planned(c, i, s, study.seeds[0]) for s in splits for i in study.part(s) for c in cells]
