@@ -43,6 +43,10 @@ COMMANDS = {
     "sae": ("features:saes", "Check how well a sparse autoencoder fits your model."),
     "tune": ("tune", "Find the strength of every line for one amount of damage."),
     "study": ("study:app", "Plan and run a study: a grid of steered answers with its controls."),
+    "card": (
+        "card",
+        "Say of one direction whether it steers, how strongly and at what damage.",
+    ),
     "judge": (
         "judge",
         "Rate a run's held-out answers: concept, instruction, fluency, and their harmonic mean.",

@@ -7,7 +7,7 @@
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 
@@ -132,6 +132,7 @@ class Engine:
         *,
         reference: Sequence[int | None] | None = None,
         last_logits: bool = False,
+        among: Sequence[int] = (),
         taps: Sequence[Site] = (),
         batch: int | None = None,
         report: Report | None = None,
@@ -144,6 +145,7 @@ class Engine:
             reference: for each row the number of the row that it is compared with by KL; both
                 need the same continuation; their prompts may differ.
             last_logits: whether to return the logits after the last token.
+            among: token ids whose probability together is told at every position.
             taps: sites whose activations every row returns, continuation included.
 
         Raises:
@@ -174,7 +176,7 @@ class Engine:
                     f"row {mine} and its reference {other} have different continuations"
                 )
         self.admission.judge(lives)
-        scoring = _Scoring(model, lives, given, against, last_logits)
+        scoring = _Scoring(model, lives, given, against, Asked(last_logits, tuple(among)))
         needs = [working(model, len(ids), 0) for ids in scoring.sequences]
         order = sorted(
             range(len(rows)), key=lambda r: (len(scoring.sequences[r]), scoring.sequences[r])
@@ -248,10 +250,10 @@ class _Scoring:
         lives: Sequence[Live],
         given: Sequence[tuple[int, ...]],
         against: Sequence[int | None],
-        last_logits: bool,
+        asked: "Asked",
     ) -> None:
         self.model, self.lives, self.given, self.against = model, lives, given, against
-        self.last_logits = last_logits
+        self.asked = asked
         self.sequences = [(*x.prompt.ids, *after) for x, after in zip(lives, given, strict=True)]
         self.wanted = {other for other in against if other is not None}
         self.found: dict[int, Score] = {}
@@ -269,13 +271,13 @@ class _Scoring:
         others = [None if r in self.wanted else self.against[r] for r in chunk]
         compared = [None if other is None else self._kept[other] for other in others]
         given = [self.given[r] for r in chunk]
-        values = readings(self.model, streams, given, compared, self.last_logits)
+        values = readings(self.model, streams, given, compared, self.asked)
         seen: dict[int, dict[Site, Tensor]] = {}
         for live, site, x in watch.take() if watch else ():
             sites = seen.setdefault(live.id, {})
             sites[site] = torch.cat([sites[site], x]) if site in sites else x.clone()
-        for r, (logprobs, last, kl) in zip(chunk, values, strict=True):
-            self.found[r] = Score(self.given[r], logprobs, last, kl, seen.get(r, {}))
+        for r, (logprobs, last, kl, among) in zip(chunk, values, strict=True):
+            self.found[r] = Score(self.given[r], logprobs, last, kl, among, seen.get(r, {}))
         if report:
             report(len(self.found))
 
@@ -285,10 +287,21 @@ class _Scoring:
         others = [self.against[r] for r in chunk]
         compared = [None if other is None else self._kept[other] for other in others]
         streams, given = [self._kept[r] for r in chunk], [self.given[r] for r in chunk]
-        for r, (_, _, kl) in zip(
+        for r, (_, _, kl, _) in zip(
             chunk, readings(self.model, streams, given, compared), strict=True
         ):
             self.found[r] = replace(self.found[r], kl=kl)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is read of logits beside the given tokens; see `Engine.score`."""
+
+    last_logits: bool = False
+    among: tuple[int, ...] = ()
+
+
+NOTHING = Asked()
 
 
 def readings(
@@ -296,10 +309,10 @@ def readings(
     streams: Sequence[Float[Tensor, "_ d_model"]],
     given: Sequence[Sequence[int]],
     references: Sequence[Float[Tensor, "_ d_model"] | None],
-    last_logits: bool = False,
-) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """Of each row the log probabilities of given tokens, the last logits if asked for, and KL from
-    its reference if it has one; on the CPU.
+    asked: Asked = NOTHING,
+) -> list[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]]:
+    """Of each row the log probabilities of given tokens, the last logits if asked for, KL from its
+    reference if it has one, and ln of the probability of the tokens asked for; on the CPU.
 
     Args:
         streams: after the last block, from the last position of the prompt on: one position more
@@ -322,9 +335,10 @@ def readings(
         for position in range(n)
     ]
     order = sorted(numbers, key=lambda n: (against[n], rows[n]))
-    size = (len(ends) if last_logits else 0, model.d_vocab)
+    size = (len(ends) if asked.last_logits else 0, model.d_vocab)
     finals = torch.empty(size, dtype=torch.float32, device=flat.device)
-    logprobs, kl = finals.new_zeros(2, len(flat))
+    logprobs, kl, mass = finals.new_zeros(3, len(flat))
+    among = torch.tensor(asked.among, device=flat.device)
     together = max(1, LOGITS // model.d_vocab)
     for start in range(0, len(order), together):
         some = order[start : start + together]
@@ -332,19 +346,28 @@ def readings(
         table = [(n, tokens[n], others[against[n]]) for n in some]
         here, token, which = torch.tensor(table).T.to(flat.device)
         logits = model.unembed(flat[here]).float()
-        ended = [(i, lasts[n]) for i, n in enumerate(some) if n in lasts] if last_logits else []
+        ended = (
+            [(i, lasts[n]) for i, n in enumerate(some) if n in lasts] if asked.last_logits else []
+        )
         if ended:
             i, row = torch.tensor(ended).T.to(flat.device)
             finals[row] = logits[i]
         logits = logits.log_softmax(-1)
         logprobs[here] = logits.gather(1, token[:, None])[:, 0]
+        if len(among):
+            mass[here] = logits[:, among].logsumexp(-1)
         if max(others) >= 0:
             index = torch.tensor([max(0, other) for other in others]).to(flat.device)
             reference = model.unembed(every[index]).float().log_softmax(-1)[which]
             kl[here] = (reference.exp() * (reference - logits)).sum(-1)
-    parts = zip(logprobs.cpu().split(ends), kl.cpu().split(ends), strict=True)
-    last = [x.clone() for x in finals.cpu()] if last_logits else [None] * len(ends)
+    parts = zip(*(x.cpu().split(ends) for x in (logprobs, kl, mass)), strict=True)
+    last = [x.clone() for x in finals.cpu()] if asked.last_logits else [None] * len(ends)
     return [
-        (logprob[:-1].clone(), final, divergence.clone() if reference is not None else None)
-        for (logprob, divergence), final, reference in zip(parts, last, references, strict=True)
+        (
+            logprob[:-1].clone(),
+            final,
+            divergence.clone() if reference is not None else None,
+            ln.clone() if asked.among else None,
+        )
+        for (logprob, divergence, ln), final, reference in zip(parts, last, references, strict=True)
     ]

@@ -177,6 +177,8 @@ class Score:
         last_logits: logits after the last token, if asked for.
         kl: KL(reference || row) in nats, at the last prompt position and after each token of the
             continuation (one more than tokens); None without a reference.
+        among: at the same positions ln of the probability that the next token is one of those asked
+            for; None if none were.
         taps: as in `Result`.
     """
 
@@ -184,4 +186,5 @@ class Score:
     logprobs: Float[Tensor, " tokens"]
     last_logits: Float[Tensor, " d_vocab"] | None = None
     kl: Float[Tensor, " positions"] | None = None
+    among: Float[Tensor, " positions"] | None = None
     taps: Mapping[Site, Float[Tensor, "pos d_model"]] = field(default_factory=dict)

@@ -44,6 +44,12 @@ _DECLARED = (
         "unsteered answer's.",
     ),
     Declared(
+        name="concept_logprob", needs="unsteered", unit="nats",
+        about="ln of the mean probability, over the last prompt position and the unsteered answer, "
+        "of tokens that begin a concept word; the difference from unsteered says how many times "
+        "likelier (e to that power) steering makes them.",
+    ),
+    Declared(
         name="logit_difference", needs="pair", unit="nats", version=2,
         about="Logit of the positive answer minus that of the negative at the first token "
         "that differs.",

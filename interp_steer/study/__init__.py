@@ -6,6 +6,7 @@
 - `fields`: fields as people write them, in the one form that a study keeps
 - `file`: a study as a YAML file
 - `modules`: Python files that define further metrics
+- `measured`: what was run of a chunk, and what metrics read of it
 - `metrics`: functions from what was run to a number for each row
 - `plan`: rows, chunks, memory and time, before anything runs
 - `stages`: which rows run first, how a cell is chosen, and which controls it gets

@@ -187,7 +187,7 @@ class Design:
                 raise RequestError(f"{name!r} decides but is not among the metrics")
         for name in self.metrics:
             metric = measures.METRICS[name]
-            if name in ("concept", "mention") and not self.concept:
+            if name in ("concept", "mention", "concept_logprob") and not self.concept:
                 raise RequestError(f"{name} needs the study's `concept`: words to look for")
             if not any(metric.applies(item) for split, item in self.items() if split != "choose"):
                 raise RequestError(f"{name} needs {NEEDS[metric.needs]}; prove has none")

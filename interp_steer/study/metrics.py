@@ -15,136 +15,25 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from interp_steer.engine.engine import Engine
-from interp_steer.engine.row import Result, Row, Score
+from interp_steer.engine.row import Score
 from interp_steer.errors import RequestError, nearest
 from interp_steer.prompts.item import Item
-from interp_steer.prompts.prompt import Prompt
 from interp_steer.results.built_in import BUILT_IN
 from interp_steer.results.declared import BETTER, KINDS, NEEDS, Declared
 from interp_steer.results.words import OPENINGS, names, refuses
-from interp_steer.util.console import Report
+from interp_steer.study.measured import Measured as Measured
+from interp_steer.study.measured import Numbers, distinct, mean_loss, surprise_after
+from interp_steer.study.measured import rep3 as rep3
+from interp_steer.study.measured import surprise as surprise
 
 CONTENT = "__interp_steer_content__"  # what a module keeps of its file, if a study names that
 LOOPS = 0.2  # rep3 above which an answer loops ("The Eiffel Tower Llama")
-
-Numbers = list[float | None]
-
-
-def rep3(ids: Sequence[int]) -> float | None:
-    """Share of repeated 3-grams of token ids, 0 to 1: 1 - different / all.
-
-    Above 0.2 an answer loops. Missing (None) below 3 tokens. Gibberish can score 0: read it beside
-    `surprise`. From "The Eiffel Tower Llama" (Hugging Face, 2025).
-    """
-    share = distinct(ids, 3)
-    return None if share is None else 1 - share
-
-
-def distinct(ids: Sequence[int], n: int) -> float | None:
-    """Different n-grams / all n-grams of token ids, 0 to 1; None where there is none.
-
-    distinct-n, Li et al. 2016 (arXiv 1510.03055), of one answer.
-    """
-    grams = list(zip(*(ids[i:] for i in range(n)), strict=False))
-    return len(set(grams)) / len(grams) if grams else None
-
-
-def surprise(
-    engine: Engine,
-    results: Sequence[Result],
-    report: Report | None = None,
-    batch: int | None = None,
-) -> Numbers:
-    """Mean of -ln p(token) of each answer under the unsteered model, in nats.
-
-    All answer tokens count; None where there are none. A loop has low surprise: read it beside
-    `rep3`.
-    """
-    return _surprise_after(
-        engine, [result.row.prompt for result in results], results, report, batch
-    )
-
-
-def _surprise_after(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    results: Sequence[Result],
-    report: Report | None = None,
-    batch: int | None = None,
-) -> Numbers:
-    """The same after given prompts: a row that was asked in other words is read after the plain
-    question, as all others are.
-    """
-    rows = [Row(prompt) for prompt in prompts]
-    answers = [result.token_ids for result in results]
-    scores = engine.score(rows, answers, report=report, batch=batch)
-    return [_mean_loss(score) for score in scores]
-
-
-# --- metrics of a study -----------------------------------------------------------------------
-
-
-@dataclass
-class Measured:
-    """Rows that were run together, and what metrics ask of them: each computed once, on demand.
-
-    Attributes:
-        engine: of the model.
-        rows, items: what was run; one kind of item.
-        unsteered: token ids of the unsteered answer to the same prompt with the same seed.
-        concept: words of the concept.
-        batch: rows at once.
-    """
-
-    engine: Engine
-    rows: Sequence[Row]
-    items: Sequence[Item]
-    unsteered: Sequence[Sequence[int]] = ()
-    concept: Sequence[str] = ()
-    batch: int | None = None
-    report: Report | None = field(default=None, repr=False)
-    _read: dict[tuple[str, ...], list[Score]] = field(default_factory=dict, repr=False)
-
-    @cached_property
-    def results(self) -> list[Result]:
-        """The generated answers."""
-        return self.engine.generate(self.rows, batch=self.batch, report=self.report)
-
-    @cached_property
-    def scores(self) -> list[Score]:
-        """The rows on the unsteered answer, teacher-forced, with the KL from the unsteered row."""
-        asked = [item.prompt for item in self.items]  # in other words, if a row is prompted
-        pairs = dict.fromkeys(zip(asked, self._forced, strict=True))
-        at = {pair: len(self.rows) + i for i, pair in enumerate(pairs)}
-        scores = self.engine.score(
-            [*self.rows, *(Row(prompt) for prompt, _ in pairs)],
-            [*self._forced, *(ids for _, ids in pairs)],
-            reference=[
-                *(at[pair] for pair in zip(asked, self._forced, strict=True)),
-                *(None for _ in pairs),
-            ],
-            batch=self.batch,
-        )
-        return scores[: len(self.rows)]
-
-    @property
-    def _forced(self) -> list[tuple[int, ...]]:
-        return [tuple(ids) for ids in self.unsteered]
-
-    def logprobs(self, texts: Sequence[str]) -> list[Score]:
-        """Each row's reading of a text that follows its prompt directly."""
-        asked = tuple(texts)
-        if asked not in self._read:
-            self._read[asked] = self.engine.score(self.rows, asked, batch=self.batch)
-        return self._read[asked]
 
 
 Function = Callable[[Measured], Numbers]
@@ -288,7 +177,7 @@ def distinct2(measured: Measured) -> Numbers:
 @built_in("surprise")
 def _surprise(measured: Measured) -> Numbers:
     asked = [item.prompt for item in measured.items]
-    return _surprise_after(measured.engine, asked, measured.results, batch=measured.batch)
+    return surprise_after(measured.engine, asked, measured.results, batch=measured.batch)
 
 
 @built_in("length")
@@ -309,6 +198,14 @@ def kl_mean(measured: Measured) -> Numbers:
 @built_in("kl_p95")
 def kl_p95(measured: Measured) -> Numbers:
     return [s.kl.quantile(0.95).item() if s.kl is not None else None for s in measured.scores]
+
+
+@built_in("concept_logprob")
+def concept_logprob(measured: Measured) -> Numbers:
+    if not measured.words:
+        return [None] * len(measured.rows)
+    told = [score.among for score in measured.scores if score.among is not None]
+    return [(ln.logsumexp(0) - math.log(len(ln))).item() for ln in told]
 
 
 @built_in("logit_difference")
@@ -396,8 +293,4 @@ def accuracy(measured: Measured) -> Numbers:
 @built_in("loss")
 def loss(measured: Measured) -> Numbers:
     scores = measured.logprobs([str(item.continuation) for item in measured.items])
-    return [_mean_loss(score) for score in scores]
-
-
-def _mean_loss(score: Score) -> float | None:
-    return -score.logprobs.mean().item() if len(score.logprobs) else None
+    return [mean_loss(score) for score in scores]

@@ -13,6 +13,7 @@ from interp_steer.engine.admission import Admission
 from interp_steer.engine.engine import LOGITS, Engine
 from interp_steer.engine.memory import working
 from interp_steer.engine.row import Row
+from interp_steer.errors import RequestError
 from interp_steer.features.matched import matched_features
 from interp_steer.model.device import pick_device
 from interp_steer.model.model import SteeringModel
@@ -24,6 +25,7 @@ from interp_steer.steering.scale import Scale
 from interp_steer.study import metrics as measures
 from interp_steer.study.chunk import Chunk, measure
 from interp_steer.study.design import Design
+from interp_steer.study.measured import beginnings
 from interp_steer.util.console import progress
 
 BESIDE = 64 * 2**20  # bytes: the tokenizer, and what is small
@@ -52,6 +54,11 @@ def check(study: Design, model: SteeringModel) -> None:
                 model.encode(item.prompt)
                 for text in _read(item, needs):
                     model.encode_after(item.prompt, text)
+    if "concept_logprob" in study.metrics and not beginnings(model, study.concept):
+        raise RequestError(
+            f"no token begins one of {', '.join(study.concept)}, and concept_logprob reads tokens; "
+            "give other words, or the metric concept"
+        )
     longest = _longest(study, model)
     rewritten = [item for _, item in study.items() if not model.encode(item.prompt).located][:1]
     unit = Scale((1.0,) * 10_000)  # more layers than there are: the model says which is too many

@@ -2,10 +2,11 @@
 
     curve      Curve: which dose to try next, from the KL of those tried
     equal      equal_kl: every line's dose for one KL, its brackets read as one batch
+    card       card: one page for one direction
     ratings    rubrics, how a rating is read, and how three become one score
     endpoint   Endpoint: a judge at an OpenAI-compatible address
     judge      judge: ratings by content, asked once; LocalJudge: a model of our own engine
     arms       judge_run: the arms of a run, as a judge rates them
 
-Start at `equal_kl`, or at `judge_run`.
+Start at `card`, `equal_kl` or `judge_run`.
 """

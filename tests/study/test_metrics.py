@@ -14,6 +14,7 @@ from interp_steer.prompts.prompt import chat
 from interp_steer.results.words import OPENINGS
 from interp_steer.steering.direction import Direction
 from interp_steer.steering.grammar import steer
+from interp_steer.study.measured import beginnings
 from interp_steer.study.metrics import METRICS, Measured, distinct, find, metric, rep3
 
 LAYER = 2
@@ -94,6 +95,27 @@ def test_kl_is_that_of_hugging_face_on_the_same_continuation(tiny, pushed):
         assert last[i] == pytest.approx(kl[0].item(), abs=1e-4)
         assert mean[i] == pytest.approx(kl.mean().item(), abs=1e-4)
     assert last[0] == 0 and last[1] > 1e-3
+
+
+def test_the_probability_of_a_concept_is_that_of_hugging_face(tiny, pushed):
+    items = [Item(p) for p in PROMPTS]
+    words = ("Paris", "rain")
+    begin = [" Paris", "Paris", " paris", "paris", " rain", "rain", " Rain", "Rain"]
+    first = {tiny.tokenizer.encode(one, add_special_tokens=False)[0] for one in begin}
+    tokens = [i for i in first if len(tiny.tokenizer.decode([i]).strip()) >= 3]
+    assert set(beginnings(tiny, words)) == set(tokens) and tokens
+    plain = Engine(tiny).generate([Row(p, (), Sampling(max_new_tokens=5)) for p in PROMPTS])
+    answers = [r.token_ids for r in plain for _ in range(2)]
+    measured = made(tiny, pushed, items, unsteered=answers, concept=words)
+    got = METRICS["concept_logprob"](measured)
+    for value, row, answer in zip(got, measured.rows, answers, strict=True):
+        ids = tiny.encode(row.prompt).ids
+        p = reference(tiny, [*ids, *answer], row.steer)[len(ids) - 1 :].exp()
+        assert value == pytest.approx(p[:, tokens].sum(-1).mean().log().item(), abs=1e-4)
+    # " E" begins too many words to stand for one
+    one = tiny.tokenizer.encode(" Eiffel", add_special_tokens=False)[0]
+    short = len(tiny.tokenizer.decode([one]).strip()) < 3
+    assert (one in beginnings(tiny, ["Eiffel"])) != short
 
 
 def test_refusal_by_log_probability(tiny, pushed):
