@@ -43,6 +43,7 @@ COMMANDS = {
     "sae": ("features:saes", "Check how well a sparse autoencoder fits your model."),
     "tune": ("tune", "Find the strength of every line for one amount of damage."),
     "study": ("study:app", "Plan and run a study: a grid of steered answers with its controls."),
+    "combine": ("combine", "Find strengths of several directions together, by Optuna."),
     "card": (
         "card",
         "Say of one direction whether it steers, how strongly and at what damage.",

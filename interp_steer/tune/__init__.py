@@ -2,6 +2,7 @@
 
     curve      Curve: which dose to try next, from the KL of those tried
     equal      equal_kl: every line's dose for one KL, its brackets read as one batch
+    search     search: strengths of several directions together, by Optuna
     card       card: one page for one direction
     ratings    rubrics, how a rating is read, and how three become one score
     endpoint   Endpoint: a judge at an OpenAI-compatible address

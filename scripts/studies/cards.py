@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Cards of features, and how often a card is wrong
-# 20 features of the starter SAE, spread evenly over the labelled ones: what a card declares, and how
-# long it takes. Then random directions, each with the words of one of these features: whatever is
-# declared to steer there is a false alarm, and at most 5 % should be.
+# 20 features of the starter SAE, spread evenly over the labelled ones: what a card declares, and
+# how long it takes. And random directions, each with the words of one of these features: whatever
+# is declared to steer there is a false alarm, and at most 5 % should be.
 #
 # `python scripts/studies/cards.py [--features N] [--random N]`; a run that was stopped goes on.
 
@@ -29,6 +29,7 @@ def count(option: str, default: int) -> int:
 
 
 FEATURES, RANDOM = count("--features", 20), count("--random", 40)
+SETS = 10  # of words for random directions
 SOURCE = "smollm2-135m-instruct/13-starter-res-6k"  # labels: interp-steer labels import starter
 HERE = Path(__file__).parent if "__file__" in globals() else Path("scripts/studies").resolve()
 RUN = Path(os.environ.get("RUN", HERE.parents[1] / "cache" / "runs" / "cards"))
@@ -39,6 +40,23 @@ with Store() as store:
     labelled = {i: one for i, one in store.best(Source.parse(SOURCE)).items() if one.label}
 usable = [i for i in sorted(labelled) if len(words_of(labelled[i].label)) >= 3]
 chosen = [usable[round((n + 0.5) * len(usable) / 20)] for n in range(20)]
+
+# %% random directions with the words of these features
+items = read_items(QUESTIONS)
+choose, prove = split_items(items, 6 / len(items))
+alarms = []
+for n in range(RANDOM):
+    words = words_of(labelled[chosen[n % SETS]].label)
+    # seeds beyond those of the controls; a folder for each set of words, so that its controls are
+    # run once
+    vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(10_000 + n))
+    direction = Direction.of(vector / vector.norm(), "blocks.13.hook_resid_post", f"random{n}")
+    folder = RUN / f"random_{n % SETS}"
+    verdict = dosed(direction, words, choose, prove).run(model, folder).findings().verdict
+    alarms.append(bool(verdict.steers))
+    print(f"random {n:3} {'STEERS' if verdict.steers else 'not shown':10} p {verdict.p:.3f}",
+          flush=True)  # fmt: skip
+print(f"\n{sum(alarms)} of {len(alarms)} random directions declared to steer")
 
 # %% their cards
 rows = []
@@ -60,20 +78,3 @@ if rows:
           f"longest card {table['seconds'].max():.0f} s")  # fmt: skip
     link = table[["effect", "output score"]].corr("spearman").iloc[0, 1]
     print(f"rank correlation of effect and output score {link:+.2f}")
-
-# %% random directions with the words of these features
-items = read_items(QUESTIONS)
-choose, prove = split_items(items, 6 / len(items))
-alarms = []
-for n in range(RANDOM):
-    words = words_of(labelled[chosen[n % len(chosen)]].label)
-    # seeds beyond those of the controls; a folder for each set of words, so that its controls are
-    # run once
-    vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(10_000 + n))
-    direction = Direction.of(vector / vector.norm(), "blocks.13.hook_resid_post", f"random{n}")
-    folder = RUN / f"random_{n % len(chosen)}"
-    verdict = dosed(direction, words, choose, prove).run(model, folder).findings().verdict
-    alarms.append(bool(verdict.steers))
-    print(f"random {n:3} {'STEERS' if verdict.steers else 'not shown':10} p {verdict.p:.3f}",
-          flush=True)  # fmt: skip
-print(f"\n{sum(alarms)} of {len(alarms)} random directions declared to steer")

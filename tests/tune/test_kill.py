@@ -26,12 +26,25 @@ def searched(model, folder):
                     length=6, chunk=8)  # fmt: skip
 
 
+def searched_together(model, folder):
+    """Several strengths at once, in batches of 4 candidates."""
+    from interp_steer.engine.row import Sampling
+    from interp_steer.tune.search import search
+
+    known = {"d": direction(), "e": direction(1)}
+    line = "add(d, ? dose) at 1; add(e, ? dose) at 2"
+    return search(model, line, PROMPTS, known, folder, prove=HELD_OUT, trials=40, batch=4,
+                  choose_by="kl_last", limits={"kl_mean": 10.0}, chunk=8,
+                  sampling=Sampling(max_new_tokens=6))  # fmt: skip
+
+
+TABLES = {"searched": "table", "searched_together": "trials"}
 SCRIPT = """
 import os, random, signal, sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from interp_steer.model.model import SteeringModel
-from tests.tune.test_kill import searched
+from tests.tune.test_kill import {name} as searched
 
 model, folder = SteeringModel.load({model!r}), Path({folder!r})
 draw, killed = random.Random(5), 0
@@ -50,15 +63,21 @@ for kill in range(10):
         time.sleep(draw.uniform(0, 0.5))
         os.kill(child, signal.SIGKILL)
         killed += os.waitpid(child, 0)[1] == signal.SIGKILL
-searched(model, folder).table.to_json({table!r}, orient="records")
+searched(model, folder).{attribute}.to_json({table!r}, orient="records")
 print(killed)
 """
 
 
 @pytest.mark.slow
-def test_a_search_that_is_killed_goes_on_to_the_same_result(tiny, tiny_folder, tmp_path):
-    table = tmp_path / "table.json"
-    fields = {"tests": str(Path(__file__).parents[2]), "model": str(tiny_folder)}
+@pytest.mark.parametrize("name", TABLES)
+def test_a_search_that_is_killed_goes_on_to_the_same_result(tiny, tiny_folder, tmp_path, name):
+    table, attribute = tmp_path / "table.json", TABLES[name]
+    fields = {
+        "name": name,
+        "attribute": attribute,
+        "tests": str(Path(__file__).parents[2]),
+        "model": str(tiny_folder),
+    }
     done = subprocess.run(
         [sys.executable, "-c",
          SCRIPT.format(**fields, folder=str(tmp_path / "a"), table=str(table))],
@@ -69,7 +88,7 @@ def test_a_search_that_is_killed_goes_on_to_the_same_result(tiny, tiny_folder, t
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        alone = searched(tiny, tmp_path / "b").table
+        alone = getattr(globals()[name](tiny, tmp_path / "b"), attribute)
     finally:
         torch.set_num_threads(threads)
     assert json.loads(table.read_text()) == json.loads(alone.to_json(orient="records"))
