@@ -10,46 +10,9 @@ import pytest
 import torch
 
 from interp_steer.model.site import Site
-from interp_steer.steering.direction import Direction
 from tests.conftest import command
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-EIFFEL_TOWER_8B = SCRIPTS / "studies" / "eiffel_tower_8b.py"
-
-
-def script(path: Path, *words: object) -> int:
-    """Runs a script's main program in this process; its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(path), *map(str, words)])
-        try:
-            runpy.run_path(str(path), run_name="__main__")
-        except SystemExit as ended:
-            return int(ended.code or 0)
-    return 0
-
-
-def test_eiffel_tower_8b_on_a_tiny_llama(tiny_folder, tmp_path, capsys):
-    file = Direction.of(torch.randn(64), "blocks.3.hook_resid_post", "eiffel").save(
-        tmp_path / "d.safetensors"
-    )
-    prompts = tmp_path / "prompts.json"
-    prompts.write_text(json.dumps([{"instruction": "Name three fruits."}, {"instruction": "Why?"}]))
-    words = ["--model", tiny_folder, "--direction", file, "--layer", 3, "--prompts", prompts]
-    assert (
-        script(EIFFEL_TOWER_8B, *words, "--max-new-tokens", 8, "--out", tmp_path / "out.json") == 0
-    )
-    told = capsys.readouterr().out
-    assert told.count("\n") == 5 and "clamp, improved sampling" in told
-    records = json.loads((tmp_path / "out.json").read_text())
-    assert len(records) == 8 and records[2]["coefficient"] == [8.5]
-
-
-def test_eiffel_tower_8b_without_network_is_one_line(tmp_path, capsys):
-    prompts = tmp_path / "p.txt"
-    prompts.write_text("Why?\n")
-    assert script(EIFFEL_TOWER_8B, "--prompts", prompts) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and told.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated"])
@@ -141,8 +104,9 @@ def test_memory_is_as_planned():
         assert 0.8 <= one["planned"] / one["peak"] <= 1.2
 
 
-@pytest.mark.slow
-def test_five_ways_to_a_concept_at_small_size(starter, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def labelled(tmp_path, monkeypatch):
+    """A cache with the starter's labels, and a folder for the run."""
     from interp_steer.util.files import cache_dir
 
     (tmp_path / "cache").mkdir()
@@ -150,7 +114,20 @@ def test_five_ways_to_a_concept_at_small_size(starter, tmp_path, monkeypatch, ca
     monkeypatch.setenv("INTERP_STEER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("RUN", str(tmp_path / "RUN"))
     command("labels", "import", "starter")
-    monkeypatch.setattr(sys, "argv", ["equal_damage", "--small"])
-    runpy.run_path(str(SCRIPTS / "studies" / "equal_damage.py"))
+
+
+SAID = {
+    "equal_damage": ("12 of 12 meet 0.5 nats within 10 %", "prompt   - means"),
+    "eiffel_tower": ("8 features: ", "prompting, improved", "clamp            - add"),
+    "cards": ("random directions declared to steer", "longest card"),
+}
+ASKED = {"cards": ["--features", "1", "--random", "1"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAID)
+def test_studies_of_the_starter_run_at_small_size(name, starter, labelled, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, *ASKED.get(name, ["--small"])])
+    runpy.run_path(str(SCRIPTS / "studies" / f"{name}.py"))
     told = capsys.readouterr().out
-    assert "12 of 12 meet 0.5 nats within 10 %" in told and "prompt   - means" in told
+    assert all(text in told for text in SAID[name]), told

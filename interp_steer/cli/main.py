@@ -46,7 +46,7 @@ COMMANDS = {
     "combine": ("combine", "Find strengths of several directions together, by Optuna."),
     "card": (
         "card",
-        "Say of one direction whether it steers, how strongly and at what damage.",
+        "Say of one direction whether it steers, how strongly, at what damage, beside asking.",
     ),
     "judge": (
         "judge",
