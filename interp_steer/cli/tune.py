@@ -4,11 +4,14 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from interp_steer.cli import common
 from interp_steer.errors import RequestError
 from interp_steer.util.console import progress, safe
+
+if TYPE_CHECKING:
+    from interp_steer.tune.place import Place
 
 LIMITS = {"rep3": 0.2}  # an answer that loops more is no choice
 
@@ -41,6 +44,14 @@ def tune(
             "selection prompts choose one by these words, the held-out prompts test it."
         ),
     ] = None,
+    budgets: Annotated[
+        str | None,
+        common.opt(
+            "With --concept and --prove: several KLs, such as 0.05,0.2,0.5. Layer and strength are "
+            "searched for: every line at each KL, a filter on loops and unlikely text, the best "
+            "third to more prompts, the dose refined, one report on held-out prompts."
+        ),
+    ] = None,
     controls: Annotated[int, common.opt("With --concept: how many random directions.")] = 19,
     tokens: Annotated[
         int, common.opt("Tokens of the unsteered answer on which KL is measured.", min=1)
@@ -70,6 +81,9 @@ def tune(
     words = common.words(concept)
     if words and not prove:
         raise RequestError("--concept chooses among the tuned lines: give --prove FILE to test it")
+    several = _budgets(budgets)
+    if several and not words:
+        raise RequestError("--budgets searches for a concept: give --concept 'words'")
     common.writable_folder("--out", out)
     with progress("starting", every=5):
         from interp_steer.engine.row import Sampling
@@ -91,6 +105,16 @@ def tune(
     content = [model, dtype, tokens, system, text, [item.id for item in choose]]
     digest = hashlib.sha256(json.dumps(content).encode(errors="surrogatepass")).hexdigest()[:8]
     folder = out or cache_dir("runs") / f"tune-{digest}"
+    if several:
+        from interp_steer.tune.place import best_place
+
+        place = best_place(
+            loaded, steer, choose, known, folder, prove=held_out, budgets=several, concept=words,
+            controls=controls, length=tokens, arguments=sys.argv,
+            sampling=Sampling(max_new_tokens=tokens, repetition_penalty=1.1), **fields,
+        )  # fmt: skip
+        _show(place, as_json)
+        return
     found = equal_kl(
         loaded, steer, choose, known, folder, target=kl, held_out=held_out, length=tokens, **fields
     )
@@ -138,3 +162,42 @@ def tune(
         print(
             f"try   interp-steer generate --model {model} --prompt '...' --steer '{found.lines[0]}'"
         )
+
+
+def _budgets(text: str | None) -> list[float]:
+    """KLs between commas."""
+    try:
+        return [float(part) for part in (text or "").split(",") if part.strip()]
+    except ValueError:
+        raise RequestError(f"--budgets is {text!r}, expected such as 0.05,0.2,0.5") from None
+
+
+def _show(place: "Place", as_json: bool) -> None:
+    """What a search for layer and strength found."""
+    from interp_steer.report import report as page
+
+    found, cells = place.findings(), place.cells
+    if as_json:
+        common.print_json(
+            {
+                "line": place.line,
+                "strength": place.strength,
+                "cells": json.loads(cells.to_json(orient="records")),
+                "verdict": vars(found.verdict),
+                "notes": [*place.notes, *found.notes],
+                "folder": str(place.run.folder),
+            }
+        )
+        return
+    order = cells.sort_values(["rung", "effect"], ascending=False, kind="stable")
+    heads = ("line", "budget", "strength", "n", "effect", "rep3", "surprise", "passes")
+    told = order[list(heads)].assign(
+        strength=[f"{r['strength']:.4g} {r['unit']}" for r in order.to_dict("records")],
+        passes=order["passes"].map({True: "yes", False: "no"}),
+    )
+    common.table(heads, [tuple(row) for row in told.itertuples(index=False)])
+    print(safe(f"\nbest    {place.line}"))
+    for note in place.notes:
+        print(safe(f"note    {note}"))
+    print(safe(str(found)))
+    print(f"report  {page.write(place.run)}")

@@ -29,7 +29,7 @@ def count(option: str, default: int) -> int:
 
 
 FEATURES, RANDOM = count("--features", 20), count("--random", 40)
-SETS = 10  # of words for random directions
+SETS = 5  # of words for random directions
 SOURCE = "smollm2-135m-instruct/13-starter-res-6k"  # labels: interp-steer labels import starter
 HERE = Path(__file__).parent if "__file__" in globals() else Path("scripts/studies").resolve()
 RUN = Path(os.environ.get("RUN", HERE.parents[1] / "cache" / "runs" / "cards"))
@@ -45,12 +45,12 @@ chosen = [usable[round((n + 0.5) * len(usable) / 20)] for n in range(20)]
 items = read_items(QUESTIONS)
 choose, prove = split_items(items, 6 / len(items))
 alarms = []
+anywhere = Direction.of(torch.ones(model.d_model), "blocks.13.hook_resid_post")
 for n in range(RANDOM):
     words = words_of(labelled[chosen[n % SETS]].label)
-    # seeds beyond those of the controls; a folder for each set of words, so that its controls are
-    # run once
-    vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(10_000 + n))
-    direction = Direction.of(vector / vector.norm(), "blocks.13.hook_resid_post", f"random{n}")
+    # seeds beyond those of the controls; a folder for each set of words, as these have the same
+    # controls, which are then run once
+    direction = anywhere.random(10_000 + n).named(f"random{n}")
     folder = RUN / f"random_{n % SETS}"
     verdict = dosed(direction, words, choose, prove).run(model, folder).findings().verdict
     alarms.append(bool(verdict.steers))
