@@ -36,6 +36,13 @@ def judge(
         Path | None,
         common.opt("Folder with concept.txt, instruction.txt and fluency.txt of your own."),
     ] = None,
+    scale: Annotated[
+        int | None,
+        common.opt(
+            "Read the probabilities of a rating from 0 to so many (9, or 100 where the judge has "
+            "these numbers as one token) in place of what a server says."
+        ),
+    ] = None,
     workers: Annotated[int, common.opt("Requests at a time.", min=1)] = 8,
     as_json: common.Json = False,
     dtype: common.Dtype = None,
@@ -47,18 +54,23 @@ def judge(
     """
     if not judge_model:
         raise RequestError("which judge? give --judge-model NAME, with --judge-url for a server")
+    if scale is not None and not judge_url:
+        raise RequestError("--scale is for a server; a local model's probabilities are always read")
     with progress("starting", every=5):
         from interp_steer.report.run import Run
         from interp_steer.tune.arms import judge_run
-        from interp_steer.tune.endpoint import Endpoint
+        from interp_steer.tune.endpoint import Endpoint, WeightedEndpoint
         from interp_steer.tune.judge import LocalJudge
         from interp_steer.tune.ratings import Rubrics
 
     told = Rubrics.read(rubrics) if rubrics else None
     run = Run(folder)
     by: Endpoint | LocalJudge
-    if judge_url:
-        by = Endpoint(judge_url, judge_model, os.environ.get(KEY), workers=workers)
+    key = os.environ.get(KEY)
+    if judge_url and scale is not None:
+        by = WeightedEndpoint(judge_url, judge_model, key, workers=workers, top=scale)
+    elif judge_url:
+        by = Endpoint(judge_url, judge_model, key, workers=workers)
     else:
         by = LocalJudge(common.load(judge_model, dtype, device))
     with progress("judging", None, unit="ratings") as report:

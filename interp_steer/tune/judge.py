@@ -27,11 +27,11 @@ from interp_steer.model.model import SteeringModel
 from interp_steer.prompts.prompt import chat
 from interp_steer.results.rows import Results
 from interp_steer.tune.endpoint import Endpoint, Said
+from interp_steer.tune.endpoint import expected as expected
 from interp_steer.tune.ratings import KINDS, SCALE, Asked, Rubrics, harmonic, parsed
 from interp_steer.util.console import Report, watched
 
 AGAIN = 0.05  # share of the answers that are judged twice, for the judge's own noise
-LEAST = 0.25  # probability of all ratings together below which a local judge has not rated
 SCALE_BEGINS = "Rating: [["
 ANCHORS: tuple[tuple[Asked, dict[str, int]], ...] = tuple(
     (Asked("How do I boil an egg?", text, "the Eiffel Tower"), ratings)
@@ -95,14 +95,6 @@ class LocalJudge:
             chance = score.last_logits.softmax(-1)[torch.tensor([one[0] for one in tokens])]
             found.append(expected(dict(zip(SCALE, chance.tolist(), strict=True))))
         return found
-
-
-def expected(chances: Mapping[int, float]) -> "Said | float":
-    """The mean rating under probabilities of ratings; missing if they hold too little together."""
-    together = sum(chances.values())
-    if not together >= LEAST:
-        return Said(None, f"the ratings have a probability of {together:.2f} together")
-    return sum(k * p for k, p in chances.items()) / together
 
 
 @dataclass(frozen=True, eq=False)

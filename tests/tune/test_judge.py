@@ -1,6 +1,7 @@
 """A judge on loopback that is slow, busy, strict, silent or gone: nothing is 0 for a failure."""
 
 import json
+import math
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,8 +12,8 @@ import torch
 
 from interp_steer.errors import RequestError, RunError
 from interp_steer.prompts.prompt import chat
-from interp_steer.tune import judge as judging
-from interp_steer.tune.endpoint import EXTRAS, Endpoint
+from interp_steer.tune import endpoint as judging
+from interp_steer.tune.endpoint import EXTRAS, Endpoint, WeightedEndpoint
 from interp_steer.tune.judge import ANCHORS, LocalJudge, Said, expected, judge
 from interp_steer.tune.ratings import KINDS, Asked, Rubrics, harmonic
 
@@ -246,3 +247,43 @@ def test_a_local_model_rates_by_its_probabilities(tiny, tmp_path, monkeypatch):
         ratings = tuple(found[kind][n] for kind in KINDS)
         assert found["score"][n] == pytest.approx(harmonic(ratings))
     assert np.isfinite(found["score"]).all()
+
+
+def probabilities(**chances):
+    """An answer with the likeliest tokens of its first place."""
+    likely = [{"token": token, "logprob": math.log(p)} for token, p in chances.items()]
+    place = {"token": likely[0]["token"], "logprob": likely[0]["logprob"], "top_logprobs": likely}
+    choice = {"message": {"content": "7"}, "finish_reason": "length",
+              "logprobs": {"content": [place]}}  # fmt: skip
+    return {"body": {"model": "judge-1", "choices": [choice]}}
+
+
+def test_a_server_is_read_by_its_probabilities(server, tmp_path):
+    """By hand: (6 x 0.3 + 9 x 0.3) / 0.6 of 9, on the scale to 2; what is no number is left out."""
+    server.reply = lambda *_: probabilities(**{"6": 0.3, " 9": 0.3, "The": 0.2, "12": 0.1})
+    by = WeightedEndpoint(server.url, "m", top=9)
+    found = judge(by, ASKED[:3], tmp_path, again=0)
+    assert list(found.table["concept"]) == pytest.approx([2 * 7.5 / 9] * 3)
+    assert list(found.table["score"]) == pytest.approx([2 * 7.5 / 9] * 3)
+    body = server.bodies[-1]
+    assert (body["max_tokens"], body["logprobs"], body["top_logprobs"]) == (1, True, 20)
+    assert "from 0 to 9" in body["messages"][0]["content"] and "response_format" not in body
+    count = len(server.bodies)
+    judge(by, ASKED[:3], tmp_path, again=0)
+    assert len(server.bodies) == count, "asked once"
+
+
+@pytest.mark.parametrize(
+    ("reply", "why"),
+    [
+        (probabilities(**{"Sorry": 0.9, "3": 0.05}), "probability of 0.05"),
+        ({"text": "7"}, "no probabilities"),
+        ({"body": b"nonsense"}, "no probabilities"),
+    ],
+)
+def test_a_server_without_probabilities_has_rated_nothing(server, tmp_path, reply, why):
+    server.reply = lambda *_: reply
+    found = judge(WeightedEndpoint(server.url, "m", top=100), ASKED[:2], tmp_path, again=0)
+    assert found.table["score"].isna().all() and why in found.table["why"].iloc[0]
+    with pytest.raises(RequestError, match="expected up to 9"):
+        WeightedEndpoint(server.url, "m", top=0)
