@@ -52,7 +52,7 @@ def _parts(told: Told, findings: Findings | None, kind: str = "svg") -> dict[str
         alt = "Effect at the operating point, beside random directions that chose their own dose"
         pictures.append(Picture.of(drawn, alt, kind))
     return {
-        "title": told["label"] or told["direction"],
+        "title": told["title"],
         "told": told,
         "verdict": told["verdict"]["text"] if told["verdict"] else UNSAID,
         "kind": {True: "yes", False: "no", None: "open"}[steers],
@@ -86,6 +86,7 @@ def _about(told: Told) -> Table:
     """What the direction is."""
     fit, scores, source = told["fit"], told["screened"], told["source"]
     rows: list[tuple[object, object]] = [
+        *([("label", told["label"])] if told["label"] else []),
         ("direction", told["direction"]),
         ("hook point", told["hook_point"]),
         ("model", told["model"]),

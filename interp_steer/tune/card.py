@@ -10,6 +10,7 @@ is read from probabilities, not from text: how many times likelier it makes the 
 prompts. Random directions make the same choice. Texts are generated at that dose alone.
 """
 
+import math
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from interp_steer.features.contexts import Context, top_contexts, windows
 from interp_steer.features.fit import Fit, check
 from interp_steer.features.sae import Sae
 from interp_steer.features.screen import output_scores, promoted, screen
-from interp_steer.labels.label import CONTEXT
+from interp_steer.labels.label import CONTEXT, named
 from interp_steer.model.model import SteeringModel
 from interp_steer.prompts.file import read_items
 from interp_steer.prompts.parts import split_items
@@ -107,7 +108,20 @@ class Card:
                 "Nothing is declared, as it is not said what the direction should bring about: "
                 "give words (--concept)."
             )
-        return self.findings.verdict.text.replace(f"add({NAME}", f"add({self.direction.name}")
+        text = self.findings.verdict.text.replace(f"add({NAME}", f"add({self.direction.name}")
+        return f"{text} {self.times}".strip()
+
+    @property
+    def times(self) -> str:
+        """How many times as likely its words become on the held-out prompts, in a sentence."""
+        claims = self.findings.claims if self.findings else pd.DataFrame()
+        if claims.empty:
+            return ""
+        mine = claims[(claims["role"] == "chosen") & (claims["metric"] == METRICS[0])]
+        if mine.empty or mine["low"].isna().any():
+            return ""
+        much, low, high = (f"{math.exp(mine[k].iloc[0]):.3g}" for k in ("effect", "low", "high"))
+        return f"Its words become {much} times as likely [{low}, {high}]."
 
     @property
     def dose(self) -> float | None:
@@ -126,6 +140,7 @@ class Card:
             "source": dict(one.source),
             "model": self.model,
             "label": self.label,
+            "title": named(self.label) if self.label else one.label,
             "words": list(self.words),
             "fit": self.fit.as_json() if self.fit else None,
             "contexts": [asdict(place) for place in self.contexts],
