@@ -28,11 +28,13 @@ from interp_steer.features.screen import output_scores, promoted, screen
 from interp_steer.labels.label import CONTEXT, named
 from interp_steer.model.model import SteeringModel
 from interp_steer.prompts.file import read_items
+from interp_steer.prompts.item import Item
 from interp_steer.prompts.parts import split_items
-from interp_steer.prompts.prompt import Prompt
+from interp_steer.prompts.prompt import Prompt, chat
 from interp_steer.report.findings import Findings
 from interp_steer.report.run import Run
 from interp_steer.steering.direction import Direction
+from interp_steer.steering.scale import Scale
 from interp_steer.study.cell import Controls
 from interp_steer.study.measured import beginnings
 from interp_steer.study.study import Study
@@ -261,15 +263,19 @@ def card(
     asked = prompting or (_asked(told) if told and model.is_chat else None)
     place = direction.site
     at = f"{place.component} {place.layer}"
+    # one unit of dose on every page of the card: the selection prompts'
+    unit = Scale.of(model, [model.encode(one) for one in _asked_of(model, choose)]).at(place)
     findings, curve = None, pd.DataFrame()
     said, shown = pd.DataFrame(), list[Mapping[str, str]]()
     if told:
         study = dosed(direction, told, choose, prove, doses, budget, controls)
         findings = study.run(model, folder / "doses").findings()
-        curve = _curve(model, study, doses, folder / "curve")
-    level = findings.chosen["level"] if findings and findings.chosen else f"{min(doses):g} dose"
+        curve = _curve(model, study, doses, unit, folder / "curve")
+    level = (
+        float(findings.chosen["level"].split()[0]) if findings and findings.chosen else min(doses)
+    )
     talk = Study.sweep(
-        f"add({NAME}, {level}) at {at}", prove, known, concept=told,
+        f"add({NAME}, {level * unit:.6g}) at {at}", prove, known, concept=told,
         metrics=(*(("mention", "concept") if told else ()), "rep3", "surprise", "kl_mean"),
         sampling=Sampling(max_new_tokens=SAID),
         prompting={"prompt": {"system": asked}} if asked else {},
@@ -309,8 +315,14 @@ def _asked(words: Sequence[str]) -> str:
     return f"Mention {' or '.join(words[:3])} in every answer, whatever the question is about."
 
 
+def _asked_of(model: SteeringModel, items: Sequence[Any]) -> list[Prompt]:
+    """Prompts as a study asks them."""
+    plain = [Item.of(one).prompt for one in items]
+    return [chat(p) if model.is_chat and isinstance(p, str) else p for p in plain]
+
+
 def _curve(
-    model: SteeringModel, study: Study, doses: Sequence[float], folder: Path
+    model: SteeringModel, study: Study, doses: Sequence[float], unit: float, folder: Path
 ) -> pd.DataFrame:
     """The doses on held-out prompts, of the direction and of some random ones."""
     drawn = {name: study.null_vectors(n)[NAME] for n in range(BESIDE) for name in [f"random{n}"]}
@@ -318,7 +330,7 @@ def _curve(
     (at,) = study.sites
     sweep = Study(
         choose=(), prove=study.prove, directions=known, sites=[at], concept=study.concept,
-        coefficients=[f"{dose:g} dose" for dose in doses], metrics=METRICS,
+        coefficients=[f"{dose * unit:.6g}" for dose in doses], metrics=METRICS,
         sampling=study.sampling,
         controls=Controls(0, 0, 0, flip=False, wrong_layer=False, selected=0),
     )  # fmt: skip
@@ -326,7 +338,7 @@ def _curve(
     before = table[table["role"] == "unsteered"].set_index("item")["concept_logprob"]
     rows = table[table["role"] == "grid"].copy()
     rows["effect"] = rows["concept_logprob"] - before.reindex(rows["item"]).to_numpy()
-    rows["given"] = rows["level"].str.split().str[0].astype(float)
+    rows["given"] = (rows["coefficient"] / unit).round(4)
     found = [
         (who, dose, some["effect"].mean(), some["kl_mean"].mean())
         for (who, dose), some in rows.groupby(["direction", "given"], sort=False)
@@ -364,8 +376,6 @@ def _about(
 ) -> tuple[Fit | None, Sequence[Context], Mapping[str, Any]]:
     """Fit, contexts and scores of a feature; scores alone of another direction."""
     if not direction.is_feature:
-        from interp_steer.steering.scale import Scale
-
         site = direction.site
         encoded = [model.encode(item.prompt) for item in read_items(QUESTIONS)]
         length = Scale.of(model, encoded).at(site)

@@ -69,7 +69,7 @@ def test_the_curve_is_that_of_hugging_face_alone(tiny, direction, made):
     selection = [text for text in every if text not in held_out]
     assert (len(selection), len(held_out)) == (6, 10)
     tokens, effects = list(beginnings(tiny, WORDS)), []
-    norm = Scale.of(tiny, [tiny.encode(text) for text in held_out]).at(direction.site)
+    norm = Scale.of(tiny, [tiny.encode(text) for text in selection]).at(direction.site)
     said = Engine(tiny).generate([Row(text, (), Sampling(max_new_tokens=20)) for text in held_out])
     for text, answer in zip(held_out, said, strict=True):
         ids, values = tiny.encode(text).ids, []
@@ -88,6 +88,9 @@ def test_the_curve_is_that_of_hugging_face_alone(tiny, direction, made):
             p = logits[len(ids) - 1 :].softmax(-1)[:, tokens].sum(-1)
             values.append(p.mean().log().item())
         effects.append(values[1] - values[0])
+    claim = made.findings.claims.query("role == 'chosen' and metric == 'concept_logprob'").iloc[0]
+    last = made.curve.query("who == 'this' and dose == 0.45").iloc[0]
+    assert last["effect"] == pytest.approx(claim["effect"], abs=1e-4), "one unit on all the card"
     row = made.curve.query("who == 'this' and dose == 0.3").iloc[0]
     assert row["effect"] == pytest.approx(sum(effects) / len(effects), abs=2e-3)
 
