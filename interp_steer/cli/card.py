@@ -1,11 +1,11 @@
 """`interp-steer card`: one page for a direction."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from interp_steer.cli import common
+from interp_steer.cli.steering.stored import look_up
 from interp_steer.errors import RequestError, nearest
 from interp_steer.util.console import progress, safe
 
@@ -58,27 +58,28 @@ def card(
     with progress("starting", every=5):
         from interp_steer.prompts.file import read_items, read_prompts
         from interp_steer.steering.grammar import steer
+        from interp_steer.steering.intervention import sites_text
         from interp_steer.tune import card as made
-        from interp_steer.util.files import cache_dir
+        from interp_steer.util.files import whole
 
     direction = _direction(what, layer)
     words = common.words(concept)
     items = read_items(prompts) if prompts else ()
     given = read_prompts(texts) if texts else ()
-    site = f"{direction.site.component} {direction.site.layer}"
+    site = sites_text((direction.site,))
     common.check_fits(model, [(steer("add", direction, coefficient="0.1 dose", at=site),)])
     loaded = common.load(model, dtype, device, date=date)
     content = [direction.sha, model, dtype, words, kl, controls, [item.id for item in items]]
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
-    folder = out or cache_dir("runs") / f"card-{digest}"
+    folder = out or common.run_folder("card", content)
     found = made.card(
         loaded, direction, folder, words=words, prompts=items, texts=given, budget=kl,
         controls=controls,
     )  # fmt: skip
-    page = found.write(folder / "card.html")
-    (folder / "card.json").write_text(json.dumps(found.as_json(), indent=1), encoding="utf-8")
+    page, told = found.write(folder / "card.html"), found.as_json()
+    with whole(folder / "card.json") as part:
+        part.write_text(json.dumps(told, indent=1), encoding="utf-8")
     if as_json:
-        common.print_json(found.as_json())
+        common.print_json(told)
         return
     print(safe(str(found)))
     print(f"page  {page}")
@@ -88,20 +89,16 @@ def _direction(what: str, layer: int | None) -> "Direction":
     """The direction that a word, a file or a feature's address stands for."""
     from interp_steer.features.feature import feature
     from interp_steer.steering.direction import Direction
-    from interp_steer.steering.directions import Directions
 
-    name, sign, _ = what.partition("=")
-    known = Directions([what] if sign else [])
-    try:
-        found = known[name if sign else what]
-    except KeyError:
+    found, known = look_up(what)
+    if found is None:
         where, _, index = what.rpartition("/")
         if where and index.isdecimal():
             return feature(where, int(index)) if where.count("/") != 1 else feature(what)
         raise RequestError(
             f"no direction and no feature {what!r}{nearest(what, known)}; a feature is "
             "MODEL/SOURCE/INDEX, as smollm2-135m-instruct/13-starter-res-6k/2652"
-        ) from None
+        )
     if isinstance(found, Direction):
         if layer not in (None, found.site.layer):
             raise RequestError(f"{what} is at layer {found.site.layer}, not {layer}")

@@ -1,6 +1,5 @@
 """`interp-steer combine`: strengths of several directions together."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Annotated
@@ -65,15 +64,13 @@ def combine(
         from interp_steer.steering.directions import Directions
         from interp_steer.steering.grammar import parse
         from interp_steer.tune.search import search
-        from interp_steer.util.files import cache_dir
 
     choose, held_out = (PromptFile.read(path).items() for path in (prompts, prove))
     known = Directions(named or [])
     common.check_fits(model, [parse(steer.replace("?", "0.1"), known)])
     loaded = common.load(model, dtype, device, date=date)
     content = [steer, model, dtype, [item.id for item in choose], words, metric]
-    digest = hashlib.sha256(json.dumps(content).encode(errors="surrogatepass")).hexdigest()[:8]
-    folder = out or cache_dir("runs") / f"combine-{digest}"
+    folder = out or common.run_folder("combine", content)
     found = search(
         loaded, steer, choose, known, folder, prove=held_out, trials=trials, batch=batch, most=most,
         choose_by=metric or "", limits={"rep3": rep3}, seed=seed, concept=words, system=system,

@@ -1,5 +1,6 @@
 """What the commands share: options with one meaning everywhere, output files, tables, the model."""
 
+import hashlib
 import json
 import re
 import sys
@@ -100,6 +101,14 @@ def check_fits(
         for setting in settings:
             for step in setting:
                 step.check(bounds)
+
+
+def run_folder(name: str, content: object) -> Path:
+    """A folder of the cache for a run: the same for the same content, as JSON tells it."""
+    from interp_steer.util.files import cache_dir
+
+    text = json.dumps(content).encode(errors="surrogatepass")
+    return cache_dir("runs") / f"{name}-{hashlib.sha256(text).hexdigest()[:8]}"
 
 
 def words(text: str | None) -> list[str]:

@@ -1,6 +1,5 @@
 """`interp-steer tune`: the strength of every line at which it does the same damage."""
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -92,7 +91,6 @@ def tune(
         from interp_steer.study.study import Study
         from interp_steer.tune.curve import OUTCOMES
         from interp_steer.tune.equal import Trial, equal_kl
-        from interp_steer.util.files import cache_dir
 
     choose = PromptFile.read(prompts).items()
     held_out = PromptFile.read(prove).items() if prove else ()
@@ -103,8 +101,7 @@ def tune(
     common.check_fits(model, trial.examples)
     loaded = common.load(model, dtype, device, date=date)
     content = [model, dtype, tokens, system, text, [item.id for item in choose]]
-    digest = hashlib.sha256(json.dumps(content).encode(errors="surrogatepass")).hexdigest()[:8]
-    folder = out or cache_dir("runs") / f"tune-{digest}"
+    folder = out or common.run_folder("tune", content)
     if several:
         from interp_steer.tune.place import best_place
 
@@ -167,7 +164,7 @@ def tune(
 def _budgets(text: str | None) -> list[float]:
     """KLs between commas."""
     try:
-        return [float(part) for part in (text or "").split(",") if part.strip()]
+        return [float(part) for part in common.words(text)]
     except ValueError:
         raise RequestError(f"--budgets is {text!r}, expected such as 0.05,0.2,0.5") from None
 

@@ -8,15 +8,15 @@ from interp_steer.errors import RequestError
 from interp_steer.prompts.item import Item, asked
 
 
-def check_apart(parts: Mapping[str, Iterable[Item]]) -> None:
-    """Refuses a question that is asked in two parts.
+def check_apart(parts: Mapping[str, Iterable[Any]]) -> None:
+    """Refuses a question that is asked in two parts, of texts, chats, mappings or `Item`s.
 
     Raises:
         RequestError: it names the prompt and both parts.
     """
     part_of: dict[str, str] = {}
     for part, items in parts.items():
-        for item in items:
+        for item in map(Item.of, items):
             for question in questions(item):
                 other = part_of.setdefault(question, part)
                 if other != part:

@@ -35,7 +35,6 @@ class Evidence:
         self.measures, self.metrics = measures, list(measures.values())
         self.decides = measures[manifest["choose_by"]]
         self.notes: list[str] = []
-        self.few: set[str] = set()  # sets of questions that were noted to be small
         unsteered = table[table["role"] == "unsteered"]
         self.before = unsteered.groupby("item", sort=False)[list(measures)].mean()
 
@@ -219,16 +218,17 @@ class Evidence:
         if "accuracy" not in self.asked:
             return pd.DataFrame(lines)
         for split, answered in self.asked.groupby("split", sort=False):
+            small = 0  # questions, where too few were answered by an arm
             plain = answered[answered["role"] == "unsteered"].set_index("item")["accuracy"]
             arms = answered[answered["role"] != "unsteered"]
             for (role, *setting), rows in arms.groupby(["role", *SETTING], sort=False):
                 after = rows.set_index("item")["accuracy"]
                 there = after.notna() & plain.reindex(after.index).notna()
-                one = after[there].to_numpy(bool)
-                other = plain.reindex(after.index)[there].to_numpy(bool)
-                if not len(one):
+                if not there.any():
                     continue
-                span = intervals.difference(one, other, kind="rate", level=self.level)
+                after, before = after[there], plain[after.index[there]]
+                one, other = after.to_numpy(bool), before.to_numpy(bool)
+                span = self._effect(after, before, self.measures["accuracy"])
                 few = len(one) < MINIMUM
                 lines.append(
                     {
@@ -247,12 +247,13 @@ class Evidence:
                         "missing": int((~there).sum()),
                     }
                 )
-                if len(one) < QUESTIONS and str(split) not in self.few:
-                    self.few.add(str(split))
-                    self.notes.append(
-                        f"{split}: {len(one)} questions; with fewer than {QUESTIONS} an interval "
-                        "is so wide that a loss of several points can hide in it"
-                    )
+                if len(one) < QUESTIONS:
+                    small = small or len(one)
+            if small:
+                self.notes.append(
+                    f"{split}: {small} questions; with fewer than {QUESTIONS} an interval is so "
+                    "wide that a loss of several points can hide in it"
+                )
         return pd.DataFrame(lines)
 
     def _mean(self, rows: pd.DataFrame, items: "pd.Index[Any]", metric: Declared) -> Interval:

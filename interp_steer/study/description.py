@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -29,6 +29,11 @@ from interp_steer.study.design import PARTS, SPLITS, Design
 from interp_steer.util.files import explained, whole
 from interp_steer.util.locking import briefly
 
+LATER: dict[str, Callable[[Any], Any]] = {
+    "prompting": dict,
+    "capability": lambda items: [item.as_mapping() for item in items],
+}
+"""Fields that came later, by name: what a study file says of each of their parts."""
 OWN = sorted({field.name for field in fields(Design)} - {*PARTS, "directions"})
 """Fields of a study file that are a design's own, by the same names."""
 VERSIONS = ("interp-steer", "torch", "transformers", "transformer-lens", "sae-lens", "numpy")
@@ -158,13 +163,9 @@ def declared(study: Design, model: SteeringModel) -> dict[str, Any]:
     }
     for name in OWN:
         value = getattr(study, name)
-        if name == "prompting":
+        if name in LATER:
             if value:  # without it a study is the one that earlier versions wrote
-                spec[name] = {one: dict(given) for one, given in value.items()}
-            continue
-        if name == "capability":
-            if value:
-                spec[name] = {k: [item.as_mapping() for item in v] for k, v in value.items()}
+                spec[name] = {one: LATER[name](given) for one, given in value.items()}
             continue
         if name in ("controls", "sampling"):
             value = asdict(value)

@@ -209,8 +209,7 @@ class Design:
                 )
         check_apart({part: getattr(self, part) for part in PARTS})
         run: dict[str, tuple[str, str]] = {}  # digest of a question -> its prompt and split
-        for split in self.splits:
-            items = self.part(split)
+        for split, items in self.splits.items():
             for item in items:
                 if items.count(item) > 1:
                     raise RequestError(f"{split} holds {item.text[:60]!r} twice")
@@ -291,21 +290,14 @@ class Design:
         return replace(self, **changes)
 
     @property
-    def splits(self) -> tuple[str, ...]:
-        """The parts whose prompts are run: `SPLITS`, and each set of `capability`."""
-        return (*SPLITS, *map(CAPABILITY.format, self.capability))
-
-    def part(self, split: str) -> Sequence[Item]:
-        """The items of one of the splits."""
-        if split in SPLITS:
-            return tuple(getattr(self, split))
-        return tuple(next(v for k, v in self.capability.items() if CAPABILITY.format(k) == split))
+    def splits(self) -> dict[str, Sequence[Item]]:
+        """The parts whose prompts are run: those of `SPLITS`, and each set of `capability`."""
+        sets = {CAPABILITY.format(name): items for name, items in self.capability.items()}
+        return {split: getattr(self, split) for split in SPLITS} | sets
 
     def items(self) -> Iterator[tuple[str, Item]]:
         """(split, item) of everything that is run."""
-        for split in self.splits:
-            for item in self.part(split):
-                yield split, item
+        return ((split, item) for split, items in self.splits.items() for item in items)
 
     def scale(self, model: SteeringModel) -> Scale:
         """The unit of dose: measured on `choose` prompts, or on `prove` where nothing is chosen."""

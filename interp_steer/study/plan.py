@@ -48,8 +48,8 @@ def check(study: Design, model: SteeringModel) -> None:
     """
     admission = Admission(model, computes=False)
     needs = {measures.find(name).needs for name in study.metrics}
-    for part in study.splits:
-        for number, item in enumerate(study.part(part), start=1):
+    for part, items in study.splits.items():
+        for number, item in enumerate(items, start=1):
             with numbered(part, number):
                 model.encode(item.prompt)
                 for text in _read(item, needs):

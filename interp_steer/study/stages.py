@@ -239,11 +239,11 @@ def _elsewhere(chosen: Cell, vector: Vector, scale: Scale, n_layers: int) -> Cel
 
 
 def _crossed(study: Design, cells: Sequence[Cell], split: str) -> list[Planned]:
-    items = study.part(split)
+    items = study.splits[split]
     return [Planned(c, i, split, s) for i in items for s in study.seeds for c in cells]
 
 
 def _able(study: Design, cells: Sequence[Cell]) -> list[Planned]:
     """Questions of capability; they generate nothing, so that one seed tells."""
-    splits = [split for split in study.splits if split not in SPLITS]
-    return [Planned(c, i, s, study.seeds[0]) for s in splits for i in study.part(s) for c in cells]
+    asked = [(split, item) for split, item in study.items() if split not in SPLITS]
+    return [Planned(c, i, s, study.seeds[0]) for s, i in asked for c in cells]

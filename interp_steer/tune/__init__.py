@@ -2,6 +2,7 @@
 
     curve      Curve: which dose to try next, from the KL of those tried
     equal      equal_kl: every line's dose for one KL, its brackets read as one batch
+    lines      what lines of a sweep do to every prompt, beside the unsteered answers
     place      best_place: layer and strength for a concept
     search     search: strengths of several directions together, by Optuna
     card       card: one page for one direction

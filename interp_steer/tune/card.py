@@ -10,6 +10,7 @@ is read from probabilities, not from text: how many times likelier it makes the 
 prompts. Random directions make the same choice. Texts are generated at that dose alone.
 """
 
+import json
 import math
 import random
 import re
@@ -27,13 +28,14 @@ from interp_steer.features.sae import Sae
 from interp_steer.features.screen import output_scores, promoted, screen
 from interp_steer.labels.label import CONTEXT, named
 from interp_steer.model.model import SteeringModel
-from interp_steer.prompts.file import read_items
-from interp_steer.prompts.item import Item
+from interp_steer.prompts.entry import SIDES
+from interp_steer.prompts.file import read_items, read_prompts
 from interp_steer.prompts.parts import split_items
-from interp_steer.prompts.prompt import Prompt, chat
+from interp_steer.prompts.prompt import Prompt
+from interp_steer.report.card import UNSAID
 from interp_steer.report.findings import Findings
-from interp_steer.report.run import Run
 from interp_steer.steering.direction import Direction
+from interp_steer.steering.intervention import sites_text
 from interp_steer.steering.scale import Scale
 from interp_steer.study.cell import Controls
 from interp_steer.study.measured import beginnings
@@ -49,6 +51,7 @@ QUESTIONS = Path(__file__).parents[1] / "data" / "questions.txt"
 METRICS = ("concept_logprob", "kl_mean")
 SEED = 0  # of the texts that are drawn
 NAME = "this"  # of the direction in the studies' lines
+ARMS = {"unsteered": "unsteered", "chosen": "steered", "prompted": "prompted"}  # by role
 
 # Words in labels that say what kind of thing a feature fires on, not which.
 _EMPTY = """
@@ -106,10 +109,7 @@ class Card:
     def verdict(self) -> str:
         """One sentence."""
         if self.findings is None:
-            return (
-                "Nothing is declared, as it is not said what the direction should bring about: "
-                "give words (--concept)."
-            )
+            return UNSAID
         text = self.findings.verdict.text.replace(f"add({NAME}", f"add({self.direction.name}")
         return f"{text} {self.times}".strip()
 
@@ -128,9 +128,7 @@ class Card:
     @property
     def dose(self) -> float | None:
         """The operating point."""
-        if self.findings is None or self.findings.chosen is None:
-            return None
-        return float(self.findings.chosen["level"].split()[0])
+        return _dose(self.findings)
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for programs."""
@@ -216,6 +214,12 @@ class Card:
         return page.brief(self.as_json(), self.findings)
 
 
+def _dose(findings: Findings | None) -> float | None:
+    """The dose that the selection prompts chose."""
+    chosen = findings.chosen if findings else None
+    return float(chosen["level"].split()[0]) if chosen else None
+
+
 def words_of(label: str) -> tuple[str, ...]:
     """The words of a label that say what a feature is about: before its context, three letters or
     more, without words such as "references".
@@ -261,27 +265,27 @@ def card(
     items = list(prompts) or read_items(QUESTIONS)
     choose, prove = split_items(items, 0.5 if prompts else 6 / len(items))
     asked = prompting or (_asked(told) if told and model.is_chat else None)
-    place = direction.site
-    at = f"{place.component} {place.layer}"
+    at = sites_text((direction.site,))
     # one unit of dose on every page of the card: the selection prompts'
-    unit = Scale.of(model, [model.encode(one) for one in _asked_of(model, choose)]).at(place)
+    asking = Study.sweep(f"add({NAME}, 1) at {at}", choose, known)
+    unit = asking.bound(model).scale(model).at(direction.site)
     findings, curve = None, pd.DataFrame()
-    said, shown = pd.DataFrame(), list[Mapping[str, str]]()
     if told:
         study = dosed(direction, told, choose, prove, doses, budget, controls)
         findings = study.run(model, folder / "doses").findings()
         curve = _curve(model, study, doses, unit, folder / "curve")
-    level = (
-        float(findings.chosen["level"].split()[0]) if findings and findings.chosen else min(doses)
-    )
+    dose = _dose(findings)
+    length = (min(doses) if dose is None else dose) * unit
     talk = Study.sweep(
-        f"add({NAME}, {level * unit:.6g}) at {at}", prove, known, concept=told,
+        f"add({NAME}, {length:.6g}) at {at}", prove, known, concept=told,
         metrics=(*(("mention", "concept") if told else ()), "rep3", "surprise", "kl_mean"),
         sampling=Sampling(max_new_tokens=SAID),
         prompting={"prompt": {"system": asked}} if asked else {},
     )  # fmt: skip
     run = talk.run(model, folder / "texts")
-    said, shown = _said(run), _texts(run)
+    table = run.table()
+    arms = dict(list(table.groupby(table["role"].map(ARMS), sort=False)))
+    said, shown = _said(arms, run.manifest["metrics"]), _texts(arms)
     fit, contexts, screened = _about(model, direction, texts)
     return Card(
         direction, model.name, told, label, fit, contexts, screened, findings, curve, said, shown,
@@ -303,7 +307,7 @@ def dosed(
     """
     return Study(
         choose=choose, prove=prove, directions={NAME: direction.named(NAME)},
-        sites=[f"{direction.site.component} {direction.site.layer}"],
+        sites=[sites_text((direction.site,))],
         coefficients=[f"{dose:g} dose" for dose in doses], concept=tuple(words), metrics=METRICS,
         limits={"kl_mean": budget}, sampling=Sampling(max_new_tokens=READ),
         controls=Controls(random=0, features=0, shuffled=0, selected=controls),
@@ -315,18 +319,12 @@ def _asked(words: Sequence[str]) -> str:
     return f"Mention {' or '.join(words[:3])} in every answer, whatever the question is about."
 
 
-def _asked_of(model: SteeringModel, items: Sequence[Any]) -> list[Prompt]:
-    """Prompts as a study asks them."""
-    plain = [Item.of(one).prompt for one in items]
-    return [chat(p) if model.is_chat and isinstance(p, str) else p for p in plain]
-
-
 def _curve(
     model: SteeringModel, study: Study, doses: Sequence[float], unit: float, folder: Path
 ) -> pd.DataFrame:
     """The doses on held-out prompts, of the direction and of some random ones."""
-    drawn = {name: study.null_vectors(n)[NAME] for n in range(BESIDE) for name in [f"random{n}"]}
-    known = {**study.vectors, **{k: v.named(k) for k, v in drawn.items()}}
+    drawn = {f"random{n}": study.null_vectors(n)[NAME].named(f"random{n}") for n in range(BESIDE)}
+    known = {**study.vectors, **drawn}
     (at,) = study.sites
     sweep = Study(
         choose=(), prove=study.prove, directions=known, sites=[at], concept=study.concept,
@@ -346,29 +344,23 @@ def _curve(
     return pd.DataFrame(found, columns=["who", "dose", "effect", "kl"])
 
 
-def _said(run: Run) -> pd.DataFrame:
+def _said(arms: Mapping[str, pd.DataFrame], metrics: list[str]) -> pd.DataFrame:
     """Means of what each arm says."""
-    table = run.table()
-    rows = table[table["split"] == "prove"]
-    names = {"unsteered": "unsteered", "chosen": "steered", "grid": "steered"}
-    arm = rows["role"].map(names).fillna("prompted")
-    metrics = run.manifest["metrics"]
-    means = [{"arm": name, **some[metrics].mean()} for name, some in rows.groupby(arm, sort=False)]
-    return pd.DataFrame(means)
+    return pd.DataFrame([{"arm": name, **rows[metrics].mean()} for name, rows in arms.items()])
 
 
-def _texts(run: Run) -> list[Mapping[str, str]]:
-    """Texts of prompts that are drawn at random."""
-    table = run.table()
-    names = {"unsteered": "unsteered", "chosen": "steered", "grid": "steered"}
-    arm = table["role"].map(names).fillna("prompted")
-    items = sorted(set(table["item"]))
-    found: list[Mapping[str, str]] = []
-    for item in random.Random(SEED).sample(items, min(SHOWN, len(items))):
-        mine = table[table["item"] == item]
-        texts = dict(zip(arm[mine.index], mine["text"].fillna(""), strict=True))
-        found.append({"prompt": str(mine["prompt"].iloc[0]), **texts})
-    return found
+def _texts(arms: Mapping[str, pd.DataFrame]) -> list[Mapping[str, str]]:
+    """What each arm says to prompts that are drawn at random."""
+    by_item = {name: rows.set_index("item") for name, rows in arms.items()}
+    prompts = by_item["unsteered"]["prompt"]
+    items = random.Random(SEED).sample(sorted(prompts.index), min(SHOWN, len(prompts)))
+    return [
+        {
+            "prompt": str(prompts[item]),
+            **{name: rows["text"].fillna("")[item] for name, rows in by_item.items()},
+        }
+        for item in items
+    ]
 
 
 def _about(
@@ -385,11 +377,8 @@ def _about(
     where = direction.source["release"]
     sae = Sae.load(where, direction.source.get("sae_id") or None, device=model.device)
     index = int(direction.source["index"])
-    given = list(texts) or [
-        text
-        for side in ("positive", "negative")
-        for text in (QUESTIONS.parent / "demo_texts" / f"{side}.txt").read_text().splitlines()
-    ]
+    demo = QUESTIONS.parent / "demo_texts"
+    given = texts or [p for side in SIDES for p in read_prompts(demo / f"{side}.txt")]
     encoded = windows(model, given, 128)
     contexts = top_contexts(sae, model, encoded, [index], 5)[index]
     (scored,) = screen(sae, model, [index], contexts={index: contexts})
@@ -398,7 +387,5 @@ def _about(
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as JSON has them: None in place of NaN."""
-    import json
-
     found: list[dict[str, Any]] = json.loads(table.to_json(orient="records"))
     return found

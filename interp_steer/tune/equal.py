@@ -25,7 +25,6 @@ from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Row, Sampling
 from interp_steer.errors import RequestError
 from interp_steer.model.model import SteeringModel
-from interp_steer.prompts.item import Item
 from interp_steer.prompts.parts import check_apart
 from interp_steer.results.roles import declared_in
 from interp_steer.stats import intervals
@@ -127,8 +126,7 @@ class Trial:
         self.study(example, prompts)
         if held_out:
             self.study(example, held_out)
-            parts = {"selection": prompts, "held out": held_out}
-            check_apart({name: [Item.of(one) for one in some] for name, some in parts.items()})
+            check_apart({"selection": prompts, "held out": held_out})
 
 
 def equal_kl(

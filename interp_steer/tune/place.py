@@ -17,7 +17,7 @@ No layer is left out beforehand: of what is cheap nothing predicted the effect (
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,15 @@ import pandas as pd
 from interp_steer.engine.row import Sampling
 from interp_steer.errors import RequestError, RunError
 from interp_steer.model.model import SteeringModel
-from interp_steer.prompts.item import Item
-from interp_steer.prompts.parts import check_apart
 from interp_steer.report.findings import Findings
 from interp_steer.report.page import as_records
 from interp_steer.report.run import Run
 from interp_steer.steering.intervention import Vector
-from interp_steer.study import metrics as measures
 from interp_steer.study.cell import Controls
 from interp_steer.study.metrics import LOOPS
 from interp_steer.study.study import Study
 from interp_steer.tune.equal import Trial, equal_kl
+from interp_steer.tune.lines import BEFORE, by_line, effect
 
 BUDGETS = (0.05, 0.2, 0.5)  # nats a token
 RUNGS = (8, 16)  # selection prompts of the first rungs; the last has all
@@ -118,9 +116,9 @@ def best_place(
     examples = Trial.of(lines, directions, budgets[0], **fields)
     examples.check(prompts, prove)
     some = [one.replace("?", "0.1") for one in examples.lines]
-    for asked in (prompts, prove):
-        Study.sweep(some, asked, directions, metrics=names, **more)
-    check_apart({"selection": list(map(Item.of, prompts)), "held out": list(map(Item.of, prove))})
+    checked = [
+        Study.sweep(some, asked, directions, metrics=names, **more) for asked in (prompts, prove)
+    ]
     cells = _tuned(model, lines, prompts, directions, folder, budgets, length, fields)
 
     def asked_of(texts: Sequence[str], count: int) -> pd.DataFrame:
@@ -144,7 +142,7 @@ def best_place(
     won = cells[cells["cell"] == left[0]].iloc[0]
     line, strength = _refined(won, len(prompts), asked_of)
     report = Study(
-        choose=(), prove=prove, directions=_used(some, prove, directions), lines=(line,),
+        choose=(), prove=prove, directions=checked[-1].vectors, lines=(line,),
         metrics=(*names, "kl_mean"), prompting=prompting or {},
         controls=Controls(random=controls, features=0, shuffled=0, selected=0), **more,
     )  # fmt: skip
@@ -187,22 +185,14 @@ def _tuned(
 
 def _measured(table: pd.DataFrame, texts: Sequence[str], metric: str) -> pd.DataFrame:
     """Of each text its mean effect on the metric, and whether it is fit to be read."""
-    sign = measures.find(metric).sign
-    before = table[table["role"] == "unsteered"].groupby("item")[[metric, "surprise"]].mean()
-    steered = table[table["role"] != "unsteered"]
-    parts = [part for _, part in steered.groupby("steer", sort=False)]
-    if len(parts) != len(texts):
-        raise RunError(f"{len(texts)} cells were run, and {len(parts)} are in the rows")
     found = []
-    for text, part in zip(texts, parts, strict=True):
-        mine = part.groupby("item")[[metric, *FILTERS]].mean()
-        effect = sign * (mine[metric] - before[metric].reindex(mine.index)).fillna(0.0)
+    for text, mine in by_line(table, texts, (metric, *FILTERS)).items():
         rep3, surprise = mine["rep3"].mean(), mine["surprise"].mean()
-        most = before["surprise"].reindex(mine.index).mean() + UNLIKELY
+        most = mine[BEFORE.format("surprise")].mean() + UNLIKELY
         found.append(
             {
                 "cell": text,
-                "effect": round(float(effect.mean()), 9),
+                "effect": effect(mine, metric),
                 "rep3": rep3,
                 "surprise": surprise,
                 "passes": bool(rep3 <= LOOPS and surprise <= most),
@@ -211,7 +201,9 @@ def _measured(table: pd.DataFrame, texts: Sequence[str], metric: str) -> pd.Data
     return pd.DataFrame(found)
 
 
-def _refined(won: "pd.Series[Any]", count: int, asked_of: Any) -> tuple[str, float]:
+def _refined(
+    won: "pd.Series[Any]", count: int, asked_of: Callable[[Sequence[str], int], pd.DataFrame]
+) -> tuple[str, float]:
     """The best dose near that of the cell that won, and its line."""
     line, dose = str(won["line"]), float(won["strength"])
 
@@ -236,13 +228,6 @@ def vertex(doses: Sequence[float], effects: Sequence[float]) -> float | None:
     x = np.log(np.asarray(doses, dtype=float))
     a, b, _ = np.polyfit(x - x[1], np.asarray(effects, dtype=float), 2)
     return float(math.exp(x[1] - b / (2 * a))) if a < -1e-12 else None
-
-
-def _used(
-    lines: Sequence[str], prompts: Sequence[Any], directions: Mapping[str, Vector]
-) -> Mapping[str, Vector]:
-    """The directions that lines name."""
-    return dict(Study.sweep(lines, prompts, directions).vectors)
 
 
 def _edges(cells: pd.DataFrame, won: "pd.Series[Any]") -> tuple[str, ...]:

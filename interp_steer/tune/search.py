@@ -32,7 +32,9 @@ from interp_steer.stats import intervals
 from interp_steer.stats.interval import MINIMUM, Interval
 from interp_steer.steering.intervention import Vector
 from interp_steer.study import metrics as measures
+from interp_steer.study.metrics import LOOPS
 from interp_steer.study.study import Study
+from interp_steer.tune.lines import BEFORE, by_line, effect
 from interp_steer.util.console import progress
 from interp_steer.util.locking import running
 
@@ -43,7 +45,7 @@ DOSES = (0.1, 0.2, 0.3, 0.45, 0.6)  # of each direction alone
 TRIALS, BATCH = 64, 8
 MOST = 0.6  # of an unknown, in its unit
 NOTHING = 0.01  # an unknown below it is left out
-LIMITS: Mapping[str, float] = {"rep3": 0.2}
+LIMITS: Mapping[str, float] = {"rep3": LOOPS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,9 +132,7 @@ def search(
     fields["metrics"] = tuple(dict.fromkeys((first, *named, *limits)))
     work = _Work(model, line, parts, prompts, directions, Path(folder), first, limits, fields)
     work.check(prove)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with running(folder / "journal", lambda alone: None):
+    with running(work.folder / "journal"):
         told = work.trials(optuna, trials, batch, most, seed)
         alone = work.singles([dose for dose in DOSES if dose <= most] or [most])
     best, single = _best(told, "candidate"), _best(alone, "single direction")
@@ -175,8 +175,7 @@ class _Work:
         """Refuses what the studies would, before anything runs."""
         for prompts in (self.prompts, prove):
             self.study([self.line.replace("?", "0.1")], prompts)
-        parts = {"selection": self.prompts, "held out": prove}
-        check_apart({name: [Item.of(one) for one in some] for name, some in parts.items()})
+        check_apart({"selection": self.prompts, "held out": prove})
 
     def at(self, values: Sequence[float]) -> str:
         """The line with values in place of its unknowns; what is next to nothing is left out."""
@@ -231,11 +230,11 @@ class _Work:
                 lines = [self.at(values) for _, values in todo]
                 found = self.measured(lines)
                 for (trial, _), text in zip(todo, lines, strict=True):
-                    effect, excess = found[text]
+                    value, excess = found[text]
                     trial.set_user_attr("line", text)
-                    for name, value in zip(self.limits, excess, strict=True):
-                        trial.set_constraint(name, value)
-                    trying.tell(trial, effect)
+                    for limit, beyond in zip(self.limits, excess, strict=True):
+                        trial.set_constraint(limit, beyond)
+                    trying.tell(trial, value)
                 report(todo[-1][0].number + 1)
         rows = [
             {
@@ -263,22 +262,19 @@ class _Work:
 
     def measured(self, lines: Sequence[str]) -> dict[str, tuple[float, list[float]]]:
         """Line -> (mean effect on the selection prompts, by how much each limit is passed)."""
-        sign = measures.find(self.metric).sign
         found: dict[str, tuple[float, list[float]]] = {"": (0.0, [0.0] * len(self.limits))}
         todo = [text for text in dict.fromkeys(lines) if text]
         if not todo:
             return found
         study = self.study(todo, self.prompts)
         table = study.run(self.model, self.folder / "selection").table()
-        means = _means(table, list(self.fields["metrics"]), todo)
-        for text, mine in zip(todo, means, strict=True):
+        for text, mine in by_line(table, todo, self.fields["metrics"]).items():
             beyond = []
             for name, limit in self.limits.items():
                 worse = measures.find(name).sign
                 value = mine[name].mean()
                 beyond.append(1.0 if math.isnan(value) else float(worse * (limit - value)))
-            effect = sign * (mine[self.metric] - mine[f"{self.metric} unsteered"]).fillna(0.0)
-            found[text] = round(float(effect.mean()), 9), beyond
+            found[text] = effect(mine, self.metric), beyond
         return found
 
     def shown(self, best: str, single: str, prove: Sequence[Any]) -> tuple[pd.DataFrame, Interval]:
@@ -286,8 +282,8 @@ class _Work:
         lines = list(dict.fromkeys((single, best)))
         table = self.study(lines, prove).run(self.model, self.folder / "held_out").table()
         names = list(self.fields["metrics"])
-        found = dict(zip(lines, _means(table, names, lines), strict=True))
-        plain = {name: found[best][f"{name} unsteered"].mean() for name in names}
+        found = by_line(table, lines, names)
+        plain = {name: found[best][BEFORE.format(name)].mean() for name in names}
         rows = [{"arm": "unsteered", **plain}]
         for arm, text in (("single", single), ("together", best)):
             rows.append({"arm": arm, "line": text, **found[text][names].mean()})
@@ -298,20 +294,6 @@ class _Work:
         if len(both) < MINIMUM:
             gain = Interval(gain.estimate, None, None, len(both), "too few prompts", gain.level)
         return pd.DataFrame(rows), gain
-
-
-def _means(table: pd.DataFrame, metrics: list[str], lines: Sequence[str]) -> list[pd.DataFrame]:
-    """Of each line, in order, the metrics of every prompt beside the unsteered ones."""
-    before = table[table["role"] == "unsteered"].groupby("item")[metrics].mean()
-    steered = table[table["role"] != "unsteered"]
-    parts = [part for _, part in steered.groupby("steer", sort=False)]
-    if len(parts) != len(lines):
-        raise RunError(f"{len(lines)} lines were run, and {len(parts)} are in the rows")
-    found = []
-    for part in parts:
-        mine = part.groupby("item")[metrics].mean()
-        found.append(mine.join(before.add_suffix(" unsteered")))
-    return found
 
 
 def _best(table: pd.DataFrame, what: str) -> str:

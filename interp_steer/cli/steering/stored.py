@@ -1,10 +1,14 @@
 """`interp-steer direction list` and `show`: the stored directions, and what a file holds."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from interp_steer.cli import common
 from interp_steer.errors import RequestError, nearest, note
 from interp_steer.util.console import safe
+
+if TYPE_CHECKING:
+    from interp_steer.steering.directions import Directions
+    from interp_steer.steering.intervention import Vector
 
 
 def list_stored(as_json: common.Json = False) -> None:
@@ -41,6 +45,20 @@ def list_stored(as_json: common.Json = False) -> None:
         common.table(tuple(rows[0]), [tuple(row.values()) for row in rows])
 
 
+def look_up(text: str) -> "tuple[Vector | None, Directions]":
+    """What a stored direction's name, a file or NAME=FILE stands for, if anything, and all that has
+    a name.
+    """
+    from interp_steer.steering.directions import Directions
+
+    name, sign, _ = text.partition("=")
+    known = Directions([text] if sign else [])
+    try:
+        return known[name if sign else text], known
+    except KeyError:
+        return None, known
+
+
 def show(
     file: Annotated[
         str, common.arg("As --steer finds it: the name of a stored direction, a file, NAME=FILE.")
@@ -49,14 +67,10 @@ def show(
 ) -> None:
     """Show what a direction's file holds, and where it came from."""
     from interp_steer.steering.direction import Direction
-    from interp_steer.steering.directions import Directions
 
-    name, sign, _ = file.partition("=")
-    known = Directions([file] if sign else [])
-    try:
-        stored = known[name if sign else file]
-    except KeyError:
-        raise RequestError(f"no direction {file}{nearest(file, known)}") from None
+    stored, known = look_up(file)
+    if stored is None:
+        raise RequestError(f"no direction {file}{nearest(file, known)}")
     members = [stored] if isinstance(stored, Direction) else list(stored)
     if as_json:
         fields = ("name", "sha", "hook_point", "norm", "max_activation")

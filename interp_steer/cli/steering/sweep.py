@@ -1,6 +1,5 @@
 """`interp-steer sweep`: what every setting does to every prompt, as one batch, claiming nothing."""
 
-import hashlib
 import json
 import shlex
 import sys
@@ -144,16 +143,13 @@ def sweep(
 
 def _folder(study: "Study", model: str, dtype: str | None) -> Path:
     """Where a sweep lies if nobody says: the same one for the same rows."""
-    from interp_steer.util.files import cache_dir
-
     asked = study.choose or study.prove
     shas = {name: vector.sha for name, vector in study.vectors.items()}
     content = [
         model, dtype, study.lines, shas, [item.id for item in asked], vars(study.sampling),
         study.seeds, study.as_chat, study.system,
     ]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(content).encode(errors="surrogatepass")).hexdigest()[:8]
-    return cache_dir("runs") / f"{'-'.join(list(shas)[:2])}-{digest}"
+    return common.run_folder("-".join(list(shas)[:2]), content)
 
 
 def as_grid(found: "Findings") -> Any:
