@@ -137,6 +137,14 @@ def indices(option: str, text: str, sign: str = "") -> list[int]:
     return numbers
 
 
+def check_name(name: str) -> None:
+    """Refuses a name that no line of interventions could hold."""
+    from interp_steer.steering.direction import is_name
+
+    if not is_name(name):
+        raise RequestError(f"{name!r} cannot name a direction: use letters, digits, '_', '.', '-'")
+
+
 def writable(
     option: str, path: Path | None, suffixes: Sequence[str] = (), new_folders: bool = False
 ) -> None:

@@ -52,6 +52,7 @@ COMMANDS = {
         "judge",
         "Rate a run's held-out answers: concept, instruction, fluency, and their harmonic mean.",
     ),
+    "export": ("export", "Write steering as a file for llama.cpp, vLLM, lm-eval and others."),
     "report": ("study:report", "Write one HTML page about a study's run."),
     "ablate": (
         "causal.ablate",

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -79,17 +80,19 @@ class Direction:
     @classmethod
     def of(
         cls,
-        vector: Float[Tensor, " d_model"],
+        vector: Float[Tensor, " d_model"] | Float[np.ndarray, " d_model"],
         hook_point: str,
         name: str = "direction",
         source: Mapping[str, str] | None = None,
         max_activation: float | None = None,
     ) -> "Direction":
-        """The direction of a vector of any length.
+        """The direction of a vector of any length, a tensor or an array of NumPy.
 
         Raises:
             RequestError: the vector is zero or holds NaN or infinity.
         """
+        if isinstance(vector, np.ndarray):
+            vector = torch.from_numpy(vector.astype(np.float64))
         if vector.ndim != 1:
             raise RequestError(
                 f"direction {name!r} has shape {list(vector.shape)}, expected one axis"

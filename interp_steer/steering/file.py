@@ -13,6 +13,8 @@ from interp_steer.util import tensor_file
 from interp_steer.util.files import whole
 
 FORMAT = "interp-steer/1"
+FOREIGN = (".gguf", ".npy", ".pt", ".pth", ".bin")  # of other tools
+IMPORT = "`interp-steer direction import {} --name NAME`"
 
 T = TypeVar("T")
 
@@ -34,6 +36,8 @@ def read(path: Path, made: Callable[[str, str, list[Values]], T]) -> T:
     """
     if not path.is_file():
         raise RequestError(f"no direction file {path}")
+    if path.suffix in FOREIGN:
+        raise RequestError(f"{path} is a {path.suffix} file: {IMPORT.format(path)} reads it")
     with tensor_file.opened(path) as file:
         about = file.metadata() or {}
         if about.get("format") == FORMAT:
@@ -44,7 +48,10 @@ def read(path: Path, made: Callable[[str, str, list[Values]], T]) -> T:
             if {entry["hook_point"] for entry in entries} != set(file.keys()):
                 raise ValueError("its members are not its tensors")
             return made(about["kind"], about["name"], members)
-    raise RequestError(f"{path} is a safetensors file but not a direction ({FORMAT})")
+    raise RequestError(
+        f"{path} is a safetensors file but not a direction ({FORMAT}); if it holds a vector, "
+        f"{IMPORT.format(path)} --at LAYER reads it"
+    )
 
 
 def _values(file: Any, entry: object) -> Values:

@@ -17,20 +17,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 import numpy as np
 import pandas as pd
 import torch
+from concepts import CONCEPTS, TOLD, means, own_answers, told
 from scipy.stats import spearmanr
 
 from interp_steer import (
     Contrast,
     Direction,
-    Engine,
-    Row,
     Sae,
     Sampling,
     Scale,
     Site,
     SteeringModel,
     Study,
-    chat,
     feature,
     labels,
     read_items,
@@ -39,7 +37,6 @@ from interp_steer import (
 from interp_steer.features.contexts import windows
 from interp_steer.features.screen import output_scores, screen
 from interp_steer.labels.searching import fused
-from interp_steer.stats import intervals
 from interp_steer.steering.jacobian import word_directions
 from interp_steer.steering.separation import separation
 from interp_steer.tune.equal import equal_kl
@@ -47,47 +44,27 @@ from interp_steer.tune.equal import equal_kl
 SMALL = "--small" in sys.argv
 MODEL, LAYER, SOURCE = "starter", 13, "starter"  # the layer of the starter's SAE
 TARGET = 0.5  # nats a token
-CONCEPTS = ["ocean", "music", "war", "doctor", "winter", "horse", "money", "science", "church",
-            "garden", "bread", "king", "school", "rain", "fire", "mother", "car", "gold", "dream",
-            "computer"][: 3 if SMALL else None]  # fmt: skip
-ASKED = ["Tell me about {}.", "Write two sentences about {}.", "What is interesting about {}?",
-         "Describe {} to a child.", "Why does {} matter?",
-         "Write a short story about {}."]  # fmt: skip
-TOLD = "Mention {} in every answer, whatever the question is about."
 HERE = Path(__file__).parent if "__file__" in globals() else Path("scripts/studies").resolve()
 RUN = Path(os.environ.get("RUN", HERE.parents[1] / "cache" / "runs" / "equal_damage"))
-
-
-def told(values: "np.ndarray", form: str = ".3f") -> str:
-    """A mean with its interval over concepts."""
-    one = intervals.mean(values)
-    ends = f" [{one.low:{form}}, {one.high:{form}}]" if one.low is not None else ""
-    return f"{one.estimate:{form}}{ends}"
-
+CHOSEN = CONCEPTS[: 3 if SMALL else None]
 
 # %% model and prompts
 model = SteeringModel.load(MODEL, dtype="float32")
-engine = Engine(model)
 questions = read_items(HERE / "texts" / "questions.txt")
 choose, prove = split_items(questions[:6] if SMALL else questions, 0.5)
 hook_point = f"blocks.{LAYER}.hook_resid_post"
 
 # %% differences of means: the model's own answers about a concept, less those about the others
-chats = [chat(text.format(word)) for word in CONCEPTS for text in ASKED]
-said = engine.generate([Row(one, (), Sampling(max_new_tokens=32)) for one in chats])
-answered = [(*one, ("assistant", result.text)) for one, result in zip(chats, said, strict=True)]
-activations = Contrast.measure(model, answered, answered[:1]).positive[LAYER]
-of_concept = activations.view(len(CONCEPTS), len(ASKED), -1).mean(1)
+activations, said = own_answers(model, CHOSEN, LAYER)
 
 # %% features by label and output score, words by the Jacobian lens
 sae = Sae.load(SOURCE)
-texts = windows(model, ["\n".join(result.text for result in said)], 128)
-words = word_directions(model, CONCEPTS, texts, layers=[LAYER])
+texts = windows(model, ["\n".join(said)], 128)
+words = word_directions(model, CHOSEN, texts, layers=[LAYER])
 directions: dict[str, Direction] = {}
 features: dict[str, str] = {}
-for n, word in enumerate(CONCEPTS):
-    others = of_concept[[i for i in range(len(CONCEPTS)) if i != n]].mean(0)
-    directions[f"means_{word}"] = Direction.of(of_concept[n] - others, hook_point)
+for n, (word, mean) in enumerate(zip(CHOSEN, means(activations, LAYER), strict=True)):
+    directions[f"means_{word}"] = mean
     directions[f"word_{word}"] = words[word].directions[LAYER]
     directions[f"random_{word}"] = Direction.of(torch.ones(model.d_model), hook_point).random(n)
     if hits := labels.search(word, [sae.where.neuronpedia], limit=20):
@@ -97,7 +74,7 @@ for n, word in enumerate(CONCEPTS):
         best = max(together, key=lambda index: together[index])
         directions[f"feature_{word}"] = feature(SOURCE, best)
         features[word] = next(hit.label for hit in hits if hit.index == best)
-for word in CONCEPTS:
+for word in CHOSEN:
     print(f"{word:10} feature: {features.get(word, 'no label')[:80]}")
 
 # %% strengths of one KL, all directions as one batch
@@ -118,7 +95,7 @@ for kind, some in table[met].groupby("kind", sort=False):
 
 # %% what they say on held-out prompts, beside asking
 found = []
-for word in CONCEPTS:
+for word in CHOSEN:
     mine = table[met & (table["concept"] == word)]
     known = {name: directions[name] for name in mine["name"]}
     study = Study.sweep(
@@ -162,10 +139,9 @@ cheap = pd.DataFrame(
         "output score": scored,
     }
 )
-by_template = activations.view(len(CONCEPTS), len(ASKED), -1)
-for n, word in enumerate(CONCEPTS):
-    rest = by_template[[i for i in range(len(CONCEPTS)) if i != n]].mean(0)
-    told_apart = separation(Contrast(by_template[n][None], rest[None]))[0]
+for n, word in enumerate(CHOSEN):
+    rest = activations[[i for i in range(len(CHOSEN)) if i != n]].mean(0)
+    told_apart = separation(Contrast(activations[n][None], rest[None]))[0]
     mine = (cheap["word"] == word) & (cheap["kind"] == "means")
     cheap.loc[mine, ["pairs", "d"]] = [told_apart.pairs, told_apart.d]
 together = cheap.merge(shown, on=["word", "kind"])

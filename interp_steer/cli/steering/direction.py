@@ -79,7 +79,6 @@ def make(
             act_add,
             template,
         )  # fmt: skip
-        from interp_steer.steering.direction import is_name
         from interp_steer.steering.scale import Scale
         from interp_steer.steering.separation import separation
         from interp_steer.util.files import cache_dir
@@ -89,8 +88,7 @@ def make(
     ):  # fmt: skip
         if given not in known:
             raise RequestError(f"unknown {what} {given!r}{nearest(given, known)}")
-    if not is_name(name):
-        raise RequestError(f"{name!r} cannot name a direction: use letters, digits, '_', '.', '-'")
+    common.check_name(name)
     files = {"positive": PromptFile.read(positive), "negative": PromptFile.read(negative)}
     sides = [file.side(side, as_chat) for side, file in files.items()]
     if method == "actadd" and any(len(side) != 1 for side in sides):
@@ -200,13 +198,11 @@ def select(
         from interp_steer.model.loading import glance
         from interp_steer.model.site import Site
         from interp_steer.prompts.file import PromptFile
-        from interp_steer.steering.direction import is_name
         from interp_steer.util.files import cache_dir
 
     if by not in RANKED:
         raise RequestError(f"--by is {by!r}{nearest(by, RANKED)}")
-    if not is_name(name):
-        raise RequestError(f"{name!r} cannot name a direction: use letters, digits, '_', '.', '-'")
+    common.check_name(name)
     numbers = common.indices("layers", layers) if layers else None
     if bounds := glance(model):
         for number in numbers or ():
@@ -372,4 +368,5 @@ def _short(value: float | None) -> str:
 
 
 app.command("list")(stored.list_stored)
+app.command("import")(stored.import_file)
 app.command()(stored.show)

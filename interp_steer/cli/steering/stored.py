@@ -1,5 +1,6 @@
-"""`interp-steer direction list` and `show`: the stored directions, and what a file holds."""
+"""`interp-steer direction list` `show` and `import`: stored directions, and what files hold."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from interp_steer.cli import common
@@ -84,3 +85,43 @@ def show(
         print(f"  {key}: {shown}")
     for one in members:
         print(f"  {one.hook_point}  norm {one.norm:.4g}  {one.sha}")
+
+
+def import_file(
+    file: Annotated[Path, common.arg("A .gguf, .npy, .pt or .safetensors file of another tool.")],
+    name: common.Name,
+    at: Annotated[
+        str | None,
+        common.opt(
+            "Where it belongs, if the file does not say: 15 is the output of block 15, counted "
+            "from 0; 0-31 for a row a layer; 'mlp_out 15'."
+        ),
+    ] = None,
+    key: Annotated[str | None, common.opt("Which tensor of a file that holds several.")] = None,
+    out: common.Saved = None,
+    as_json: common.Json = False,
+) -> None:
+    """Take a direction from another tool's file.
+
+    GGUF control vectors (llama.cpp, repeng), NumPy arrays, tensors of torch (weights only: no code
+    is run) and of safetensors, and lm-eval's steering files.
+    """
+    from interp_steer.export.incoming import imported
+    from interp_steer.steering.direction import Direction
+    from interp_steer.util.files import cache_dir
+
+    common.check_name(name)
+    common.writable("--out", out)
+    found = imported(file, at=at, name=name, key=key)
+    target = found.save(out or cache_dir("directions") / f"{name}.safetensors")
+    members = [found] if isinstance(found, Direction) else list(found)
+    rows = [{"hook_point": m.hook_point, "norm": m.norm, "sha": m.sha} for m in members]
+    if as_json:
+        common.print_json({"file": str(target), "members": rows})
+        return
+    common.table(tuple(rows[0]), [tuple(row.values()) for row in rows])
+    print(safe(f"saved {target}"))
+    layer = members[0].site.layer if len(members) == 1 else members[len(members) // 2].site.layer
+    called = name if out is None else str(target)
+    steer = f"add({called}, 0.3 dose) at {members[0].site.component} {layer}"
+    print(safe(f"try   interp-steer generate '...' --steer '{steer}'"))

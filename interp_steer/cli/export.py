@@ -1,0 +1,203 @@
+"""`interp-steer export`: a line of interventions as a file that other tools read."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from interp_steer.cli import common
+from interp_steer.errors import RequestError, nearest
+from interp_steer.util.console import progress, safe
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from interp_steer.model.model import SteeringModel
+    from interp_steer.prompts.prompt import Prompt
+    from interp_steer.steering.intervention import Intervention
+
+# format -> (suffixes of its file; none is a folder; how it is used)
+FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
+    "safetensors": (
+        (".safetensors",),
+        "interp-steer generate ... --steer 'add({out}, 1 raw) at {layers} on all+first'",
+    ),
+    "gguf": ((".gguf",), "llama-server -m MODEL.gguf --control-vector {out}"),
+    "steered-gguf": ((".gguf",), "llama-server -m {out}"),
+    "lm-eval": (
+        (".pt", ".pth"),
+        "lm_eval --model steered --model_args pretrained={model},steer_path={out} --tasks ...",
+    ),
+    "vllm-lens": ((".json",), "merge it into a request to vLLM with vllm-lens"),
+    "interp-engine": ((".json",), "merge it into a request to interp-engine's /v1/generate"),
+    "checkpoint": ((), "vllm serve {out}    or    transformers serve {out}"),
+}
+PRINTED = ("vllm-lens", "interp-engine")  # where no file is asked for
+
+
+def export(
+    to: Annotated[str, common.arg(f"{', '.join(FORMATS)}.", metavar="FORMAT")],
+    steer: Annotated[str, common.opt("What is exported, such as 'add(eiffel, 8.5) at 15'.")],
+    out: Annotated[
+        Path | None, common.opt("File, or new folder of a checkpoint. Requests are else printed.")
+    ] = None,
+    include_first: Annotated[
+        bool,
+        common.opt("Steer the first position too, as every reader does, and tell what it changes."),
+    ] = False,
+    base: Annotated[
+        Path | None, common.opt("For steered-gguf: the model's GGUF file.", "--gguf")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        common.opt(
+            "File of prompts: their residual stream is the unit of dose, and on them the first "
+            "position is compared. By default 16 questions that come along."
+        ),
+    ] = None,
+    model: common.Model = "starter",
+    named: common.Named = None,
+    system: common.System = None,
+    text: common.Text = False,
+    as_json: common.Json = False,
+    dtype: common.Dtype = None,
+    device: common.Device = None,
+    date: common.Date = None,
+) -> None:
+    """Write steering as a file that other tools read, exactly or not at all.
+
+    What leaves is a constant: a vector added at every position. Anything else is refused, with the
+    nearest line that can leave.
+    """
+    if to not in FORMATS:
+        raise RequestError(f"unknown format {to!r}{nearest(to, FORMATS)}")
+    suffixes, use = FORMATS[to]
+    if out is None and to not in PRINTED:
+        kind = f"FILE{suffixes[0]}" if suffixes else "FOLDER"
+        raise RequestError(f"nowhere to write: give --out {kind}")
+    if suffixes:
+        common.writable("--out", out, suffixes)
+    else:
+        common.writable_folder("--out", out)
+    if (base is None) == (to == "steered-gguf"):
+        raise RequestError(
+            "steered-gguf needs --gguf MODEL.gguf" if base is None else "--gguf is for steered-gguf"
+        )
+    with progress("starting", every=5):
+        from interp_steer.export.constant import constants, first_position, with_first
+        from interp_steer.export.harness import entries
+        from interp_steer.export.request import interp_engine
+        from interp_steer.model.loading import glance
+        from interp_steer.steering.directions import Directions
+        from interp_steer.steering.grammar import parse
+        from interp_steer.steering.intervention import line, resolve
+        from interp_steer.steering.scale import Scale
+
+    written = parse(steer, Directions(named or []))
+    wanted = with_first(written) if include_first else written
+    read = {"lm-eval": entries, "interp-engine": interp_engine}.get(to, constants)
+    bounds = glance(model)
+    if bounds:  # with any unit of dose: what cannot leave is told before the model is loaded
+        read(resolve(wanted, Scale((1.0,) * (bounds.n_layers + 1))), bounds)
+    dosed = any(one.unit == "dose" for one in wanted)
+    compared = include_first and written != wanted
+    scale = difference = loaded = None
+    if dosed or compared or bounds is None or to == "checkpoint":
+        weights = dosed or compared
+        loaded = common.load(model, dtype, device, date=date, weights=weights)
+        asked = _asked(loaded, prompts, system, text)
+        scale = Scale.of(loaded, [loaded.encode(p) for p in asked]) if dosed else None
+        difference = first_position(loaded, resolve(written, scale), asked) if compared else None
+    wanted = resolve(wanted, scale)
+    shape = loaded or bounds
+    assert shape is not None
+    found = read(wanted, shape)
+    told: dict[str, Any] = {"format": to, "model": model, "steer": line(wanted)}
+    if difference:
+        told["first_position"] = vars(difference)
+    if to in PRINTED:
+        body = found if to == "interp-engine" else _request(found)
+        if out is None:
+            common.print_json(body)
+            return
+        _write_text(out, json.dumps(body, indent=1))
+    else:
+        _write(to, found, out, base, loaded, told)
+    told["out"] = str(out)
+    if as_json:
+        common.print_json(told)
+        return
+    print(safe(f"wrote {out}: {told['steer']}"))
+    if difference:
+        print(
+            f"KL(as written || at the first position too) {difference.kl:.4g} nats a token, "
+            f"at most {difference.largest:.4g}, {difference.prompts} prompts"
+        )
+    layers = ",".join(str(site.layer) for one in wanted for site in one.sites)
+    print(safe(f"use   {use.format(out=out, model=model, layers=layers)}"))
+
+
+def _asked(
+    model: "SteeringModel", prompts: Path | None, system: str | None, text: bool
+) -> "list[Prompt]":
+    """The prompts of a file, or those that come along."""
+    from interp_steer.prompts.file import PromptFile
+    from interp_steer.tune.card import QUESTIONS
+
+    file = PromptFile.read(prompts or QUESTIONS)
+    items = file.items(as_chat=model.is_chat and not text, system=system)
+    return [item.prompt for item in items]
+
+
+def _request(found: Any) -> dict[str, Any]:
+    from interp_steer.export.request import vllm_lens
+
+    return vllm_lens(found)
+
+
+def _write_text(out: Path, text: str) -> None:
+    from interp_steer.util.files import whole
+
+    with whole(out) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def _write(
+    to: str, found: Any, out: Path | None, base: Path | None, model: "SteeringModel | None",
+    told: dict[str, Any],
+) -> None:  # fmt: skip
+    """The file or folder of a format."""
+    from interp_steer.export import checkpoint, control_vector, harness, steered_gguf
+
+    assert out is not None
+    if to == "gguf":
+        control_vector.write(found, out)
+    elif to == "lm-eval":
+        harness.write(found, out)
+    elif to == "steered-gguf":
+        assert base is not None
+        size = base.stat().st_size if base.is_file() else 0
+        with progress("writing", size) as report:
+            steered_gguf.write(found, base, out, report=report)
+    elif to == "safetensors":
+        _save(found, out, told["steer"])
+    else:
+        from interp_steer.model.loading import find_folder
+
+        assert model is not None
+        folder, commit = find_folder(model.name, None)
+        about = {"model": model.name, "revision": commit, "steer": told["steer"]}
+        if first := told.get("first_position"):
+            about["KL(first position left out || as here)"] = f"{first['kl']:.4g} nats a token"
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        with progress("writing", size) as report:
+            checkpoint.write(found, folder, model.shape, out, about, report=report)
+
+
+def _save(found: Any, out: Path, steer: "str | Sequence[Intervention]") -> None:
+    """The vectors as directions of ours, each at its length."""
+    from interp_steer.steering.direction import Direction, DirectionSet, is_name
+
+    name = out.stem if is_name(out.stem) else "exported"
+    source = {"method": "export", "steer": str(steer)}
+    members = [Direction.of(v, site.hook_point, name, source) for site, v in found.items()]
+    (members[0] if len(members) == 1 else DirectionSet(members, name)).save(out)
