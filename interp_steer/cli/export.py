@@ -83,7 +83,7 @@ def export(
             "steered-gguf needs --gguf MODEL.gguf" if base is None else "--gguf is for steered-gguf"
         )
     with progress("starting", every=5):
-        from interp_steer.export.constant import constants, first_position, with_first
+        from interp_steer.export.constant import constants, first_position, refuse, with_first
         from interp_steer.export.harness import entries
         from interp_steer.export.request import interp_engine
         from interp_steer.model.loading import glance
@@ -96,6 +96,8 @@ def export(
     wanted = with_first(written) if include_first else written
     read = {"lm-eval": entries, "interp-engine": interp_engine}.get(to, constants)
     bounds = glance(model)
+    if read is constants:
+        refuse(wanted)
     if bounds:  # with any unit of dose: what cannot leave is told before the model is loaded
         read(resolve(wanted, Scale((1.0,) * (bounds.n_layers + 1))), bounds)
     dosed = any(one.unit == "dose" for one in wanted)

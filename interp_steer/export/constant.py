@@ -46,11 +46,9 @@ def constants(steps: Sequence[Intervention], model: SteeringModel | Bounds) -> C
     Raises:
         RequestError: a step is no constant add at every position, or does not fit the model.
     """
-    if not steps:
-        raise RequestError("no intervention to export; give --steer 'add(NAME, 8) at 15'")
     sums: dict[Site, Tensor] = {}
+    refuse(steps)
     for one in steps:
-        _refuse(one)
         one.check(model)
         for site, length in zip(one.sites, one.lengths(), strict=True):
             added = one.at(site)[0].unit.double() * (length or 0.0)
@@ -79,8 +77,15 @@ def _home(site: Site) -> Site:
     return site
 
 
+def refuse(steps: Sequence[Intervention]) -> None:
+    """Refuses what is no constant, with the nearest line that is; steps may have doses."""
+    if not steps:
+        raise RequestError("no intervention to export; give --steer 'add(NAME, 8) at 15'")
+    for one in steps:
+        _refuse(one)
+
+
 def _refuse(one: Intervention) -> None:
-    """Refuses what is no constant, with the nearest line that is."""
     why = None
     if one.operator != "add":
         why = f"what {one.operator} adds depends on the activation"

@@ -22,6 +22,7 @@ from interp_steer.errors import RequestError, RunError, first_line, nearest
 from interp_steer.export import control_vector
 from interp_steer.model.site import Site
 from interp_steer.steering.direction import Direction, DirectionSet, load
+from interp_steer.steering.file import FORMAT
 from interp_steer.steering.grammar import Reader
 from interp_steer.util import tensor_file
 from interp_steer.util.files import explained
@@ -81,9 +82,13 @@ def _from_file(
         return _placed(_numbers(array, path), at, name, source)
     if path.suffix == ".safetensors":
         with tensor_file.opened(path) as file:
-            if "interp-steer" in (file.metadata() or {}).get("format", ""):
-                return load(path).named(name)
-            found: Any = {k: file.get_tensor(k) for k in _chosen(path, list(file.keys()), key, at)}
+            ours = (file.metadata() or {}).get("format") == FORMAT
+            keys = list(file.keys())
+        if ours:
+            return load(path).named(name)
+        chosen = _chosen(path, keys, key, at)
+        with tensor_file.opened(path) as file:
+            found: Any = {one: file.get_tensor(one) for one in chosen}
         return _of_tensors(found, path, at, name, key, source)
     if path.suffix in SUFFIXES:
         try:
