@@ -25,7 +25,7 @@ from interp_steer.errors import RequestError, RunError
 from interp_steer.model.block import exactly
 from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
-from interp_steer.prompts.prompt import Prompt
+from interp_steer.prompts.prompt import Given
 from interp_steer.steering.encoder import Encoders
 from interp_steer.util.console import Report, watched
 
@@ -190,7 +190,7 @@ class Engine:
             self._in_batches([r for r in order if r not in scoring.wanted], needs, batch, work)
         return [scoring.found[r] for r in range(len(rows))]
 
-    def ids(self, prompt: Prompt, continuation: Sequence[int] | str) -> tuple[int, ...]:
+    def ids(self, prompt: Given, continuation: Sequence[int] | str) -> tuple[int, ...]:
         """Token ids of a continuation: as given, or of a text that follows the prompt directly."""
         if isinstance(continuation, str):
             return self.model.encode_after(prompt, continuation)

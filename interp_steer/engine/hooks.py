@@ -19,7 +19,7 @@ from interp_steer.errors import RequestError
 from interp_steer.model.block import exactly
 from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
-from interp_steer.prompts.prompt import Prompt
+from interp_steer.prompts.prompt import Given
 from interp_steer.steering.intervention import Intervention
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def fwd_hooks(
     model: SteeringModel,
     steer: Sequence[Intervention],
-    prompt: Prompt,
+    prompt: Given,
     *,
     cached: bool = False,
 ) -> list[tuple[str | Callable[..., Any], Callable[..., Any]]]:
@@ -104,7 +104,7 @@ def _guard(model: SteeringModel, ids: Sequence[int], cached: bool) -> Callable[.
 
 
 def run_with_cache(
-    model: SteeringModel, prompt: Prompt, steer: Sequence[Intervention] = (), **options: Any
+    model: SteeringModel, prompt: Given, steer: Sequence[Intervention] = (), **options: Any
 ) -> "tuple[Tensor, ActivationCache]":
     """Logits `[1, pos, d_vocab]` and TransformerLens's ActivationCache of a steered prompt.
 

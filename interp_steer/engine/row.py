@@ -12,7 +12,7 @@ from torch import Tensor
 from interp_steer.errors import RequestError
 from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
-from interp_steer.prompts.prompt import Prompt
+from interp_steer.prompts.prompt import Encoded, Given, last_said
 from interp_steer.steering.intervention import Intervention, brief, line
 from interp_steer.steering.scale import Scale
 from interp_steer.util.typed import OF_TYPES, expect
@@ -58,7 +58,7 @@ class Sampling:
 class Row:
     """What is run: prompt, interventions in order, sampling, seed."""
 
-    prompt: Prompt
+    prompt: Given
     steer: tuple[Intervention, ...] = ()
     sampling: Sampling = Sampling()
     seed: int = 0
@@ -66,7 +66,9 @@ class Row:
     def _repr_html_(self) -> str:
         from interp_steer.util.html import table
 
-        said = (("text", self.prompt),) if isinstance(self.prompt, str) else self.prompt
+        said = self.prompt
+        if isinstance(said, (str, Encoded)):
+            said = (("text", last_said(said)),)
         rows = [{"": role, "row": content} for role, content in said]
         rows.append({"": "steered", "row": brief(self.steer) or "unsteered"})
         return table([*rows, {"": "seed", "row": self.seed}])
@@ -133,10 +135,9 @@ class Results(list[Result]):
 
         rows = []
         for result in self[:SHOWN]:
-            prompt = result.row.prompt
             rows.append(
                 {
-                    "prompt": prompt if isinstance(prompt, str) else prompt[-1][1],
+                    "prompt": last_said(result.row.prompt),
                     "steered": brief(result.row.steer) or "unsteered",
                     "answer": result.text,
                     "end": result.finish,
@@ -153,11 +154,8 @@ def record(result: Result, scale: Scale | None = None) -> dict[str, object]:
     """
     steer = result.row.steer
     strengths = [s for one in steer for s in one.strengths(scale)]
-    said = result.row.prompt
-    if not isinstance(said, str):  # what was asked last, not an answer that was begun
-        said = next((text for role, text in reversed(said) if role != "assistant"), said[-1][1])
     return {
-        "prompt": said,
+        "prompt": last_said(result.row.prompt),
         "steer": line(steer) if steer else None,
         "text": result.text,
         "tokens": len(result.token_ids),

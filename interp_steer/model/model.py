@@ -25,7 +25,7 @@ from interp_steer.model.loading import (
 from interp_steer.model.shape import Bounds, Shape
 from interp_steer.model.site import Site
 from interp_steer.prompts.codec import Codec
-from interp_steer.prompts.prompt import Encoded, Prompt, is_chat
+from interp_steer.prompts.prompt import Encoded, Given, is_chat
 from interp_steer.prompts.template import Template, read_date
 
 if TYPE_CHECKING:
@@ -217,6 +217,14 @@ class SteeringModel(Forward):
         """
         return self._codec.encode(_prompt(prompt))
 
+    def encoded(self, ids: Sequence[int]) -> Encoded:
+        """A prompt of these very tokens: no BOS is put before them, no template around them.
+
+        Raises:
+            RequestError: there is none, one that the model has no embedding for, or too many.
+        """
+        return self._codec.given(ids)
+
     def encode_after(self, prompt: object, text: str) -> tuple[int, ...]:
         """Token ids of a text that follows a prompt directly: those of both together, after those
         of the prompt. A text's own leading space counts.
@@ -295,9 +303,9 @@ class SteeringModel(Forward):
         return folded_copy(self.hf, self.shape, self.tokenizer, self.name, kind)
 
 
-def _prompt(given: object) -> Prompt:
-    if not isinstance(given, str) and not is_chat(given):
+def _prompt(given: object) -> Given:
+    if not isinstance(given, (str, Encoded)) and not is_chat(given):
         raise RequestError(
             f"a prompt is text, or messages as chat(...) makes them, got {str(given)[:60]!r}"
         )
-    return cast(Prompt, given)
+    return cast(Given, given)

@@ -6,7 +6,7 @@ from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING
 
 from interp_steer.errors import RequestError
-from interp_steer.prompts.prompt import Encoded, Prompt, readable
+from interp_steer.prompts.prompt import Encoded, Given, readable
 from interp_steer.prompts.template import Rendered, Template
 
 if TYPE_CHECKING:
@@ -35,8 +35,10 @@ class Codec:
         self.encode = lru_cache(maxsize=4096)(self._encode)
         self.after = lru_cache(maxsize=65536)(self._after)
 
-    def _encode(self, prompt: Prompt) -> Encoded:
+    def _encode(self, prompt: Given) -> Encoded:
         """Tokens of a text, or of a chat; see `SteeringModel.encode`."""
+        if isinstance(prompt, Encoded):
+            return self._refused(prompt)
         contents = [prompt] if isinstance(prompt, str) else [content for _, content in prompt]
         if not "".join(contents).strip():
             raise RequestError("the prompt is empty")
@@ -45,11 +47,7 @@ class Codec:
         else:
             shown = self.template.render(prompt)
         ids, places = self.tokens(shown.text, plain=isinstance(prompt, str))
-        if len(ids) >= self.n_ctx:
-            raise RequestError(
-                f"the prompt is {len(ids)} tokens long and the context of {self.name} holds "
-                f"{self.n_ctx}, the answer included"
-            )
+        self._check_length(ids)
         content = tuple(
             token not in self.special
             and begin < end
@@ -61,10 +59,37 @@ class Codec:
             answer = next((i for i, (_, end) in enumerate(places) if end > shown.begins), None)
         return Encoded(ids, content, answer, shown.located, shown.text)
 
-    def _after(self, prompt: Prompt, text: str) -> tuple[int, ...]:
+    def given(self, ids: Sequence[int]) -> Encoded:
+        """A prompt of these very tokens: nothing is put before them; special ones are no content.
+
+        Raises:
+            RequestError: there is none, or one that the model has no embedding for.
+        """
+        content = tuple(token not in self.special for token in ids)
+        return self._refused(Encoded(tuple(ids), content, text=self._text(ids, True, special=True)))
+
+    def _refused(self, prompt: Encoded) -> Encoded:
+        if not prompt.ids:
+            raise RequestError("the prompt is empty")
+        for token in prompt.ids:
+            if type(token) is not int or not 0 <= token < self.n_rows:
+                raise RequestError(f"{token!r} is no token of {self.name}: 0-{self.n_rows - 1}")
+        self._check_length(prompt.ids)
+        return prompt
+
+    def _check_length(self, ids: Sequence[int]) -> None:
+        if len(ids) >= self.n_ctx:
+            raise RequestError(
+                f"the prompt is {len(ids)} tokens long and the context of {self.name} holds "
+                f"{self.n_ctx}, the answer included"
+            )
+
+    def _after(self, prompt: Given, text: str) -> tuple[int, ...]:
         """Token ids of a text that follows a prompt; see `SteeringModel.encode_after`."""
         if not text:
             return ()
+        if isinstance(prompt, Encoded):
+            raise RequestError("a prompt of tokens is followed by tokens; give their ids")
         before = self.encode(prompt)
         both, _ = self.tokens(before.text + text, plain=isinstance(prompt, str))
         n = len(before.ids)

@@ -7,8 +7,30 @@ from interp_steer.errors import RequestError
 Message = tuple[str, str]
 """A chat message: (role, content)."""
 
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as token ids, with what is known of every token.
+
+    Attributes:
+        ids: token ids; the first one is the model's attention sink, whatever it is.
+        content: whether the token is the user's own text, not template or special token.
+        answer: index of the first token of the assistant's given answer, or None.
+        located: whether all of the user's own text was found; a chat template may rewrite it.
+        text: the text that the tokens stand for, the template's included.
+    """
+
+    ids: tuple[int, ...]
+    content: tuple[bool, ...]
+    answer: int | None = None
+    located: bool = True
+    text: str = field(default="", compare=False, repr=False)
+
+
 Prompt = str | tuple[Message, ...]
 """Plain text, or the messages of a chat."""
+
+Given = Prompt | Encoded
+"""A prompt, or tokens that are taken as they are."""
 
 
 def chat(user: str, system: str | None = None, answer: str | None = None) -> tuple[Message, ...]:
@@ -42,20 +64,8 @@ def readable(text: str) -> str:
     return text
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A prompt as token ids, with what is known of every token.
-
-    Attributes:
-        ids: token ids; the first one is the model's attention sink, whatever it is.
-        content: whether the token is the user's own text, not template or special token.
-        answer: index of the first token of the assistant's given answer, or None.
-        located: whether all of the user's own text was found; a chat template may rewrite it.
-        text: the text that the tokens stand for, the template's included.
-    """
-
-    ids: tuple[int, ...]
-    content: tuple[bool, ...]
-    answer: int | None = None
-    located: bool = True
-    text: str = field(default="", compare=False, repr=False)
+def last_said(prompt: Given) -> str:
+    """What is asked: a text, or a chat's last message that is not an answer that was begun."""
+    if isinstance(prompt, (str, Encoded)):
+        return prompt if isinstance(prompt, str) else prompt.text
+    return next((text for role, text in reversed(prompt) if role != "assistant"), prompt[-1][1])

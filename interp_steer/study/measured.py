@@ -8,7 +8,7 @@ from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Result, Row, Score
 from interp_steer.model.model import SteeringModel
 from interp_steer.prompts.item import Item
-from interp_steer.prompts.prompt import Prompt
+from interp_steer.prompts.prompt import Given
 from interp_steer.util.console import Report
 
 LETTERS = 3  # of a word that a token must have, to stand for it
@@ -69,7 +69,7 @@ def surprise(
 
 def surprise_after(
     engine: Engine,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Given],
     results: Sequence[Result],
     report: Report | None = None,
     batch: int | None = None,

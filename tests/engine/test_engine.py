@@ -685,3 +685,21 @@ def test_a_record_tells_what_was_asked(tiny):
     prompts = ["I love", chat("Hi"), chat("Name a tower.", "Be brief.", answer="The")]
     results = Engine(tiny).generate([Row(p, (), Sampling(max_new_tokens=1)) for p in prompts])
     assert [record(one)["prompt"] for one in results] == ["I love", "Hi", "Name a tower."]
+
+
+def test_a_prompt_of_tokens_is_taken_as_it_is(tiny, engine, directions):
+    """No BOS, no template: greedy tokens are those of transformers for these very ids."""
+    text = "The quick brown fox"
+    ids = tiny.encode(text).ids[1:]
+    row = Row(tiny.encoded(ids), (), Sampling(max_new_tokens=12))
+    (result,) = engine.generate([row])
+    with torch.no_grad():
+        expected = tiny.hf.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
+    assert list(result.token_ids) == expected[0, len(ids) :].tolist()[: len(result.token_ids)]
+    with_bos = Row(tiny.encoded(tiny.encode(text).ids), (), row.sampling)
+    assert engine.generate([with_bos, Row(text, (), row.sampling)])[0].token_ids == (
+        engine.generate([Row(text, (), row.sampling)])[0].token_ids
+    )
+    for wrong, said in (((), "is empty"), ((0, 5000), "5000 is no token"), ((1,) * 600, "600 tok")):
+        with pytest.raises(RequestError, match=said):
+            tiny.encoded(wrong)

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from interp_steer.engine.row import Row
-    from interp_steer.prompts.prompt import Prompt
     from interp_steer.steering.scale import Scale
 
 STREAMED = 6  # answers that are shown while they are written
@@ -69,6 +68,7 @@ def generate(
         from interp_steer.engine.row import Row, Sampling, record
         from interp_steer.prompts.file import PromptFile, numbered
         from interp_steer.prompts.item import Item
+        from interp_steer.prompts.prompt import last_said
         from interp_steer.steering.directions import Directions
         from interp_steer.steering.grammar import parse
         from interp_steer.steering.intervention import brief, resolve
@@ -116,20 +116,15 @@ def generate(
     elif shown:
         for n, prompt_asked in enumerate(asked):
             if len(asked) > 1:
-                print(f"\n{safe(_last(prompt_asked))}")
+                print(f"\n{safe(last_said(prompt_asked))}")
             some = results[n * len(settings) : (n + 1) * len(settings)]
             print_panels([result.text for result in some], titles)
         _legend(rows[: len(settings)], scale)
     elif not out:
         for result in results:
             if not result.row.steer:
-                print(f"\n# {safe(_last(result.row.prompt))}")
+                print(f"\n# {safe(last_said(result.row.prompt))}")
             print(f"\n[{safe(_title(result.row, scale))}]\n{safe(result.text)}")
-
-
-def _last(prompt: "Prompt") -> str:
-    """What is asked: a text, or a chat's last message."""
-    return prompt if isinstance(prompt, str) else prompt[-1][1]
 
 
 def _legend(rows: "Sequence[Row]", scale: "Scale | None") -> None:
