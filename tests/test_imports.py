@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # each package may import what stands after it; from `labels` on nothing needs a model
 ORDER = (
-    *("cli", "export", "tune", "study", "causal", "features", "engine", "steering", "model"),
+    *("cli", "serve", "export", "tune", "study", "causal", "features", "engine", "steering", "model"),
     *("labels", "report", "results", "prompts", "stats", "util", "errors"),
 )
 NO_TORCH = ("report", "results", "prompts", "stats")

@@ -7,6 +7,7 @@ from interp_steer.errors import RequestError
 Message = tuple[str, str]
 """A chat message: (role, content)."""
 
+
 @dataclass(frozen=True)
 class Encoded:
     """A prompt as token ids, with what is known of every token.
