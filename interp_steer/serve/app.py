@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import HTTPException
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from interp_steer.engine.row import Row, Sampling
 from interp_steer.errors import RequestError, RunError, nearest

@@ -1,7 +1,7 @@
 """What a request may hold. Names and meanings are OpenAI's; what is not done here is refused."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -104,7 +104,7 @@ class Chat(Options):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _whole(self) -> "Chat":
         if self.stream and self.logprobs:
             raise ValueError("logprobs come with a whole answer: leave out stream or logprobs")
         return self
@@ -133,7 +133,7 @@ class Completion(Options):
         return [one for one in given if not isinstance(one, int)]
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _whole(self) -> "Completion":
         if self.stream and (self.echo or self.logprobs is not None):
             raise ValueError("echo and logprobs come with a whole answer: leave out stream")
         if not self.max_tokens and self.max_tokens is not None and not self.echo:

@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
@@ -118,11 +119,23 @@ class Gate:
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > self.limits.body:
+                        await self._discard(receive)
                         raise Refused(413, self._large())
                     if not message.get("more_body"):
                         return b"".join(parts)
         except TimeoutError:
             raise Refused(408, f"the body took longer than {self.limits.patience:g} s") from None
+
+    async def _discard(self, receive: Receive) -> None:
+        """Reads on for a while: a connection that is closed with bytes unread loses the answer."""
+        size = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.limits.patience / 2):
+                while size < self.limits.body:
+                    message = await receive()
+                    size += len(message.get("body", b""))
+                    if not message.get("more_body"):
+                        return
 
 
 def _host(text: str) -> str:

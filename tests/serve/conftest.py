@@ -1,0 +1,70 @@
+"""A server on loopback with the tiny model, as a client sees it."""
+
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+
+from interp_steer.serve.app import Folder, Service, create_app
+from interp_steer.serve.gate import Limits
+from interp_steer.steering.direction import Direction
+
+PROMPTS = ["The quick brown fox", "What is the tallest mountain?"]
+
+
+@contextmanager
+def listening(service, token=None):
+    """The address of a running server."""
+    server = uvicorn.Server(uvicorn.Config(create_app(service, token), log_level="warning"))
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        place.listen(128)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{place.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Two stored directions."""
+    path, draw = tmp_path_factory.mktemp("directions"), np.random.default_rng(7)
+    for name in ("joy", "sad"):
+        vector = draw.normal(size=64) * 3
+        Direction.of(vector, "blocks.2.hook_resid_post", name).save(path / f"{name}.safetensors")
+    return path
+
+
+@pytest.fixture(scope="session")
+def service(tiny, folder):
+    settings = {"happy": "add(joy, 6) at 2", "most": "add(joy, 0.9 dose) at 3"}
+    limits = Limits(body=100_000, patience=1.0, tokens=400, most=32, waiting=64)
+    return Service.of(tiny, Folder(folder), settings, PROMPTS, "tiny", limits)
+
+
+@pytest.fixture(scope="session")
+def address(service):
+    with listening(service) as found:
+        yield found
+
+
+@pytest.fixture
+def ask(address):
+    """Posts to a route; gives the body, or the error's message beside an unexpected status."""
+    with httpx.Client(base_url=address, timeout=60) as client:
+
+        def post(route, body, status=200, **more):
+            answer = client.post(f"/v1/{route}", json=body, **more)
+            assert answer.status_code == status, answer.text
+            return answer.json() if status == 200 else answer.json()["error"]["message"]
+
+        yield post
