@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # each package may import what stands after it; from `labels` on nothing needs a model
 ORDER = (
-    *("cli", "serve", "export", "tune", "study", "causal", "features", "engine", "steering", "model"),
-    *("labels", "report", "results", "prompts", "stats", "util", "errors"),
+    *("cli", "serve", "export", "tune", "study", "causal", "features", "engine", "steering"),
+    *("model", "labels", "report", "results", "prompts", "stats", "util", "errors"),
 )
 NO_TORCH = ("report", "results", "prompts", "stats")
 TORCH = {"torch", "transformers", "transformer_lens", "sae_lens", "safetensors"}
@@ -26,6 +26,11 @@ ALONE = {  # library: the only packages or modules that may import it
     "prompt_toolkit": ("cli",),
     "rich": ("cli", "util"),
     "ray": ("study",),
+    "fastapi": ("serve",),
+    "starlette": ("serve",),
+    "pydantic": ("serve",),
+    "uvicorn": ("cli",),
+    "gguf": ("export", "model"),
     "transformers": ("model", "engine.verify", "labels.semantic"),
 }
 

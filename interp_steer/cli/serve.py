@@ -62,7 +62,9 @@ def serve(
         )
     with progress("starting", every=5):
         from interp_steer.prompts.file import PromptFile
-        from interp_steer.serve.app import Folder, Service, create_app
+        from interp_steer.serve.app import create_app
+        from interp_steer.serve.service import Service
+        from interp_steer.serve.shelf import Shelf
         from interp_steer.steering.grammar import parse
         from interp_steer.tune.card import QUESTIONS
         from interp_steer.util.files import cache_dir
@@ -70,7 +72,7 @@ def serve(
     folder = directions or cache_dir("directions")
     if not folder.is_dir():
         raise RequestError(f"--directions {folder} is no folder")
-    known = Folder(folder)
+    known = Shelf(folder)
     settings: dict[str, str] = {}
     for entry in named or []:
         key, sign, line = entry.partition("=")

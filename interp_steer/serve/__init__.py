@@ -1,11 +1,16 @@
 """An OpenAI-compatible server whose requests may each be steered differently, in one batch.
 
-- `app`: the routes: `/v1/chat/completions`, `/v1/completions`, `/v1/models`, health, metrics.
-- `body`: what a request may hold, checked.
+- `app`: the server as an ASGI app.
+- `openai_routes`: `/v1/chat/completions`, `/v1/completions`, `/v1/models`.
+- `play`: the page's routes; `page/` is the page itself.
+- `service`: what stands behind them: a model and what it may be steered by.
+- `body`, `answer`: what a request may hold, and results in OpenAI's words.
 - `carriers`: where clients put steering, and what it means in our grammar.
-- `worker`: the thread that owns the model: a queue before one batch that rows join and leave.
-- `answer`: results in OpenAI's words, log probabilities included.
+- `shelf`: directions by name.
+- `worker`, `streams`: the thread that owns the model, and the way of its pieces to a client.
+- `readings`: log probabilities, and where a direction shows in a text.
+- `session`: a talk with the unsteered and the steered model; the terminal's `chat` holds one too.
 - `gate`: who may ask, and how large and slow a request may be.
 
-Start with `interp-steer serve`, or `create_app(Service.of(model))` for an ASGI server.
+Start with `interp-steer serve`.
 """

@@ -5,7 +5,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from interp_steer.serve.worker import Choice, Piece
+from interp_steer.serve.readings import Choice
+from interp_steer.serve.worker import Piece
 
 FINISHES = {"stop": "stop", "length": "length", "overflow": "length", "cancelled": "stop"}
 Text = Callable[[int], str]
@@ -65,7 +66,7 @@ def chat_choice(index: int, text: str, last: Piece, top: int | None, of: Text) -
     logprobs = None
     if top is not None:
         content = []
-        for choice in last.choices[last.prompt_tokens :]:
+        for choice in last.found[last.prompt_tokens :]:
             likely = [_token(of(id), ln) for id, ln in choice.top]
             content.append(_token(of(choice.token_id), choice.logprob) | {"top_logprobs": likely})
         logprobs = {"content": content, "refusal": None}
@@ -93,7 +94,8 @@ def text_choice(
         prompt: its text, to be told before the answer (`echo`).
         generated: False where only the prompt was asked for (`max_tokens` 0).
     """
-    shown = last.choices if generated else last.choices[: last.prompt_tokens]
+    known = last.found or ()
+    shown = known if generated else known[: last.prompt_tokens]
     if prompt is None:
         shown = shown[last.prompt_tokens :]
     logprobs = _text_logprobs(shown, top, of) if top is not None else None

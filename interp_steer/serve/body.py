@@ -1,19 +1,22 @@
 """What a request may hold. Names and meanings are OpenAI's; what is not done here is refused."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
+from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from interp_steer.engine.row import Sampling
 from interp_steer.errors import RequestError
 from interp_steer.prompts.prompt import Message
+from interp_steer.util.files import parse_json
 
 CHOICES = 16  # answers of one request
 STOPS = 16
 TOPS = 20  # likeliest tokens told at a position
 PROMPTS = 256  # of one completion request
 
+Body = TypeVar("Body", bound=BaseModel)
 Probability = Annotated[float, Field(gt=0, le=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
@@ -141,7 +144,7 @@ class Completion(Options):
         return self
 
 
-def read(kind: type[Chat] | type[Completion], given: Any) -> Any:
+def read(kind: type[Body], given: Any) -> Body:
     """A checked request; raises RequestError with the field and what was expected."""
     if not isinstance(given, dict):
         raise RequestError("the body is no JSON object")
@@ -152,3 +155,12 @@ def read(kind: type[Chat] | type[Completion], given: Any) -> Any:
         where = ".".join(str(part) for part in first["loc"] if not isinstance(part, type))
         said = str(first["msg"]).removeprefix("Value error, ")
         raise RequestError(f"{where}: {said}" if where else said) from None
+
+
+async def json_of(request: Request) -> Any:
+    """What a body says; raises RequestError for one that is no JSON."""
+    try:
+        text = (await request.body()).decode("utf-8")
+    except UnicodeDecodeError:
+        raise RequestError("the body is no UTF-8 text") from None
+    return parse_json(text, "the body")

@@ -3,20 +3,19 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from interp_steer.engine.engine import ALONE, LOGITS, Engine
+from interp_steer.engine.engine import ALONE, Engine
 from interp_steer.engine.memory import is_out_of_memory, release
-from interp_steer.engine.row import Row
+from interp_steer.engine.row import Result, Row
 from interp_steer.engine.stepper import Event, Stepper
 from interp_steer.errors import RunError, SteerError
-from interp_steer.model.block import exactly
 from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
+
+T = TypeVar("T")
 
 
 class Full(RunError):
@@ -28,21 +27,6 @@ class OutOfMemory(RunError):
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One token of a sequence, and what the model would have liked.
-
-    Attributes:
-        token_id: the token.
-        logprob: ln of its probability; None for the first token, before which there is nothing.
-        top: the likeliest ids with their ln, likeliest first.
-    """
-
-    token_id: int
-    logprob: float | None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
 class Piece:
     """New text of a job, and at its end everything else.
 
@@ -50,14 +34,14 @@ class Piece:
         text: what is new; may be empty.
         finish: None while the job goes on; "stop", "length", "overflow", "cancelled".
         prompt_tokens, tokens: how many were read and generated; at the end.
-        choices: of the prompt's and the generated tokens, if asked for; at the end.
+        found: what the job reads of its result; at the end.
     """
 
     text: str
     finish: str | None = None
     prompt_tokens: int = 0
     tokens: int = 0
-    choices: tuple[Choice, ...] = ()
+    found: Any = None
 
 
 Deliver = Callable[[Piece | Exception], None]
@@ -71,13 +55,15 @@ class Job:
         row: what is run.
         deliver: called in the worker's thread with every piece; an exception is the end, too.
         stops: texts that end the answer, and are no part of it.
-        top: so many likeliest tokens are told at every position; None for no probabilities.
+        taps: sites whose activations are kept.
+        read: makes of the result what its client wants to know beside the text.
     """
 
     row: Row
     deliver: Deliver
     stops: tuple[str, ...] = ()
-    top: int | None = None
+    taps: tuple[Site, ...] = ()
+    read: Callable[[Result], Any] | None = None
     id: int | None = None
     tokens: list[int] = field(default_factory=list)
     shown: int = 0
@@ -97,10 +83,10 @@ class Worker:
         self.model, self.most, self.waiting = model, most, waiting
         self.generated = 0
         self._engine = Engine(model)
-        self._last = Site("resid_post", model.n_layers - 1)
         self._stepper: Stepper = self._engine.stepper()
         self._queue: deque[Job] = deque()
         self._running: dict[int, Job] = {}
+        self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
         self._ends = False
         self._thread = threading.Thread(target=self._work, name="interp-steer", daemon=True)
@@ -130,6 +116,14 @@ class Worker:
                 job.left = True
             self._changed.notify()
 
+    def run(self, task: "Callable[[], T]") -> "Future[T]":
+        """Does something else with the model between two steps; the batch waits meanwhile."""
+        future: Future[T] = Future()
+        with self._changed:
+            self._tasks.append((task, future))
+            self._changed.notify()
+        return future
+
     def close(self) -> None:
         """Ends the thread after the step that it is in."""
         with self._changed:
@@ -142,13 +136,19 @@ class Worker:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not (self._queue or self._running or self._ends):
+                while not (self._queue or self._running or self._tasks or self._ends):
                     self._changed.wait()
                 if self._ends:
                     return
                 self._queue = deque(job for job in self._queue if not job.left)
                 room = self.most - len(self._running)
                 arriving = [self._queue.popleft() for _ in range(min(room, len(self._queue)))]
+                task = self._tasks.popleft() if self._tasks else None
+            if task and task[1].set_running_or_notify_cancel():
+                try:
+                    task[1].set_result(task[0]())
+                except Exception as error:
+                    task[1].set_exception(error)
             for job in arriving:
                 self._admit(job)
             for id, job in list(self._running.items()):
@@ -164,8 +164,7 @@ class Worker:
 
     def _admit(self, job: Job) -> None:
         try:
-            taps = () if job.top is None else (self._last,)
-            job.id = self._stepper.add(job.row, taps)
+            job.id = self._stepper.add(job.row, job.taps)
         except Exception as error:  # of this request alone
             job.deliver(error)
             return
@@ -218,12 +217,13 @@ class Worker:
             return
         del self._running[event.id]
         result = self._stepper.pop(event.id)
-        prompt = self.model.encode(job.row.prompt).ids
-        choices: tuple[Choice, ...] = ()
-        if job.top is not None:
-            ids = (*prompt, *result.token_ids)
-            choices = chosen(self.model, ids, result.taps[self._last], job.top)
-        job.deliver(Piece(new, finish, len(prompt), len(job.tokens), choices))
+        read = len(self.model.encode(job.row.prompt).ids)
+        try:
+            found = job.read(result) if job.read else None
+        except Exception as error:
+            job.deliver(error)
+            return
+        job.deliver(Piece(new, finish, read, len(job.tokens), found))
 
 
 def _held_back(text: str, stops: Sequence[str]) -> int:
@@ -231,28 +231,3 @@ def _held_back(text: str, stops: Sequence[str]) -> int:
     return max(
         (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
     )
-
-
-@exactly()
-def chosen(
-    model: SteeringModel, ids: Sequence[int], stream: Float[Tensor, "pos d_model"], top: int
-) -> tuple[Choice, ...]:
-    """Every token's ln p after those before it, and the likeliest tokens there.
-
-    Args:
-        stream: after the last block, at every position that was read.
-    """
-    found = [Choice(ids[0], None)]
-    together = max(1, LOGITS // model.d_vocab)
-    for start in range(0, len(ids) - 1, together):
-        wanted = torch.tensor(ids[start + 1 : start + 1 + together])
-        x = stream[start : start + len(wanted)].to(model.device, model.dtype)
-        logprobs = model.unembed(x).float().log_softmax(-1).cpu()
-        values, best = logprobs.topk(max(1, top), dim=-1)
-        mine = logprobs.gather(1, wanted[:, None])[:, 0]
-        for token, ln, near, likely in zip(
-            wanted.tolist(), mine.tolist(), values.tolist(), best.tolist(), strict=True
-        ):
-            tops = tuple(zip(likely, near, strict=True))[:top]
-            found.append(Choice(token, ln, tops))
-    return tuple(found)

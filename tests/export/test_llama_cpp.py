@@ -169,6 +169,7 @@ def ids(model):
 
 def by_hook(model, ids, layer, vector):
     """Logits after the last token with a plain hook in transformers."""
+
     def change(_module, _inputs, out):
         return (out[0] + vector, *out[1:]) if isinstance(out, tuple) else out + vector
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import uvicorn
 
-from interp_steer.serve.app import Folder, Service, create_app
+from interp_steer.serve.app import create_app
 from interp_steer.serve.gate import Limits
+from interp_steer.serve.service import Service
+from interp_steer.serve.shelf import Shelf
 from interp_steer.steering.direction import Direction
 
 PROMPTS = ["The quick brown fox", "What is the tallest mountain?"]
@@ -48,7 +50,7 @@ def folder(tmp_path_factory):
 def service(tiny, folder):
     settings = {"happy": "add(joy, 6) at 2", "most": "add(joy, 0.9 dose) at 3"}
     limits = Limits(body=100_000, patience=1.0, tokens=400, most=32, waiting=64)
-    return Service.of(tiny, Folder(folder), settings, PROMPTS, "tiny", limits)
+    return Service.of(tiny, Shelf(folder), settings, PROMPTS, "tiny", limits)
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,9 @@ import torch
 from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Row, Sampling
 from interp_steer.prompts.prompt import chat
-from interp_steer.serve.app import Folder, Service
 from interp_steer.serve.gate import Limits
+from interp_steer.serve.service import Service
+from interp_steer.serve.shelf import Shelf
 from interp_steer.steering.grammar import parse
 from interp_steer.steering.intervention import resolve
 from tests.serve.conftest import PROMPTS, listening
@@ -155,6 +156,27 @@ def test_echoed_log_probabilities_are_those_of_hugging_face(service, ask, line):
         assert choice["text"] == "".join(told["tokens"])
 
 
+def test_a_stop_has_its_log_probability_too(service, ask):
+    """lm-eval leaves the last entry out: without the stop it would leave out one of its own."""
+    model = service.model
+    with torch.no_grad():  # the first of many prompts after which the likeliest token is a stop
+        many = torch.randint(4, model.d_vocab, (600, 6), generator=torch.Generator().manual_seed(0))
+        best = model.hf(many).logits[:, -1].argmax(-1)
+    stops = [(ids, last) for ids, last in zip(many.tolist(), best.tolist(), strict=True)
+             if last in model.stop_ids]  # fmt: skip
+    ids, last = stops[0]
+    body = {"model": "tiny", "prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True,
+            "logprobs": 1}  # fmt: skip
+    (choice,) = ask("completions", body)["choices"]
+    told = choice["logprobs"]
+    assert choice["finish_reason"] == "stop" and choice["text"] == "".join(told["tokens"][:-1])
+    assert len(told["token_logprobs"]) == len(ids) + 1
+    assert told["tokens"][-1] == model.decode_token(last)
+    with torch.no_grad():
+        expected = model.hf(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[last].item()
+    assert told["token_logprobs"][-1] == pytest.approx(expected, abs=1e-4)
+
+
 def test_an_echo_alone(ask):
     body = {**SAY, "prompt": "I love the tower", "max_tokens": 0, "echo": True, "logprobs": 0}
     (choice,) = ask("completions", body)["choices"]
@@ -242,7 +264,7 @@ def test_fifty_at_once_are_fifty_alone(service, address):
 
 def test_a_full_queue_says_so(tiny, folder):
     limits = Limits(tokens=400, most=1, waiting=1)
-    small = Service.of(tiny, Folder(folder), {}, PROMPTS, "tiny", limits)
+    small = Service.of(tiny, Shelf(folder), {}, PROMPTS, "tiny", limits)
     body = {"model": "tiny", "prompt": "The quick", "max_tokens": 400, "temperature": 1, "seed": 1}
     with listening(small) as found, ThreadPoolExecutor(8) as pool:
         sent = [pool.submit(httpx.post, f"{found}/v1/completions", json=body, timeout=60)

@@ -8,8 +8,9 @@ import time
 import httpx
 import pytest
 
-from interp_steer.serve.app import Folder, Service
 from interp_steer.serve.gate import Limits, is_loopback
+from interp_steer.serve.service import Service
+from interp_steer.serve.shelf import Shelf
 from tests.serve.conftest import PROMPTS, listening
 
 BODY = {"model": "tiny", "prompt": "The quick", "max_tokens": 4, "temperature": 0}
@@ -80,7 +81,7 @@ def test_only_this_machine_may_ask_without_a_token(address):
 
 
 def test_a_token_is_asked_for(tiny, folder):
-    service = Service.of(tiny, Folder(folder), {}, PROMPTS, "tiny", Limits())
+    service = Service.of(tiny, Shelf(folder), {}, PROMPTS, "tiny", Limits())
     with listening(service, "secret") as address:
         assert httpx.get(f"{address}/health").status_code == 200
         assert httpx.get(f"{address}/v1/models").status_code == 401

@@ -6,31 +6,20 @@ Each of the two has its own history.
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from interp_steer.cli import common
-from interp_steer.errors import RequestError, SteerError, nearest, note
+from interp_steer.errors import SteerError, note
 from interp_steer.util.console import progress, safe, side_by_side
 
 if TYPE_CHECKING:
     from interp_steer.engine.row import Sampling
     from interp_steer.model.model import SteeringModel
-    from interp_steer.prompts.prompt import Encoded, Message
     from interp_steer.steering.intervention import Intervention, Vector
 
 Piece = tuple[int, str, str | None]
-COMMANDS = {
-    "/steer": "what is steered now",
-    "/steer LINE": "steer by this from now on, such as /steer add(joy, 0.4 dose) at 15",
-    "/steer off": "steer by nothing",
-    "/reset": "begin a new conversation",
-    "/help": "this list",
-    "/quit": "end the talk; so does Ctrl-D. Ctrl-C ends an answer",
-}
-HELP = "\n".join(f"  {name:<12}  {about}" for name, about in COMMANDS.items())
 
 
 def chat(
@@ -79,66 +68,35 @@ def hold(
             later line is told, and the conversation goes on.
     """
     from interp_steer.engine.engine import Engine
-    from interp_steer.engine.row import Row
-    from interp_steer.steering.grammar import parse
-    from interp_steer.steering.intervention import brief, resolve
-    from interp_steer.steering.scale import Scale
+    from interp_steer.serve.session import RESET, Session
 
-    if not model.is_chat:
-        raise RequestError(f"{model.name} has no chat template; use `interp-steer generate --text`")
-    _check(interventions, model)
+    talk = Session(model, known, system, sampling, seed, interventions)
     engine = Engine(model)
-    begin: tuple[Message, ...] = () if system is None else (("system", system),)
-    histories = [begin, begin]
     read = _reader()
-    _say(f"You talk to {model.name}. {_on(interventions)} /help lists the commands.")
+    _say(f"You talk to {model.name}. {talk.on} /help lists the commands.")
     while (line := read()) is not None:
         try:
-            command, _, rest = line.partition(" ")
-            if line == "/steer":
-                print(_on(interventions))
+            turn = talk.command(line) if line.startswith("/") else talk.ask(line)
+            if isinstance(turn, str):
+                if line in ("/steer", "/help"):  # asked for, also in a file
+                    print(safe(turn))
+                else:
+                    _say(turn)
                 continue
-            if command == "/steer":
-                changed = () if rest.strip() == "off" else parse(rest, known)
-                _check(changed, model)
-                interventions = changed
-                _say(_on(interventions))
-                continue
-            if line == "/reset":
-                histories = [begin, begin]
-                _say("A new conversation.")
-                continue
-            if line == "/help":
-                print(HELP)
-                continue
-            if line.startswith("/"):
-                names = dict.fromkeys(name.split()[0] for name in COMMANDS)
-                raise RequestError(f"unknown {command}{nearest(command, names)}")
-            asked = [(*history, ("user", line)) for history in histories]
-            encoded = _encoded(model, asked, fresh=histories == [begin, begin])
-            # a dose is measured on the conversation so far
-            resolved = resolve(interventions, Scale.of(model, encoded))
-            room = min(sampling.max_new_tokens, model.n_ctx - max(len(one.ids) for one in encoded))
-            now = replace(sampling, max_new_tokens=room)
-            rows = [Row(asked[0], (), now, seed)]
-            rows += [Row(asked[1], resolved, now, seed)] if resolved else []
-            titles = ["unsteered", brief(interventions)][: len(rows)]
+            for told in turn.notes:
+                note(told)
             finishes: set[str | None] = set()
             with _stopping() as stop:
-                texts = side_by_side(_until(stop, engine.stream(rows), finishes), titles)
+                pieces = _until(stop, engine.stream(turn.rows), finishes)
+                texts = side_by_side(pieces, turn.titles)
             if stop.is_set():
                 print("(stopped; the answers stand as far as they came)")
-            elif "length" in finishes and room < sampling.max_new_tokens:
-                print("(cut: the context is full; /reset begins a new conversation)")
+            elif "length" in finishes and turn.room < sampling.max_new_tokens:
+                print(f"(cut: the context is full; {RESET})")
             elif "length" in finishes:
-                _say(f"(cut after --max-new-tokens {room})")
-            if not all(texts):  # a template takes no empty answer
+                _say(f"(cut after --max-new-tokens {turn.room})")
+            if not talk.take(turn, texts):
                 print("(an answer is empty, so the question is taken back)")
-                continue
-            histories = [
-                (*messages, ("assistant", text))
-                for messages, text in zip(asked, [texts[0], texts[-1]], strict=True)
-            ]
         except KeyboardInterrupt:  # before the first word of an answer
             if not sys.stdin.isatty():
                 raise
@@ -147,47 +105,10 @@ def hold(
             print(f"error: {safe(str(error))}", file=sys.stderr)
 
 
-def _check(interventions: "tuple[Intervention, ...]", model: "SteeringModel") -> None:
-    for intervention in interventions:
-        intervention.check(model)
-
-
 def _say(text: str) -> None:
     """Tells a person what a line changed; a file of answers does not need it."""
     if sys.stdin.isatty():
-        print(text)
-
-
-def _on(interventions: "tuple[Intervention, ...]") -> str:
-    """What is steered, in a sentence."""
-    if not interventions:
-        return "Nothing is steered; `/steer add(NAME, 0.4 dose) at 15` does."
-    return safe(f"Steered by {'; '.join(map(str, interventions))}.")
-
-
-def _encoded(
-    model: "SteeringModel", asked: "Sequence[tuple[Message, ...]]", fresh: bool
-) -> "list[Encoded]":
-    """The conversations as tokens; warns where the template keeps an answer from the model.
-
-    Raises:
-        RequestError: as `SteeringModel.encode` does; in a conversation that has begun with the way
-            out.
-    """
-    try:
-        encoded = [model.encode(messages) for messages in asked]
-    except RequestError as error:
-        raise (
-            error if fresh else RequestError(f"{error}; /reset begins a new conversation")
-        ) from error
-    for messages, one in zip(asked, encoded, strict=True):
-        if any(role == "assistant" and said.strip() not in one.text for role, said in messages):
-            note(
-                "the chat template leaves out parts of earlier answers: the model does not read "
-                "all that stands above"
-            )
-            break
-    return encoded
+        print(safe(text))
 
 
 @contextmanager

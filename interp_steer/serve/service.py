@@ -1,0 +1,112 @@
+"""What stands behind the routes: a model, what it may be steered by, and the thread for it."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from interp_steer.errors import RequestError, nearest
+from interp_steer.model.model import SteeringModel
+from interp_steer.prompts.prompt import Given
+from interp_steer.serve.body import Options
+from interp_steer.serve.carriers import carried
+from interp_steer.serve.gate import Limits
+from interp_steer.serve.shelf import Shelf
+from interp_steer.serve.worker import Worker
+from interp_steer.steering.direction import is_name
+from interp_steer.steering.grammar import parse
+from interp_steer.steering.intervention import Intervention, resolve
+from interp_steer.steering.scale import Scale
+
+
+class Unknown(RequestError):
+    """A model that is not here: 404, as OpenAI has it."""
+
+
+@dataclass
+class Service:
+    """A model that answers, and what it may be steered by.
+
+    Attributes:
+        name: the model's, as clients ask for it.
+        settings: name -> interventions with lengths; `name+setting` is a model of its own.
+        scale: the unit of doses, measured once.
+    """
+
+    model: SteeringModel
+    name: str
+    directions: Shelf
+    settings: Mapping[str, tuple[Intervention, ...]]
+    scale: Scale
+    limits: Limits
+    worker: Worker
+    began: int = field(default_factory=lambda: int(time.time()))
+    answers: Counter[int] = field(default_factory=Counter)
+
+    @classmethod
+    def of(
+        cls,
+        model: SteeringModel,
+        directions: Shelf,
+        settings: Mapping[str, str],
+        prompts: Sequence[Given],
+        name: str = "",
+        limits: Limits | None = None,
+    ) -> "Service":
+        """Args:
+            settings: name -> a line of interventions.
+            prompts: whose residual stream is the unit of doses.
+
+        Raises:
+            RequestError: a setting that cannot be read or does not fit the model.
+        """
+        limits = limits or Limits()
+        scale = Scale.of(model, [model.encode(prompt) for prompt in prompts])
+        read_in = {}
+        for key, text in settings.items():
+            if not is_name(key) or "+" in key:
+                raise RequestError(f"a setting called {key!r}; expected letters, digits, '_', '-'")
+            steps = resolve(parse(text, directions), scale)
+            for one in steps:
+                one.check(model)
+            read_in[key] = steps
+        called = name or Path(model.name).name
+        worker = Worker(model, limits.most, limits.waiting)
+        return cls(model, called, directions, read_in, scale, limits, worker)
+
+    @property
+    def names(self) -> list[str]:
+        """Models that may be asked for."""
+        return [self.name, *(f"{self.name}+{setting}" for setting in self.settings)]
+
+    def steering(self, body: Options) -> tuple[Intervention, ...]:
+        """What a request is steered by: its field, or its model's name.
+
+        Raises:
+            Unknown: no such model.
+            RequestError: as `carried` does; a field beside a model that is steered already.
+        """
+        if body.model not in self.names:
+            raise Unknown(f"no model {body.model[:80]!r}{nearest(body.model, self.names)}")
+        setting = body.model[len(self.name) + 1 :]
+        steps = carried(body.model_extra or {}, self.directions)
+        if steps is None:
+            return self.settings[setting] if setting else ()
+        if setting:
+            raise RequestError(
+                f"the model {body.model!r} is steered already; ask {self.name!r} and steer it by "
+                "the field, or leave the field out"
+            )
+        return resolve(steps, self.scale)
+
+    def tokens(self, asked: int | None, default: int, prompt: Given) -> int:
+        """How long an answer may be."""
+        if asked is not None:
+            if asked > self.limits.tokens:
+                raise RequestError(
+                    f"max_tokens is {asked}; this server answers with at most {self.limits.tokens}"
+                )
+            return max(1, asked)
+        room = self.model.n_ctx - len(self.model.encode(prompt).ids)
+        return max(1, min(default, self.limits.tokens, room))
