@@ -119,6 +119,7 @@ def labelled(tmp_path, monkeypatch):
 SAID = {
     "equal_damage": ("12 of 12 meet 0.5 nats within 10 %", "prompt   - means"),
     "eiffel_tower": ("8 features: ", "prompting, improved", "clamp            - add"),
+    "dose_choice": ("3 concepts, means", "means, one KL   - means, one dose"),
     "cards": ("random directions declared to steer", "longest card"),
 }
 ASKED = {"cards": ["--features", "1", "--random", "1"]}
@@ -128,6 +129,7 @@ ASKED = {"cards": ["--features", "1", "--random", "1"]}
 @pytest.mark.parametrize("name", SAID)
 def test_studies_of_the_starter_run_at_small_size(name, starter, labelled, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, *ASKED.get(name, ["--small"])])
+    monkeypatch.syspath_prepend(SCRIPTS / "studies")
     runpy.run_path(str(SCRIPTS / "studies" / f"{name}.py"))
     told = capsys.readouterr().out
     assert all(text in told for text in SAID[name]), told

@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 
 import pandas as pd
 import torch
+from concepts import auroc, rank_correlation
 
 from interp_steer import Direction, SteeringModel, feature, read_items, split_items
 from interp_steer.labels import Store
@@ -76,5 +77,7 @@ if rows:
     table.to_csv(RUN / "features.csv", index=False)
     print(f"\n{table['steers'].sum()} of {len(table)} declared to steer; "
           f"longest card {table['seconds'].max():.0f} s")  # fmt: skip
-    link = table[["effect", "output score"]].corr("spearman").iloc[0, 1]
-    print(f"rank correlation of effect and output score {link:+.2f}")
+    score, effect = (table[name].to_numpy(float) for name in ("output score", "effect"))
+    print(f"rank correlation of effect and output score {rank_correlation(score, effect)}")
+    if 0 < table["steers"].sum() < len(table):
+        print(f"AUROC of the output score for 'steers' {auroc(score, table['steers'].to_numpy())}")

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
 
 from interp_steer import Contrast, Direction, Engine, Row, Sampling, SteeringModel, chat
 from interp_steer.stats import intervals
@@ -46,3 +48,28 @@ def told(values: np.ndarray, form: str = ".3f") -> str:
     one = intervals.mean(values)
     ends = f" [{one.low:{form}}, {one.high:{form}}]" if one.low is not None else ""
     return f"{one.estimate:{form}}{ends}"
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> str:
+    """Spearman's, with a percentile interval over 2,000 resamples."""
+    there = ~np.isnan(x) & ~np.isnan(y)
+    x, y = x[there], y[there]
+    values = [spearmanr(x[p], y[p]).statistic for p in _resamples(len(x)) if np.ptp(x[p])]
+    low, high = np.nanquantile(values, [0.025, 0.975]) if values else (np.nan, np.nan)
+    return f"{spearmanr(x, y).statistic:+.2f} [{low:+.2f}, {high:+.2f}]  n {len(x)}"
+
+
+def auroc(score: np.ndarray, positive: np.ndarray) -> str:
+    """How often a positive one has the higher score, with a percentile interval."""
+    values = [
+        roc_auc_score(positive[p], score[p])
+        for p in _resamples(len(score))
+        if 0 < positive[p].sum() < len(p)
+    ]
+    low, high = np.quantile(values, [0.025, 0.975])
+    return f"{roc_auc_score(positive, score):.2f} [{low:.2f}, {high:.2f}]  n {len(score)}"
+
+
+def _resamples(n: int) -> list[np.ndarray]:
+    draw = np.random.default_rng(0)
+    return [draw.integers(0, n, n) for _ in range(2000)]

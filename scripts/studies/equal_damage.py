@@ -14,11 +14,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 
-import numpy as np
 import pandas as pd
 import torch
-from concepts import CONCEPTS, TOLD, means, own_answers, told
-from scipy.stats import spearmanr
+from concepts import CONCEPTS, TOLD, means, own_answers, rank_correlation, told
 
 from interp_steer import (
     Contrast,
@@ -146,20 +144,9 @@ for n, word in enumerate(CHOSEN):
     cheap.loc[mine, ["pairs", "d"]] = [told_apart.pairs, told_apart.d]
 together = cheap.merge(shown, on=["word", "kind"])
 
-
-def rank_correlation(one: pd.Series, other: pd.Series) -> str:
-    """Spearman's, with a percentile interval over 2,000 resamples of concepts."""
-    there = one.notna() & other.notna()
-    x, y = one[there].to_numpy(float), other[there].to_numpy(float)
-    draw = np.random.default_rng(0)
-    picks = [draw.integers(0, len(x), len(x)) for _ in range(2000)]
-    values = [spearmanr(x[p], y[p]).statistic for p in picks if np.ptp(x[p]) and np.ptp(y[p])]
-    low, high = np.quantile(values, [0.025, 0.975]) if values else (np.nan, np.nan)
-    return f"{spearmanr(x, y).statistic:+.2f} [{low:+.2f}, {high:+.2f}]  n {len(x)}"
-
-
 print("\nrank correlation with naming without loops, over concepts")
 for kind, predictor in (("means", "pairs"), ("means", "d"), ("means", "output score"),
                         ("feature", "output score"), ("word", "output score")):  # fmt: skip
     some = together[together["kind"] == kind]
-    print(f"  {kind:8} {predictor:13} {rank_correlation(some[predictor], some['concept'])}")
+    columns = [some[name].to_numpy(float) for name in (predictor, "concept")]
+    print(f"  {kind:8} {predictor:13} {rank_correlation(*columns)}")
