@@ -26,23 +26,24 @@ def create_app(service: Service, token: str | None = None) -> FastAPI:
         yield
         await asyncio.to_thread(service.worker.close)
 
-    app = FastAPI(title="interp-steer", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="interp-steer", lifespan=lifespan, openapi_url=None)
     app.add_middleware(Gate, token=token, limits=service.limits)
-
-    def failed(error: Exception) -> JSONResponse:
-        code, name = status(error)
-        service.answers[code] += 1
-        message = str(error) if code != 500 else "the server failed; its log says how"
-        headers = {"Retry-After": "5"} if code in (429, 503) else {}
-        return JSONResponse(error_body(message, code, name), code, headers)
 
     @app.exception_handler(RequestError)
     @app.exception_handler(RunError)
     async def on_error(_: Request, error: Exception) -> JSONResponse:
-        return failed(error)
+        code, name = status(error)
+        service.answers[code] += 1
+        headers = {"Retry-After": "5"} if code in (429, 503) else {}
+        return JSONResponse(error_body(str(error), code, name), code, headers)
+
+    @app.exception_handler(Exception)  # it goes to the log as well
+    async def on_fault(_: Request, __: Exception) -> JSONResponse:
+        service.answers[500] += 1
+        return JSONResponse(error_body("the server failed; its log says how", 500), 500)
 
     @app.exception_handler(HTTPException)
-    async def onstatus(_: Request, error: HTTPException) -> JSONResponse:
+    async def on_status(_: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse(error_body(str(error.detail), error.status_code), error.status_code)
 
     @app.get("/health")
@@ -53,8 +54,8 @@ def create_app(service: Service, token: str | None = None) -> FastAPI:
     async def metrics() -> PlainTextResponse:
         running, waiting = service.worker.load
         lines = [
-            f'interp_steer_requests_total{{status="{status}"}} {count}'
-            for status, count in sorted(service.answers.items())
+            f'interp_steer_requests_total{{status="{code}"}} {count}'
+            for code, count in sorted(service.answers.items())
         ]
         lines += [
             f"interp_steer_rows_running {running}",

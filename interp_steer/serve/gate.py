@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-OPEN = ("/health",)  # without a token
+OPEN = re.compile(r"/|/health|/page/[a-z.]+")  # without a token: the page asks for it
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Gate:
             origin = headers.get("origin")
             if origin and origin != "null" and not _is_here(_host(origin.partition("://")[2])):
                 raise Refused(403, "pages from elsewhere may not ask this server")
-        elif scope["path"] not in OPEN:
+        elif not OPEN.fullmatch(scope["path"]):
             said = headers.get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(said, f"Bearer {self.token}".encode()):
                 raise Refused(401, "a wrong token, or none: send 'Authorization: Bearer TOKEN'")

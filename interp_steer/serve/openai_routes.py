@@ -67,7 +67,7 @@ def router(service: Service) -> APIRouter:
         prompts: list[Given] = [
             one if isinstance(one, str) else service.model.encoded(one) for one in body.prompts
         ]
-        tokens = max(service.tokens(body.max_tokens, TEXT_TOKENS, one) for one in prompts)
+        tokens = min(service.tokens(body.max_tokens, TEXT_TOKENS, one) for one in prompts)
         rows = _rows(service, body, prompts, tokens)
         envelope = _envelope("text_completion", body, rows)
         stream = Stream(service)

@@ -84,7 +84,10 @@ def test_a_token_is_asked_for(tiny, folder):
     service = Service.of(tiny, Shelf(folder), {}, PROMPTS, "tiny", Limits())
     with listening(service, "secret") as address:
         assert httpx.get(f"{address}/health").status_code == 200
-        assert httpx.get(f"{address}/v1/models").status_code == 401
+        for path in ("/", "/page/page.js"):
+            assert httpx.get(address + path).status_code == 200
+        for path in ("/v1/models", "/api/about", "/metrics", "/page/../v1/models"):
+            assert httpx.get(address + path).status_code == 401
         for wrong in ("Bearer wrong", "secret", "Bearer secret1", "Bearer é", "bearer secret"):
             headers = {"Authorization": wrong.encode("latin-1")}
             assert httpx.get(f"{address}/v1/models", headers=headers).status_code == 401, wrong
