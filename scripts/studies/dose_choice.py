@@ -22,7 +22,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 import pandas as pd
 from concepts import CONCEPTS, TOLD, means, own_answers, told
 
-from interp_steer import Direction, Sampling, SteeringModel, Study, read_items, split_items
+from interp_steer import (
+    Direction,
+    Sampling,
+    Scale,
+    SteeringModel,
+    Study,
+    parse,
+    read_items,
+    resolve,
+    split_items,
+)
+from interp_steer import line as line_of
 from interp_steer.features.contexts import windows
 from interp_steer.steering.jacobian import word_directions
 from interp_steer.tune.endpoint import Endpoint
@@ -68,8 +79,16 @@ if "word" in KINDS:
     known |= {f"word_{word}": lens[word].directions[LAYER] for word in words}
 
 # %% every direction's doses: those of the grid, and those of one KL
+scale = Scale.of(model, [model.encode(item.prompt) for item in choose])
+
+
+def in_lengths(text: str) -> str:
+    """A line with lengths for doses: one dose that was found in two ways is one line."""
+    return line_of(resolve(parse(text, known), scale))
+
+
 lines = {
-    (name, f"{dose:g} dose"): f"add({name}, {dose:g} dose) at {LAYER} on prompt"
+    (name, f"{dose:g} dose"): in_lengths(f"add({name}, {dose:g} dose) at {LAYER} on prompt")
     for name in known
     for dose in DOSES
 }
@@ -80,7 +99,7 @@ for nats in NATS:
         known, tuned.table["outcome"], tuned.table["steer"], strict=True
     ):
         if outcome == "ok":
-            lines[name, f"{nats:g} nats"] = line
+            lines[name, f"{nats:g} nats"] = in_lengths(line)
 
 
 # %% what lines do to prompts
@@ -95,9 +114,10 @@ def measured(some: list[str], word: str, prompts: list, part: str, **fields) -> 
     if by:
         asked = [Asked(one.prompt, one.text, word) for one in rows.itertuples()]
         rows = rows.join(judge(by, asked, RUN / "judge").table.set_index(rows.index)[["score"]])
-    steered = [part for _, part in rows[rows["role"] == "steered"].groupby("steer", sort=False)]
-    names = dict(zip(dict.fromkeys(some), steered, strict=True))
-    names |= {role: rows[rows["role"] == role] for role in ("unsteered", "prompted")}
+    others = ("unsteered", "prompted")
+    steered = rows[~rows["role"].isin(others)].groupby("steer", sort=False)
+    names = dict(zip(dict.fromkeys(some), (part for _, part in steered), strict=True))
+    names |= {role: rows[rows["role"] == role] for role in others}
     columns = list(dict.fromkeys([*METRICS, score]))
     return pd.DataFrame({name: one[columns].mean() for name, one in names.items()}).T
 
@@ -124,8 +144,8 @@ for word in words:
         by_kl = some.reindex([f"{nats:g} nats" for nats in NATS])[[*words]]
         best = {
             "own dose": by_dose[word].idxmax(),
-            "one dose": by_dose.drop(columns=word).mean(1).idxmax(),
-            "one KL": by_kl.drop(columns=word).mean(1).idxmax(),
+            "one dose": by_dose.drop(columns=word).mean(axis=1).idxmax(),
+            "one KL": by_kl.drop(columns=word).mean(axis=1).idxmax(),
         }  # the lowest, where several are best
         for choice, dose in best.items():
             if line := lines.get((f"{kind}_{word}", dose)):
