@@ -35,7 +35,7 @@ def create_app(service: Service, token: str | None = None) -> FastAPI:
         code, name = status(error)
         service.answers[code] += 1
         headers = {"Retry-After": "5"} if code in (429, 503) else {}
-        return JSONResponse(error_body(str(error), code, name), code, headers)
+        return JSONResponse(error_body(service.told(error), code, name), code, headers)
 
     @app.exception_handler(Exception)  # it goes to the log as well
     async def on_fault(_: Request, __: Exception) -> JSONResponse:

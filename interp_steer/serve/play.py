@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Result, Row, Sampling
 from interp_steer.errors import RequestError, SteerError
+from interp_steer.labels.label import named
 from interp_steer.prompts.file import PromptFile
 from interp_steer.prompts.prompt import chat
 from interp_steer.serve.body import json_of, read
@@ -103,7 +104,7 @@ def router(service: Service) -> APIRouter:
         model = service.model
         return {
             "name": service.name,
-            "model": model.name,
+            "model": Path(model.name).name if Path(model.name).is_absolute() else model.name,
             "layers": model.n_layers,
             "width": model.d_model,
             "chat": model.is_chat,
@@ -178,7 +179,7 @@ def _shown(service: Service, name: str) -> dict[str, Any]:
         "norm": middle.norm,
         "feature": middle.is_feature,
         "most": middle.max_activation,
-        "label": middle.source.get("label", "")[:200],
+        "label": named(middle.source.get("label", ""))[:200],
     }
 
 
@@ -192,8 +193,8 @@ def _search(query: str, limit: int, service: Service) -> list[dict[str, Any]]:
     found = search(query, limit=limit, note=notes.append)
     return [
         {
-            "id": one.id, "index": one.index, "layer": one.layer, "label": one.label[:300],
-            "most": one.max_activation, "density": one.density,
+            "id": one.id, "index": one.index, "layer": one.layer, "label": named(one.label)[:300],
+            "context": one.label[len(named(one.label)) :][:300],
         }
         for one in found
     ]  # fmt: skip

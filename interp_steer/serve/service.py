@@ -80,6 +80,10 @@ class Service:
         """Models that may be asked for."""
         return [self.name, *(f"{self.name}+{setting}" for setting in self.settings)]
 
+    def told(self, error: Exception) -> str:
+        """An error's text for the network, where a model's folder is nobody's business."""
+        return str(error).replace(self.model.name, self.name)
+
     def steering(self, body: Options) -> tuple[Intervention, ...]:
         """What a request is steered by: its field, or its model's name.
 

@@ -112,7 +112,7 @@ async def streamed(
         except (RequestError, RunError) as error:
             code, name = status(error)
             service.answers[code] += 1
-            yield _event(error_body(str(error), code, name))
+            yield _event(error_body(service.told(error), code, name))
 
     return StreamingResponse(lines(), media_type="text/event-stream")
 

@@ -19,7 +19,9 @@ from interp_steer.tune.card import QUESTIONS
 from tests.conftest import command
 from tests.serve.conftest import listening
 
+expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = pytest.mark.slow
+ANSWERED = re.compile(r"\d+ tokens, ")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 NAMES = re.compile(r"Paris|France|French|Eiffel", re.I)
 
@@ -64,7 +66,7 @@ def test_by_keyboard_alone(served, browser):
     page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.goto(served)
-    page.wait_for_function("document.activeElement.id === 'query'")
+    expect(page.locator("#query")).to_be_focused()
     keys = page.keyboard
     keys.type("paris")
     page.wait_for_selector("#hits li")
@@ -76,16 +78,16 @@ def test_by_keyboard_alone(served, browser):
     keys.press("Enter")
     page.wait_for_selector(".step")
     assert page.evaluate("document.activeElement.type") == "range"
-    keys.press("ArrowRight")
-    assert re.fullmatch(r"add\(f13-2652, 0\.36 dose\) at 13 on prompt", page.input_value("#line"))
+    for _ in range(10):
+        keys.press("ArrowRight")
+    assert page.input_value("#line") == "add(f13-2652, 0.45 dose) at 13 on prompt"
     for _ in range(60):  # tab on to the question
         if page.evaluate("document.activeElement.id") == "text":
             break
         keys.press("Tab")
     keys.type("Describe a walk through a city.")
     keys.press("Enter")
-    page.wait_for_function("/ tokens, /.test(document.getElementById('status').textContent)",
-                           timeout=120_000)  # fmt: skip
+    expect(page.locator("#status")).to_have_text(ANSWERED, timeout=120_000)
     unsteered, steered = page.locator(".columns article p").all_inner_texts()
     assert unsteered != steered and NAMES.search(steered) and not NAMES.search(unsteered)
     assert page.locator(".columns article mark").count() > 20
@@ -100,13 +102,13 @@ def test_by_keyboard_alone(served, browser):
     assert heights == sorted(heights, reverse=True) and heights[0] > heights[-1]
     page.locator("[data-copy=curl]").focus()
     keys.press("Enter")
-    page.wait_for_function("document.getElementById('status').textContent.startsWith('Copied')")
+    expect(page.locator("#status")).to_have_text(re.compile("^Copied: curl"))
     line = page.evaluate("navigator.clipboard.readText()")
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
     assert '"role":"assistant"' in done.stdout and NAMES.search(done.stdout), done.stdout
     page.locator("[data-copy=python]").focus()
     keys.press("Enter")
-    page.wait_for_function("document.getElementById('status').textContent.includes('openai')")
+    expect(page.locator("#status")).to_have_text(re.compile("openai"))
     compile(page.evaluate("navigator.clipboard.readText()"), "copied", "exec")
     assert asked and all(url.startswith((served, "data:", "blob:")) for url in asked)
     assert not wrong
@@ -127,14 +129,15 @@ def test_phones_and_the_dark(served, browser):
         page.wait_for_selector("#hits li")
         page.locator("#hits li").first.click()
         page.wait_for_selector(".step")
-        page.fill("#max_tokens", "24") if page.locator("#max_tokens").is_visible() else None
+        page.click("summary")
+        page.fill("#max_tokens", "24")
         page.fill("#text", "Describe a walk.")
         page.click("#send")
-        page.wait_for_function("/ tokens, /.test(document.getElementById('status').textContent)",
-                               timeout=120_000)  # fmt: skip
+        expect(page.locator("#status")).to_have_text(ANSWERED, timeout=120_000)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (dark == "rgb(20, 23, 26)") == (scheme == "dark")
         if folder := os.environ.get("SHOTS"):
-            page.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)
+            page.locator(".columns").scroll_into_view_if_needed()
+            page.screenshot(path=str(Path(folder) / f"{name}.png"))
         context.close()

@@ -75,7 +75,7 @@ function show(found) {
   hits = found;
   marked = -1;
   $("hits").replaceChildren(...hits.map((hit, n) => make("li", {
-    role: "option", id: `hit-${n}`, onclick: () => take({ feature: hit.id }),
+    role: "option", id: `hit-${n}`, title: hit.context, onclick: () => take({ feature: hit.id }),
   }, make("b", {}, `${hit.layer} / ${hit.index} `), hit.label)));
   mark(-1);
 }
@@ -238,6 +238,7 @@ async function ask(text) {
     if (answer.headers.get("content-type").startsWith("application/json")) { say((await answer.json()).told); return; }
     last = { text, line: line() };
     const box = make("div", { className: "columns" });
+    $("turns").querySelector(".empty")?.remove();
     $("turns").append(make("div", { className: "turn" }, make("h2", {}, text), box));
     for await (const event of events(answer)) {
       if (event.error) throw new Error(event.error.message);
@@ -255,6 +256,7 @@ async function ask(text) {
           if (event.finish === "length") columns[event.column].append(" …");
         }
         $("turns").scrollTop = $("turns").scrollHeight;
+        if (matchMedia("(max-width: 760px)").matches) columns[event.column].scrollIntoView({ block: "nearest" });
       }
       if (event.kept === false) say("An answer is empty, so the question is taken back.");
     }
