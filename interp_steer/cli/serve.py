@@ -1,11 +1,12 @@
 """`interp-steer serve`: an OpenAI-compatible server, each request steered as it asks."""
 
 import os
+import socket
 from pathlib import Path
 from typing import Annotated
 
 from interp_steer.cli import common
-from interp_steer.errors import RequestError
+from interp_steer.errors import RequestError, RunError
 from interp_steer.util.console import progress
 
 TOKEN = "INTERP_STEER_TOKEN"
@@ -81,11 +82,25 @@ def serve(
         settings[key.strip()] = line
     common.check_fits(model, [parse(line, known) for line in settings.values()])
     file = PromptFile.read(prompts or QUESTIONS)
+    place = _bound(host, port)
     loaded = common.load(model, dtype, device, date=date)
     asked = [item.prompt for item in file.items(as_chat=loaded.is_chat)]
     limits = Limits(body=max_body, tokens=max_tokens, most=most, waiting=waiting)
     service = Service.of(loaded, known, settings, asked, name, limits)
     for one in service.names:
         print(f"model   {one}")
-    print(f"listens http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
-    uvicorn.run(create_app(service, token), host=host, port=port, log_level="warning")
+    where = f"http://{f'[{host}]' if ':' in host else host}:{place.getsockname()[1]}"
+    print(f"api     {where}/v1\npage    {where}", flush=True)
+    app = create_app(service, token)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[place])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """The address, taken before the model is loaded."""
+    try:
+        kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=kind)
+    except OSError as error:
+        raise RunError(
+            f"cannot listen at {host} port {port}: {error.strerror or error}; --port takes another"
+        ) from None

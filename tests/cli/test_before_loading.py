@@ -62,6 +62,16 @@ def unread(monkeypatch):
         (["ablate", "--prompts", "{folder}/p.txt", "--component", "z", "--heads", "99"], "heads"),
         (["direction", "make", "--positive", "{folder}/p.txt", "--negative", "{folder}/p.txt",
           "--layer", "99"], "has layers 0-5"),
+        (["export", "gguf", *D, "--steer", "add(d, 1 dose) at 1", "--out", "{folder}/a.gguf"],
+          "--include-first"),
+        (["export", "checkpoint", *D, "--steer", "add(d, 1 dose) at 99 on all+first", "--out",
+          "{folder}/c"], "has layers 0-5"),
+        (["export", "lm-eval", *D, "--steer", "rotate(d, d, 3 deg) at 1 on all+first", "--out",
+          "{folder}/a.pt"], "depends on the activation"),
+        (["serve", "--host", "0.0.0.0"], "INTERP_STEER_TOKEN"),
+        (["serve", "--as", "happy"], "expected NAME=LINE"),
+        (["serve", "--directions", "{folder}/none"], "is no folder"),
+        (["serve", "--directions", "{folder}", "--as", "x=add(d, 1) at 99"], "has layers 0-5"),
     ],
 )  # fmt: skip
 def test_on_the_command_line(folder, tiny_folder, words, expected):
