@@ -64,8 +64,7 @@ def serve(
     with progress("starting", every=5):
         from interp_steer.prompts.file import PromptFile
         from interp_steer.serve.app import create_app
-        from interp_steer.serve.service import Service
-        from interp_steer.serve.shelf import Shelf
+        from interp_steer.serve.service import Service, Shelf
         from interp_steer.steering.grammar import parse
         from interp_steer.tune.card import QUESTIONS
         from interp_steer.util.files import cache_dir

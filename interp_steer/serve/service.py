@@ -1,10 +1,11 @@
 """What stands behind the routes: a model, what it may be steered by, and the thread for it."""
 
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 
 from interp_steer.errors import RequestError, nearest
 from interp_steer.model.model import SteeringModel
@@ -12,12 +13,59 @@ from interp_steer.prompts.prompt import Given
 from interp_steer.serve.body import Options
 from interp_steer.serve.carriers import carried
 from interp_steer.serve.gate import Limits
-from interp_steer.serve.shelf import Shelf
 from interp_steer.serve.worker import Worker
-from interp_steer.steering.direction import is_name
+from interp_steer.steering.direction import is_name, load
 from interp_steer.steering.grammar import parse
-from interp_steer.steering.intervention import Intervention, resolve
+from interp_steer.steering.intervention import Intervention, Vector, resolve
 from interp_steer.steering.scale import Scale
+
+MOST = 256  # made ones that are kept
+
+
+class Shelf(Mapping[str, Vector]):
+    """The directions of one folder, by their names. A name from the network is never a path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read: dict[str, tuple[int, Vector]] = {}
+        self._made: OrderedDict[str, Vector] = OrderedDict()
+        self._lock = Lock()
+
+    def put(self, vector: Vector) -> Vector:
+        """Keeps one that was made, until the server ends or many others came. A stored one of that
+        name stays what it is: the new one gets a number.
+        """
+        with self._lock:
+            name, number = vector.name, 2
+            while name in set(self._stored()) or (
+                name in self._made and self._made[name].sha != vector.sha
+            ):
+                name, number = f"{vector.name}-{number}", number + 1
+            self._made[name] = vector.named(name)
+            self._made.move_to_end(name)
+            while len(self._made) > MOST:
+                self._made.popitem(last=False)
+            return self._made[name]
+
+    def __getitem__(self, name: str) -> Vector:
+        if name in self._made:
+            return self._made[name]
+        if not is_name(name) or name not in set(self._stored()):
+            raise KeyError(name)
+        file = self.path / f"{name}.safetensors"
+        written = file.stat().st_mtime_ns
+        if name not in self._read or self._read[name][0] != written:
+            self._read[name] = written, load(file).named(name)
+        return self._read[name][1]
+
+    def _stored(self) -> Iterator[str]:
+        return (path.stem for path in self.path.glob("*.safetensors"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({*self._stored(), *self._made}))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
 
 
 class Unknown(RequestError):

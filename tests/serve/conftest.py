@@ -12,8 +12,7 @@ import uvicorn
 
 from interp_steer.serve.app import create_app
 from interp_steer.serve.gate import Limits
-from interp_steer.serve.service import Service
-from interp_steer.serve.shelf import Shelf
+from interp_steer.serve.service import Service, Shelf
 from interp_steer.steering.direction import Direction
 
 PROMPTS = ["The quick brown fox", "What is the tallest mountain?"]

@@ -14,8 +14,7 @@ from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Row, Sampling
 from interp_steer.prompts.prompt import chat
 from interp_steer.serve.gate import Limits
-from interp_steer.serve.service import Service
-from interp_steer.serve.shelf import Shelf
+from interp_steer.serve.service import Service, Shelf
 from interp_steer.steering.grammar import parse
 from interp_steer.steering.intervention import resolve
 from tests.serve.conftest import PROMPTS, listening

@@ -9,8 +9,7 @@ import httpx
 import pytest
 
 from interp_steer.serve.gate import Limits, is_loopback
-from interp_steer.serve.service import Service
-from interp_steer.serve.shelf import Shelf
+from interp_steer.serve.service import Service, Shelf
 from tests.serve.conftest import PROMPTS, listening
 
 BODY = {"model": "tiny", "prompt": "The quick", "max_tokens": 4, "temperature": 0}
