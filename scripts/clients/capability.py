@@ -85,7 +85,7 @@ doc_to_target: sum
 generation_kwargs: {{until: ["\\n"], max_gen_toks: 8, do_sample: false}}
 filter_list:
   - name: number
-    filter: [{{function: regex, regex_pattern: "(\\d+)"}}, {{function: take_first}}]
+    filter: [{{function: regex, regex_pattern: '([0-9]+)'}}, {{function: take_first}}]
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """)
 
