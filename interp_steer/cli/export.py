@@ -9,11 +9,7 @@ from interp_steer.errors import RequestError, nearest
 from interp_steer.util.console import progress, safe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from interp_steer.model.model import SteeringModel
-    from interp_steer.prompts.prompt import Prompt
-    from interp_steer.steering.intervention import Intervention
 
 # format -> (suffixes of its file; none is a folder; how it is used)
 FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -83,47 +79,47 @@ def export(
             "steered-gguf needs --gguf MODEL.gguf" if base is None else "--gguf is for steered-gguf"
         )
     with progress("starting", every=5):
-        from interp_steer.export.constant import constants, first_position, refuse, with_first
+        from interp_steer.export import constant
         from interp_steer.export.harness import entries
         from interp_steer.export.request import interp_engine
         from interp_steer.model.loading import glance
+        from interp_steer.prompts.file import PromptFile
         from interp_steer.steering.directions import Directions
         from interp_steer.steering.grammar import parse
         from interp_steer.steering.intervention import line, resolve
         from interp_steer.steering.scale import Scale
+        from interp_steer.tune.card import QUESTIONS
 
     written = parse(steer, Directions(named or []))
-    wanted = with_first(written) if include_first else written
-    read = {"lm-eval": entries, "interp-engine": interp_engine}.get(to, constants)
+    wanted = constant.with_first(written) if include_first else written
+    read = {"lm-eval": entries, "interp-engine": interp_engine}.get(to, constant.constants)
+    if read is constant.constants:
+        constant.refuse(wanted)
     bounds = glance(model)
-    if read is constants:
-        refuse(wanted)
     if bounds:  # with any unit of dose: what cannot leave is told before the model is loaded
-        read(resolve(wanted, Scale((1.0,) * (bounds.n_layers + 1))), bounds)
+        any_scale = Scale((1.0,) * (bounds.n_layers + 1))
+        _check(to, read(resolve(wanted, any_scale), bounds), out, base)
     dosed = any(one.unit == "dose" for one in wanted)
     compared = include_first and written != wanted
     scale = difference = loaded = None
     if dosed or compared or bounds is None or to == "checkpoint":
-        weights = dosed or compared
-        loaded = common.load(model, dtype, device, date=date, weights=weights)
-        asked = _asked(loaded, prompts, system, text)
+        file = PromptFile.read(prompts or QUESTIONS)
+        loaded = common.load(model, dtype, device, date=date, weights=dosed or compared)
+        items = file.items(as_chat=loaded.is_chat and not text, system=system)
+        asked = [item.prompt for item in items]
         scale = Scale.of(loaded, [loaded.encode(p) for p in asked]) if dosed else None
-        difference = first_position(loaded, resolve(written, scale), asked) if compared else None
+        if compared:
+            difference = constant.first_position(loaded, resolve(written, scale), asked)
     wanted = resolve(wanted, scale)
     shape = loaded or bounds
     assert shape is not None
-    found = read(wanted, shape)
     told: dict[str, Any] = {"format": to, "model": model, "steer": line(wanted)}
     if difference:
         told["first_position"] = vars(difference)
-    if to in PRINTED:
-        body = found if to == "interp-engine" else _request(found)
-        if out is None:
-            common.print_json(body)
-            return
-        _write_text(out, json.dumps(body, indent=1))
-    else:
-        _write(to, found, out, base, loaded, told)
+    found = _write(to, read(wanted, shape), out, base, loaded, told)
+    if out is None:
+        common.print_json(found)
+        return
     told["out"] = str(out)
     if as_json:
         common.print_json(told)
@@ -138,53 +134,48 @@ def export(
     print(safe(f"use   {use.format(out=out, model=model, layers=layers)}"))
 
 
-def _asked(
-    model: "SteeringModel", prompts: Path | None, system: str | None, text: bool
-) -> "list[Prompt]":
-    """The prompts of a file, or those that come along."""
-    from interp_steer.prompts.file import PromptFile
-    from interp_steer.tune.card import QUESTIONS
+def _check(to: str, found: Any, out: Path | None, base: Path | None) -> None:
+    """What a format refuses of sites and names."""
+    from interp_steer.export import checkpoint, control_vector, steered_gguf
 
-    file = PromptFile.read(prompts or QUESTIONS)
-    items = file.items(as_chat=model.is_chat and not text, system=system)
-    return [item.prompt for item in items]
-
-
-def _request(found: Any) -> dict[str, Any]:
-    from interp_steer.export.request import vllm_lens
-
-    return vllm_lens(found)
-
-
-def _write_text(out: Path, text: str) -> None:
-    from interp_steer.util.files import whole
-
-    with whole(out) as part:
-        part.write_text(text, encoding="utf-8")
+    if to == "gguf" and out:
+        control_vector.check(found, out)
+    elif to == "checkpoint" and out:
+        checkpoint.check(found, out)
+    elif to == "steered-gguf" and out and base:
+        steered_gguf.check(found, base, out)
 
 
 def _write(
     to: str, found: Any, out: Path | None, base: Path | None, model: "SteeringModel | None",
     told: dict[str, Any],
-) -> None:  # fmt: skip
-    """The file or folder of a format."""
+) -> Any:  # fmt: skip
+    """Writes the file or folder of a format; gives the body of a request."""
     from interp_steer.export import checkpoint, control_vector, harness, steered_gguf
+    from interp_steer.export.constant import directions
+    from interp_steer.export.request import vllm_lens
+    from interp_steer.model.loading import find_folder
+    from interp_steer.steering.direction import is_name
+    from interp_steer.util.files import whole
 
+    if to in PRINTED:
+        body = vllm_lens(found) if to == "vllm-lens" else found
+        if out:
+            with whole(out) as part:
+                part.write_text(json.dumps(body, indent=1), encoding="utf-8")
+        return body
     assert out is not None
     if to == "gguf":
         control_vector.write(found, out)
     elif to == "lm-eval":
         harness.write(found, out)
+    elif to == "safetensors":
+        directions(found, out.stem if is_name(out.stem) else "exported", told["steer"]).save(out)
     elif to == "steered-gguf":
         assert base is not None
-        size = base.stat().st_size if base.is_file() else 0
-        with progress("writing", size) as report:
+        with progress("writing", base.stat().st_size) as report:
             steered_gguf.write(found, base, out, report=report)
-    elif to == "safetensors":
-        _save(found, out, told["steer"])
     else:
-        from interp_steer.model.loading import find_folder
-
         assert model is not None
         folder, commit = find_folder(model.name, None)
         about = {"model": model.name, "revision": commit, "steer": told["steer"]}
@@ -193,13 +184,4 @@ def _write(
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         with progress("writing", size) as report:
             checkpoint.write(found, folder, model.shape, out, about, report=report)
-
-
-def _save(found: Any, out: Path, steer: "str | Sequence[Intervention]") -> None:
-    """The vectors as directions of ours, each at its length."""
-    from interp_steer.steering.direction import Direction, DirectionSet, is_name
-
-    name = out.stem if is_name(out.stem) else "exported"
-    source = {"method": "export", "steer": str(steer)}
-    members = [Direction.of(v, site.hook_point, name, source) for site, v in found.items()]
-    (members[0] if len(members) == 1 else DirectionSet(members, name)).save(out)
+    return None

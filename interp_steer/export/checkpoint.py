@@ -30,6 +30,13 @@ _LEFT_OUT = (INDEX, "README.md", "starter.json")  # of the base; what stands the
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
+def check(found: Constants, out: Path) -> None:
+    """Refuses sites that no bias reaches, and a folder that is there."""
+    refuse_others(found, ("resid_post", "attn_out"), "a bias")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError(f"{out} is there already; give a new folder")
+
+
 def write(
     found: Constants,
     base: Path,
@@ -51,9 +58,7 @@ def write(
         RequestError: a site that no bias reaches, a folder that is there, a base of another kind.
         RunError: the disk is full, or the base's files are damaged.
     """
-    refuse_others(found, ("resid_post", "attn_out"), "a bias")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RequestError(f"{out} is there already; give a new folder")
+    check(found, out)
     weights = sorted(path for path in base.glob("*.safetensors"))
     names = _renamed(weights)
     weight_map, dtype = _weight_map(base, weights, names)

@@ -21,6 +21,7 @@ from interp_steer.model.model import SteeringModel
 from interp_steer.model.shape import Bounds
 from interp_steer.model.site import Site
 from interp_steer.prompts.prompt import Prompt
+from interp_steer.steering.direction import Direction, DirectionSet
 from interp_steer.steering.intervention import Intervention, Scope, brief
 
 EVERYWHERE = Scope(first=True)
@@ -117,6 +118,17 @@ def _refuse(one: Intervention) -> None:
             f"position; what can leave is such as {brief([nearest])!r}, which is another "
             "intervention: measure it first"
         )
+
+
+def directions(found: Constants, name: str, steer: str) -> Direction | DirectionSet:
+    """The vectors as a direction, or one a layer: `add(name, 1 raw)` adds them.
+
+    Raises:
+        RequestError: nothing is added, or at several components.
+    """
+    source = {"method": "export", "steer": steer}
+    members = [Direction.of(v, site.hook_point, name, source) for site, v in found.items()]
+    return members[0] if len(members) == 1 else DirectionSet(members, name)
 
 
 @dataclass(frozen=True)

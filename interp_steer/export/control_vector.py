@@ -19,14 +19,8 @@ KIND = "controlvector"
 HINT = "llama"  # the model_type, as repeng has it
 
 
-def write(found: Constants, path: Path) -> Path:
-    """Writes vectors at their full length, for a strength of 1.
-
-    Raises:
-        RequestError: a site that is no resid_post, or block 0.
-    """
-    import gguf
-
+def check(found: Constants, path: Path) -> None:
+    """Refuses a site that is no resid_post, block 0, and a name that llama.cpp would misread."""
     refuse_others(found, ("resid_post",), "a control vector")
     if any(site.layer == 0 for site in found):
         raise RequestError(
@@ -38,6 +32,13 @@ def write(found: Constants, path: Path) -> Path:
             f"{path.name}: llama.cpp takes what follows a colon for a strength; expected a name "
             "without one"
         )
+
+
+def write(found: Constants, path: Path) -> Path:
+    """Writes vectors at their full length, for a strength of 1; raises RequestError as `check`."""
+    import gguf
+
+    check(found, path)
     with whole(path) as part:
         writer = gguf.GGUFWriter(part, KIND)
         writer.add_string(f"{KIND}.model_hint", HINT)

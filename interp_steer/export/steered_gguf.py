@@ -18,6 +18,16 @@ from interp_steer.util.files import explained, whole
 _TENSORS = {"resid_post": "ffn_down", "attn_out": "attn_output"}
 
 
+def check(found: Constants, base: Path, out: Path) -> None:
+    """Refuses sites that no bias reaches, and a base that is no GGUF file or is to be replaced."""
+    refuse_others(found, tuple(_TENSORS), "a GGUF bias")
+    if out.exists() and base.exists() and out.samefile(base):
+        raise RequestError(f"{out} is the base itself; give another file")
+    with explained(base), base.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise RequestError(f"{base} is not a GGUF file")
+
+
 def write(found: Constants, base: Path, out: Path, *, report: Report | None = None) -> Path:
     """Writes the base's fields and tensors, and one bias for every site.
 
@@ -31,12 +41,7 @@ def write(found: Constants, base: Path, out: Path, *, report: Report | None = No
     """
     import gguf
 
-    refuse_others(found, tuple(_TENSORS), "a GGUF bias")
-    if out.exists() and base.exists() and out.samefile(base):
-        raise RequestError(f"{out} is the base itself; give another file")
-    with explained(base), base.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise RequestError(f"{base} is not a GGUF file")
+    check(found, base, out)
     try:
         reader = gguf.GGUFReader(base)
         architecture = _value(reader, "general.architecture")
