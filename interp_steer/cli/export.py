@@ -131,7 +131,12 @@ def export(
             f"at most {difference.largest:.4g}, {difference.prompts} prompts"
         )
     layers = ",".join(str(site.layer) for one in wanted for site in one.sites)
-    print(safe(f"use   {use.format(out=out, model=model, layers=layers)}"))
+    folder = model
+    if model == "starter":  # other tools do not know it by this name
+        from interp_steer.model import starter
+
+        folder = str(starter.place())
+    print(safe(f"use   {use.format(out=out, model=folder, layers=layers)}"))
 
 
 def _check(to: str, found: Any, out: Path | None, base: Path | None) -> None:

@@ -106,7 +106,8 @@ for nats in NATS:
 def measured(some: list[str], word: str, prompts: list, part: str, **fields) -> pd.DataFrame:
     """The means of every line (by itself), of the unsteered answers and of the prompt's."""
     study = Study.sweep(
-        some, prompts, known, concept=(word, f"{word}s"), metrics=METRICS,
+        some, prompts, known, concept=(word, f"{word}s"),
+        metrics=METRICS if part == "held_out" else ("concept",),
         sampling=Sampling(max_new_tokens=LENGTH), **fields,
     )  # fmt: skip
     run = study.run(model, RUN / part / word)
@@ -118,7 +119,7 @@ def measured(some: list[str], word: str, prompts: list, part: str, **fields) -> 
     steered = rows[~rows["role"].isin(others)].groupby("steer", sort=False)
     names = dict(zip(dict.fromkeys(some), (part for _, part in steered), strict=True))
     names |= {role: rows[rows["role"] == role] for role in others}
-    columns = list(dict.fromkeys([*METRICS, score]))
+    columns = [name for name in dict.fromkeys([*METRICS, score]) if name in rows]
     return pd.DataFrame({name: one[columns].mean() for name, one in names.items()}).T
 
 
