@@ -52,7 +52,10 @@ COMMANDS = {
         "judge",
         "Rate a run's held-out answers: concept, instruction, fluency, and their harmonic mean.",
     ),
-    "export": ("export", "Write steering as a file for llama.cpp, vLLM, lm-eval and others."),
+    "export": (
+        "export",
+        "Write steering as a file that other tools read, exactly or not at all.",
+    ),
     "serve": ("serve", "Serve the model to OpenAI's clients, each request steered as it asks."),
     "report": ("study:report", "Write one HTML page about a study's run."),
     "ablate": (

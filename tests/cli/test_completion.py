@@ -32,7 +32,7 @@ def offered(*words: str, shell: str = "bash") -> list[str]:
         (["di"], ["direction"]),
         (["--ver"], ["--version"]),
         (["--completion", ""], ["bash", "zsh", "fish"]),
-        (["direction", ""], ["make", "select", "word", "list", "show"]),
+        (["direction", ""], ["make", "select", "word", "list", "import", "show"]),
         (["direction", "sh"], ["show"]),
         (["direction", "show", "jo"], ["jolly", "joy"]),
         (["generate", "--st"], ["--steer"]),
