@@ -2,6 +2,7 @@
 
 import os
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -49,12 +50,12 @@ def serve(
     A request is steered by its field `steering`, such as "add(NAME, 0.5 dose) at 13", or by the
     name of a model that --as made. Requests with different steering share one batch.
     """
-    try:
-        import uvicorn
+    if not all(find_spec(name) for name in ("fastapi", "uvicorn")):
+        raise RequestError("the server needs an extra: pip install 'interp-steer[serve]'")
+    import uvicorn
 
-        from interp_steer.serve.gate import Limits, is_loopback
-    except ImportError:
-        raise RequestError("the server needs an extra: pip install 'interp-steer[serve]'") from None
+    from interp_steer.serve.gate import Limits, is_loopback
+
     token = os.environ.get(TOKEN) or None
     if token is None and not is_loopback(host):
         raise RequestError(

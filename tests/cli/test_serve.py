@@ -38,3 +38,10 @@ def test_a_port_that_is_taken(tiny_folder, tmp_path):
         port = taken.getsockname()[1]
         told = error(1, "serve", "--model", tiny_folder, "--port", port, "--directions", tmp_path)
     assert f"port {port}" in told and "--port takes another" in told
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch):
+    from interp_steer.cli import serve
+
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "fastapi" else 1)
+    assert "pip install 'interp-steer[serve]'" in error(2, "serve")
