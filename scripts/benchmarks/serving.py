@@ -3,7 +3,7 @@
     pip install 'transformers[serving]'; python scripts/benchmarks/serving.py [--alone]
 
 Both serve the starter in float32 on this machine, each a process of its own, asked in turns: every
-client streams one chat answer of 32 tokens, greedy. Told are the median time to the first token,
+client streams one chat answer of 16 tokens, greedy. Told are the median time to the first token,
 and tokens a second of all clients together. Ours is asked a second time with another steering for
 every client. Then 500 requests, each with its own line, and the resident memory after every 100.
 `--alone` leaves the other server out.
@@ -23,7 +23,8 @@ import psutil
 from interp_steer.model.loading import find_folder
 from interp_steer.util.console import progress
 
-CLIENTS, ROUNDS, TOKENS, MANY = (1, 8, 50), 3, 32, 500
+ROUNDS = {1: 3, 8: 3, 50: 2}  # clients at once: rounds
+TOKENS, MANY = 16, 500
 ASK = "Tell me about the number {}, its neighbours and its uses."
 ENV = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 
@@ -89,8 +90,8 @@ ours = started(
 theirs = None
 if "--alone" not in sys.argv:
     theirs = started(
-        ["transformers", "serve", str(folder), "--port", str(other), "--device", "cpu",
-         "--dtype", "float32"], other, "/health",
+        ["transformers", "serve", str(folder), "--port", str(other), "--host", "127.0.0.1",
+         "--device", "cpu", "--dtype", "float32"], other, "/health",
     )  # fmt: skip
 http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
 made = http.post("/api/direction", json={"feature": "smollm2-135m-instruct/13-starter-res-6k/2652"})
@@ -104,13 +105,14 @@ ways = {
 if theirs:
     ways["transformers serve"] = (other, {**common, "model": str(folder)}, [])
 try:
-    print(f"{'':24}{'clients':>8}{'first token':>13}{'tokens/s':>10}   of {ROUNDS} rounds in turns")
-    for clients in CLIENTS:
+    print(f"{'':24}{'clients':>8}{'first token':>13}{'tokens/s':>10}   medians of rounds in turns")
+    for clients, rounds in ROUNDS.items():
         seen: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-        for turn in range(ROUNDS + 1):
+        warm = clients == 1  # one round more, which does not count
+        for turn in range(rounds + warm):
             for way, (where, body, lines) in ways.items():
                 if found := asyncio.run(asked(where, clients, body, lines)):
-                    seen[way] += [found] if turn else []  # the first warms up
+                    seen[way] += [found] if turn or not warm else []
         for way, values in seen.items():
             first, rate = (statistics.median(part) for part in zip(*values, strict=True))
             print(f"{way:24}{clients:8}{first:11.2f} s{rate:10.1f}", flush=True)
