@@ -303,3 +303,27 @@ def test_openais_own_client(service, address):
         client.completions.create(model="tiny", prompt="I love", max_tokens=1, echo=True,
                                   logprobs=1).choices[0].logprobs.token_logprobs[1]
     )  # fmt: skip
+
+
+def test_a_request_that_runs_out_of_memory(ask, address, monkeypatch):
+    """It is told so (503), and the next one is answered; also in a stream that has begun."""
+    from interp_steer.serve import worker as module
+
+    step, full = module.Stepper.step, []
+
+    def failing(self):
+        if full and sum(len(live.tokens) for live in self._live) >= full[0]:
+            full.clear()
+            raise MemoryError
+        return step(self)
+
+    monkeypatch.setattr(module.Stepper, "step", failing)
+    body = {**SAY, "prompt": "The quick brown fox"}
+    full.append(0)
+    assert "out of memory" in ask("completions", body, 503)
+    assert ask("completions", body)["choices"][0]["text"]
+    full.append(6)  # tokens
+    answer = httpx.post(f"{address}/v1/completions", json={**body, "stream": True}, timeout=60)
+    last = json.loads(answer.text.strip().split("data: ")[-1])
+    assert answer.status_code == 200 and last["error"]["code"] == "out_of_memory"
+    assert ask("completions", body)["choices"][0]["text"]
