@@ -83,12 +83,11 @@ def export(
         from interp_steer.export.harness import entries
         from interp_steer.export.request import interp_engine
         from interp_steer.model.loading import glance
-        from interp_steer.prompts.file import PromptFile
+        from interp_steer.prompts.file import QUESTIONS, PromptFile
         from interp_steer.steering.directions import Directions
         from interp_steer.steering.grammar import parse
         from interp_steer.steering.intervention import line, resolve
         from interp_steer.steering.scale import Scale
-        from interp_steer.tune.card import QUESTIONS
 
     written = parse(steer, Directions(named or []))
     wanted = constant.with_first(written) if include_first else written

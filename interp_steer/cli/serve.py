@@ -63,11 +63,10 @@ def serve(
             "as their API key"
         )
     with progress("starting", every=5):
-        from interp_steer.prompts.file import PromptFile
+        from interp_steer.prompts.file import QUESTIONS, PromptFile
         from interp_steer.serve.app import create_app
         from interp_steer.serve.service import Service, Shelf
         from interp_steer.steering.grammar import parse
-        from interp_steer.tune.card import QUESTIONS
         from interp_steer.util.files import cache_dir
 
     folder = directions or cache_dir("directions")
@@ -87,7 +86,7 @@ def serve(
     asked = [item.prompt for item in file.items(as_chat=loaded.is_chat)]
     limits = Limits(body=max_body, tokens=max_tokens, most=most, waiting=waiting)
     service = Service.of(loaded, known, settings, asked, name, limits)
-    for one in service.names:
+    for one in service.models:
         print(f"model   {one}")
     where = f"http://{f'[{host}]' if ':' in host else host}:{place.getsockname()[1]}"
     print(f"api     {where}/v1\npage    {where}", flush=True)

@@ -21,10 +21,11 @@ from interp_steer.model.model import SteeringModel
 from interp_steer.model.shape import Bounds
 from interp_steer.model.site import Site
 from interp_steer.prompts.prompt import Prompt
-from interp_steer.steering.direction import Direction, DirectionSet
+from interp_steer.steering.direction import Direction, DirectionSet, together
 from interp_steer.steering.intervention import Intervention, Scope, brief
 
 EVERYWHERE = Scope(first=True)
+NOTHING = "no intervention to export; give --steer 'add(NAME, 8) at 15'"
 LENGTH = 32  # tokens of an answer on which two scopes are compared
 Constants = Mapping[Site, Float[Tensor, " d_model"]]
 """Site -> what is added there at every position, in residual units, float32."""
@@ -81,7 +82,7 @@ def _home(site: Site) -> Site:
 def refuse(steps: Sequence[Intervention]) -> None:
     """Refuses what is no constant, with the nearest line that is; steps may have doses."""
     if not steps:
-        raise RequestError("no intervention to export; give --steer 'add(NAME, 8) at 15'")
+        raise RequestError(NOTHING)
     for one in steps:
         _refuse(one)
 
@@ -127,8 +128,8 @@ def directions(found: Constants, name: str, steer: str) -> Direction | Direction
         RequestError: nothing is added, or at several components.
     """
     source = {"method": "export", "steer": steer}
-    members = [Direction.of(v, site.hook_point, name, source) for site, v in found.items()]
-    return members[0] if len(members) == 1 else DirectionSet(members, name)
+    made = [Direction.of(v, site.hook_point, name, source) for site, v in found.items()]
+    return together(made, name)
 
 
 @dataclass(frozen=True)

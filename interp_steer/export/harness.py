@@ -19,7 +19,6 @@ from interp_steer.model.site import Site
 from interp_steer.steering.intervention import Intervention, brief
 from interp_steer.util.files import whole
 
-_MODULES = {"resid_post": "", "attn_out": ".self_attn"}
 SUFFIXES = (".pt", ".pth")
 
 
@@ -45,7 +44,7 @@ def entries(steps: Sequence[Intervention], model: SteeringModel | Bounds) -> dic
                 raise RequestError(f"lm-eval changes {key} once, and the line clamps it twice")
             found[key] = _entry(one.at(site)[0].unit, value or 0.0, "clamp")
     added: Constants = constants(adds, model) if adds or not clamps else {}
-    refuse_others(added, (*_MODULES, "resid_pre"), "lm-eval")
+    refuse_others(added, ("resid_post", "attn_out", "resid_pre"), "lm-eval")
     for site, vector in added.items():
         key = _module(site)
         if key in found:
@@ -74,10 +73,6 @@ def _entry(vector: Any, coefficient: float, action: str) -> dict[str, Any]:
 
 def _module(site: Site) -> str:
     """The module whose output is the site."""
-    if site.component == "resid_pre":
-        return f"layers.{site.layer - 1}" if site.layer else "embed_tokens"
-    if site.component == "mlp_out":  # the same for a constant, not for a clamp
-        return f"layers.{site.layer}.mlp"
-    if site.component not in _MODULES:
+    if site.module is None:
         raise RequestError(f"lm-eval has no module whose output is {site}")
-    return f"layers.{site.layer}{_MODULES[site.component]}"
+    return site.module

@@ -21,7 +21,7 @@ from torch import Tensor
 from interp_steer.errors import RequestError, RunError, first_line, nearest
 from interp_steer.export import control_vector
 from interp_steer.model.site import Site
-from interp_steer.steering.direction import Direction, DirectionSet, load
+from interp_steer.steering.direction import Direction, DirectionSet, load, together
 from interp_steer.steering.file import FORMAT
 from interp_steer.steering.grammar import Reader
 from interp_steer.util import tensor_file
@@ -171,7 +171,7 @@ def _together(members: list[Direction], name: str) -> Direction | DirectionSet:
     """One direction, or a set of them."""
     if not members:
         raise RequestError("every number is zero: it points nowhere")
-    return members[0] if len(members) == 1 else DirectionSet(members, name)
+    return together(members, name)
 
 
 def _placed(

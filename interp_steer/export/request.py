@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_steer.errors import RequestError
-from interp_steer.export.constant import Constants, refuse_others
+from interp_steer.export.constant import NOTHING, Constants, refuse_others
 from interp_steer.model.model import SteeringModel
 from interp_steer.model.shape import Bounds
 from interp_steer.steering.intervention import CLAMPS, Intervention, brief
@@ -51,7 +51,7 @@ def interp_engine(steps: Sequence[Intervention], model: SteeringModel | Bounds) 
             hold jointly here and one after the other there.
     """
     if not steps:
-        raise RequestError("no intervention to export; give --steer 'add(NAME, 8) at 15'")
+        raise RequestError(NOTHING)
     scopes = {(one.scope.kind, one.scope.first) for one in steps}
     if len(scopes) > 1 or not scopes <= {("all", True), ("prompt", True)}:
         raise RequestError(

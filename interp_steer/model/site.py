@@ -58,6 +58,16 @@ class Site:
         """The hook name, with the head's number after it at `z`."""
         return self.hook_name + ("" if self.head is None else f".{self.head}")
 
+    @property
+    def module(self) -> str | None:
+        """Transformers' name, within the model, of the module whose output it is; None for `z`."""
+        if self.component == "resid_pre":
+            return f"layers.{self.layer - 1}" if self.layer else "embed_tokens"
+        for part, component in _OUTPUTS.items():
+            if component == self.component:
+                return f"layers.{self.layer}" + (f".{part}" if part else "")
+        return None
+
     @classmethod
     def parse(cls, hook_point: str) -> "Site":
         """From `blocks.15.hook_resid_post`, or the name of a module of transformers whose output

@@ -27,6 +27,7 @@ from interp_steer.prompts.item import Item
 from interp_steer.prompts.prompt import Prompt
 from interp_steer.util.files import parse_json, read_text
 
+QUESTIONS = Path(__file__).parents[1] / "data" / "questions.txt"  # that come along
 TEXTS = ("", ".txt", ".md")
 LINES = (".jsonl", ".ndjson")
 TABLES = {".csv": ",", ".tsv": "\t"}

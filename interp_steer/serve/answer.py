@@ -40,7 +40,7 @@ class Envelope:
         self, index: int, text: str | None, finish: str | None = None, role: str | None = None
     ) -> dict[str, Any]:
         """One event of a stream."""
-        name = FINISHES.get(finish, finish) if finish else None
+        name = FINISHES.get(finish or "")
         if self.chats:
             delta = {"role": role} if role else {}
             delta |= {} if text is None else {"content": text}
@@ -71,7 +71,7 @@ def chat_choice(index: int, text: str, last: Piece, top: int | None, of: Text) -
             content.append(_token(of(choice.token_id), choice.logprob) | {"top_logprobs": likely})
         logprobs = {"content": content, "refusal": None}
     message = {"role": "assistant", "content": text, "refusal": None}
-    finish = FINISHES.get(last.finish or "", last.finish)
+    finish = FINISHES.get(last.finish or "")
     return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
 
 
@@ -100,7 +100,7 @@ def text_choice(
         shown = shown[last.prompt_tokens :]
     logprobs = _text_logprobs(shown, top, of) if top is not None else None
     said = (prompt or "") + (text if generated else "")
-    finish = FINISHES.get(last.finish or "", last.finish) if generated else "length"
+    finish = FINISHES.get(last.finish or "") if generated else "length"
     return {"index": index, "text": said, "logprobs": logprobs, "finish_reason": finish}
 
 

@@ -18,14 +18,14 @@ from interp_steer.engine.engine import Engine
 from interp_steer.engine.row import Result, Row, Sampling
 from interp_steer.errors import RequestError, SteerError
 from interp_steer.labels.label import named
-from interp_steer.prompts.file import PromptFile
+from interp_steer.prompts.file import QUESTIONS, PromptFile
 from interp_steer.prompts.prompt import chat
 from interp_steer.serve.body import json_of, read
 from interp_steer.serve.readings import shades
 from interp_steer.serve.service import Service
 from interp_steer.serve.session import Session, Turn
 from interp_steer.serve.streams import Pieces, Stream, streamed
-from interp_steer.steering.direction import Direction
+from interp_steer.steering.direction import Direction, members
 from interp_steer.steering.grammar import parse
 from interp_steer.steering.intervention import Vector, brief, line, resolve
 
@@ -116,8 +116,7 @@ def router(service: Service) -> APIRouter:
 
     @app.get("/api/labels")
     async def labels(q: str, limit: int = 20) -> list[dict[str, Any]]:
-        found = await asyncio.to_thread(_search, q[:200], max(1, min(limit, 50)), service)
-        return found
+        return await asyncio.to_thread(_search, q[:200], max(1, min(limit, 50)))
 
     @app.post("/api/direction")
     async def direction(request: Request) -> dict[str, Any]:
@@ -169,13 +168,13 @@ def _shown(service: Service, name: str) -> dict[str, Any]:
         vector = service.directions[name]
     except SteerError as error:
         return {"name": name, "error": str(error)}
-    members = [vector] if isinstance(vector, Direction) else list(vector)
-    middle = members[len(members) // 2]
+    parts = members(vector)
+    middle = parts[len(parts) // 2]
     return {
         "name": name,
         "component": middle.site.component,
         "layer": middle.site.layer,
-        "layers": [one.site.layer for one in members],
+        "layers": [one.site.layer for one in parts],
         "norm": middle.norm,
         "feature": middle.is_feature,
         "most": middle.max_activation,
@@ -183,14 +182,13 @@ def _shown(service: Service, name: str) -> dict[str, Any]:
     }
 
 
-def _search(query: str, limit: int, service: Service) -> list[dict[str, Any]]:
-    """Labels of features of this model, best first."""
+def _search(query: str, limit: int) -> list[dict[str, Any]]:
+    """Labels of features, best first."""
     from interp_steer.labels.searching import search
 
     if not query.strip():
         return []
-    notes: list[str] = []
-    found = search(query, limit=limit, note=notes.append)
+    found = search(query, limit=limit)
     return [
         {
             "id": one.id, "index": one.index, "layer": one.layer, "label": named(one.label)[:300],
@@ -212,7 +210,7 @@ async def _make(service: Service, wanted: Wanted) -> Vector:
         made = await asyncio.wrap_future(task)
     else:
         made = await asyncio.to_thread(_file, wanted)
-    for one in [made] if isinstance(made, Direction) else list(made):
+    for one in members(made):
         service.model.check(one.site, len(one.unit))
     return made
 
@@ -229,7 +227,6 @@ def _feature(address: str) -> Direction:
 def _word(service: Service, word: str, layer: int | None) -> Vector:
     """A word's direction by the Jacobian lens, at one layer."""
     from interp_steer.steering.jacobian import word_directions
-    from interp_steer.tune.card import QUESTIONS
 
     model = service.model
     at = model.n_layers // 2 if layer is None else layer
@@ -285,8 +282,8 @@ def _shade(service: Service, name: str | None) -> Direction | None:
         found = service.directions[name]
     except KeyError:
         raise RequestError(f"unknown vector {name[:80]!r}") from None
-    members = [found] if isinstance(found, Direction) else list(found)
-    one = members[len(members) // 2]
+    parts = members(found)
+    one = parts[len(parts) // 2]
     return one if one.site.component in ("resid_pre", "resid_post") else None
 
 

@@ -124,9 +124,16 @@ class Service:
         return cls(model, called, directions, read_in, scale, limits, worker)
 
     @property
-    def names(self) -> list[str]:
-        """Models that may be asked for."""
-        return [self.name, *(f"{self.name}+{setting}" for setting in self.settings)]
+    def models(self) -> dict[str, tuple[Intervention, ...]]:
+        """Models that may be asked for, by name, and what steers each."""
+        steered = {f"{self.name}+{key}": steps for key, steps in self.settings.items()}
+        return {self.name: (), **steered}
+
+    def model_steps(self, name: str) -> tuple[Intervention, ...]:
+        """What steers the model of that name; raises Unknown if there is none."""
+        if name not in self.models:
+            raise Unknown(f"no model {name[:80]!r}{nearest(name, self.models)}")
+        return self.models[name]
 
     def told(self, error: Exception) -> str:
         """An error's text for the network, where a model's folder is nobody's business."""
@@ -139,13 +146,11 @@ class Service:
             Unknown: no such model.
             RequestError: as `carried` does; a field beside a model that is steered already.
         """
-        if body.model not in self.names:
-            raise Unknown(f"no model {body.model[:80]!r}{nearest(body.model, self.names)}")
-        setting = body.model[len(self.name) + 1 :]
+        by_name = self.model_steps(body.model)
         steps = carried(body.model_extra or {}, self.directions)
         if steps is None:
-            return self.settings[setting] if setting else ()
-        if setting:
+            return by_name
+        if body.model != self.name:
             raise RequestError(
                 f"the model {body.model!r} is steered already; ask {self.name!r} and steer it by "
                 "the field, or leave the field out"

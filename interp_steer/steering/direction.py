@@ -5,7 +5,7 @@ import math
 import numbers
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -314,6 +314,16 @@ class DirectionSet:
         """Reads what `save` wrote, exactly; raises as `Direction.load` does."""
         found = load(path)
         return DirectionSet([found]) if isinstance(found, Direction) else found
+
+
+def members(vector: Direction | DirectionSet) -> list[Direction]:
+    """The directions of a set, or a direction by itself."""
+    return [vector] if isinstance(vector, Direction) else list(vector)
+
+
+def together(directions: Sequence[Direction], name: str) -> Direction | DirectionSet:
+    """A direction by itself, or several as a set; raises RequestError as `DirectionSet` does."""
+    return directions[0] if len(directions) == 1 else DirectionSet(directions, name)
 
 
 def load(path: str | Path) -> Direction | DirectionSet:

@@ -29,6 +29,7 @@ from interp_steer.features.screen import output_scores, promoted, screen
 from interp_steer.labels.label import CONTEXT, named
 from interp_steer.model.model import SteeringModel
 from interp_steer.prompts.entry import SIDES
+from interp_steer.prompts.file import QUESTIONS as QUESTIONS
 from interp_steer.prompts.file import read_items, read_prompts
 from interp_steer.prompts.parts import split_items
 from interp_steer.prompts.prompt import Prompt
@@ -47,7 +48,6 @@ CONTROLS = 19  # random directions; with 19 the least p is 0.05
 BESIDE = 3  # of them that are drawn over all doses on held-out prompts
 READ, SAID = 20, 32  # tokens of an answer: unsteered ones that are read, steered ones that are said
 SHOWN = 3  # texts
-QUESTIONS = Path(__file__).parents[1] / "data" / "questions.txt"
 METRICS = ("concept_logprob", "kl_mean")
 SEED = 0  # of the texts that are drawn
 NAME = "this"  # of the direction in the studies' lines

@@ -41,9 +41,9 @@ from interp_steer import (
 from interp_steer.export import checkpoint, harness
 from interp_steer.export.constant import constants
 from interp_steer.model.loading import find_folder
+from interp_steer.prompts.file import QUESTIONS
 from interp_steer.serve.app import create_app
 from interp_steer.serve.service import Service, Shelf
-from interp_steer.tune.card import QUESTIONS
 
 COUNT = int(sys.argv[sys.argv.index("--questions") + 1]) if "--questions" in sys.argv else 100
 LINE = "add(eiffel, 0.3 dose) at 13 on all+first"

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from interp_steer.prompts.file import PromptFile
+from interp_steer.prompts.file import QUESTIONS, PromptFile
 from interp_steer.serve.gate import Limits
 from interp_steer.serve.service import Service, Shelf
-from interp_steer.tune.card import QUESTIONS
 from tests.conftest import command
 from tests.serve.conftest import listening
 

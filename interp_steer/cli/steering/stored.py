@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def list_stored(as_json: common.Json = False) -> None:
     """List the stored directions, which --steer knows by their names."""
     from interp_steer.errors import SteerError
-    from interp_steer.steering.direction import Direction
+    from interp_steer.steering.direction import members
     from interp_steer.steering.directions import Directions
 
     known, rows = Directions(), []
@@ -25,8 +25,8 @@ def list_stored(as_json: common.Json = False) -> None:
         except SteerError as error:
             note(f"{name}: {error}")
             continue
-        members = [stored] if isinstance(stored, Direction) else list(stored)
-        one, numbers = members[0], sorted(member.site.layer for member in members)
+        parts = members(stored)
+        one, numbers = parts[0], sorted(part.site.layer for part in parts)
         source = one.source
         rows.append(
             {
@@ -67,23 +67,23 @@ def show(
     as_json: common.Json = False,
 ) -> None:
     """Show what a direction's file holds, and where it came from."""
-    from interp_steer.steering.direction import Direction
+    from interp_steer.steering.direction import members
 
     stored, known = look_up(file)
     if stored is None:
         raise RequestError(f"no direction {file}{nearest(file, known)}")
-    members = [stored] if isinstance(stored, Direction) else list(stored)
+    parts = members(stored)
     if as_json:
         fields = ("name", "sha", "hook_point", "norm", "max_activation")
         common.print_json(
-            [{**{f: getattr(m, f) for f in fields}, "source": dict(m.source)} for m in members]
+            [{**{f: getattr(m, f) for f in fields}, "source": dict(m.source)} for m in parts]
         )
         return
     print(safe(stored.label))
-    for key, value in members[0].source.items():
+    for key, value in parts[0].source.items():
         shown = f"digests of {len(value.split())} prompts" if key == "asked" else safe(value)
         print(f"  {key}: {shown}")
-    for one in members:
+    for one in parts:
         print(f"  {one.hook_point}  norm {one.norm:.4g}  {one.sha}")
 
 
@@ -107,21 +107,21 @@ def import_file(
     is run) and of safetensors, and lm-eval's steering files.
     """
     from interp_steer.export.incoming import imported
-    from interp_steer.steering.direction import Direction
+    from interp_steer.steering.direction import members
     from interp_steer.util.files import cache_dir
 
     common.check_name(name)
     common.writable("--out", out)
     found = imported(file, at=at, name=name, key=key)
     target = found.save(out or cache_dir("directions") / f"{name}.safetensors")
-    members = [found] if isinstance(found, Direction) else list(found)
-    rows = [{"hook_point": m.hook_point, "norm": m.norm, "sha": m.sha} for m in members]
+    parts = members(found)
+    rows = [{"hook_point": m.hook_point, "norm": m.norm, "sha": m.sha} for m in parts]
     if as_json:
         common.print_json({"file": str(target), "members": rows})
         return
     common.table(tuple(rows[0]), [tuple(row.values()) for row in rows])
     print(safe(f"saved {target}"))
-    layer = members[0].site.layer if len(members) == 1 else members[len(members) // 2].site.layer
+    middle = parts[len(parts) // 2].site
     called = name if out is None else str(target)
-    steer = f"add({called}, 0.3 dose) at {members[0].site.component} {layer}"
+    steer = f"add({called}, 0.3 dose) at {middle}"
     print(safe(f"try   interp-steer generate '...' --steer '{steer}'"))
