@@ -209,6 +209,69 @@ def test_both_forms_steer_the_block_that_they_name(model, base, ids, tmp_path, l
         assert all(rms(got, other) > 20 * CLOSE for other in neighbours)
 
 
+@pytest.mark.parametrize("layer", [1, 4])
+def test_a_quantised_base_is_steered_at_the_same_block(model, base, ids, tmp_path, layer):
+    """Quantised to 8 bits by `gguf`: biases as llama.cpp's own control vector, on the same base."""
+    reader, quantised = gguf.GGUFReader(base), tmp_path / "q8.gguf"
+    writer = gguf.GGUFWriter(quantised, "llama")
+    for field in reader.fields.values():
+        if not field.name.startswith(("GGUF.", "general.architecture")):
+            writer.add_key_value(field.name, field.contents(), field.types[0])
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for tensor in reader.tensors:
+        data = tensor.data
+        if data.ndim == 1:
+            writer.add_tensor(tensor.name, data)
+        else:
+            writer.add_tensor(tensor.name, gguf.quantize(data, kind), raw_dtype=kind)
+    for step in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{step}_to_file")()
+    writer.close()
+    known = {
+        "one": Direction.of(np.random.default_rng(7).normal(size=64), "blocks.0.hook_resid_post")
+    }
+    found, above = (
+        constants(parse(f"add(one, 6) at {place} on all+first", known), model)
+        for place in (layer, layer + 1)
+    )
+    got = logits_of_llama_cpp(steered_gguf.write(found, quantised, tmp_path / "s.gguf"), ids)
+    vector = control_vector.write(found, tmp_path / "v.gguf")
+    neighbour = control_vector.write(above, tmp_path / "n.gguf")
+    assert rms(got, logits_of_llama_cpp(quantised, ids, vector)) < CLOSE
+    assert rms(got, logits_of_llama_cpp(quantised, ids)) > 20 * CLOSE
+    assert rms(got, logits_of_llama_cpp(quantised, ids, neighbour)) > 20 * CLOSE
+
+
+@pytest.mark.slow
+def test_the_starters_own_file_steers_in_llama_cpps_server(tmp_path):
+    """4 bits, a vocabulary and a template, as people have them; asked over HTTP."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    import requests
+
+    from interp_steer.features.feature import feature
+    from interp_steer.model import starter
+    from interp_steer.prompts.file import QUESTIONS, read_items
+
+    base, steered = starter._fetch(tmp_path), tmp_path / "steered.gguf"
+    lines = parse("add(paris, 40) at 13 on all+first", {"paris": feature("starter", 2652)})
+    steered_gguf.write(constants(lines, SteeringModel.load("starter")), base, steered)
+    counts = []
+    for path in (base, steered):
+        settings = xllamacpp.CommonParams()
+        settings.model.path, settings.n_ctx, settings.port = str(path), 512, 0
+        settings.verbosity, settings.warmup = 0, False
+        server = xllamacpp.Server(settings)
+        texts = []
+        for item in read_items(QUESTIONS)[:8]:
+            body = {"messages": [{"role": "user", "content": item.prompt}], "max_tokens": 40}
+            body |= {"temperature": 0}
+            answer = requests.post(f"{server.listening_address}/v1/chat/completions", json=body)
+            texts.append(answer.json()["choices"][0]["message"]["content"])
+        counts.append(sum("Paris" in text or "France" in text for text in texts))
+        del server
+    assert counts[0] == 0 and counts[1] >= 1, counts
+
+
 def test_a_steered_gguf_has_one_tensor_more(model, base, ids, tmp_path):
     known = {"one": Direction.of(np.ones(64), "blocks.2.hook_resid_post")}
     lines = "add(one, 2) at 2 on all+first; add(one, 1) at attn_out 4 on all+first"
