@@ -5,7 +5,8 @@ import base64
 import binascii
 import tempfile
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from interp_steer.engine.row import Result, Row, Sampling
 from interp_steer.errors import RequestError, SteerError
 from interp_steer.labels.label import named
 from interp_steer.prompts.file import QUESTIONS, PromptFile
-from interp_steer.prompts.prompt import chat
+from interp_steer.prompts.prompt import Given
 from interp_steer.serve.body import json_of, read
 from interp_steer.serve.readings import shades
 from interp_steer.serve.service import Service
@@ -27,12 +28,13 @@ from interp_steer.serve.session import Session, Turn
 from interp_steer.serve.streams import Pieces, Stream, streamed
 from interp_steer.steering.direction import Direction, members
 from interp_steer.steering.grammar import parse
-from interp_steer.steering.intervention import Vector, brief, line, resolve
+from interp_steer.steering.intervention import Vector, brief, resolve
 
 PAGE = Path(__file__).parent / "page"
 TALKS = 64  # that are kept
 LINES = 16  # of one curve
 WORD_TEXTS = 16  # that a word is read from
+FORGOTTEN = "a new conversation: the model does not read what stands above"
 KINDS = {"page.js": "text/javascript", "page.css": "text/css", "icon.svg": "image/svg+xml"}
 # nothing comes from outside, and no other page may frame it
 POLICY = (
@@ -55,6 +57,7 @@ class Said(Asked):
 
     session: Name
     text: Annotated[str, Field(min_length=1, max_length=100_000)]
+    turns: Annotated[int, Field(ge=0)] = 0  # that the page shows
     line: Text = ""
     shade: Name | None = None
     system: Text | None = None
@@ -124,6 +127,15 @@ def router(service: Service) -> APIRouter:
         made = await _make(service, wanted)
         return _shown(service, service.directions.put(made).name)
 
+    @app.get("/api/direction/{name}", response_model=None)
+    async def saved(name: str) -> Response:
+        found = service.directions.get(name)
+        if found is None:
+            raise RequestError(f"unknown direction {name[:80]!r}")
+        content = await asyncio.to_thread(_file_of, found)
+        headers = {"Content-Disposition": f'attachment; filename="{found.name}.safetensors"'}
+        return Response(content, media_type="application/octet-stream", headers=headers)
+
     @app.post("/api/talk", response_model=None)
     async def talk(request: Request) -> Response:
         said: Said = read(Said, await json_of(request))
@@ -131,9 +143,12 @@ def router(service: Service) -> APIRouter:
         session.steer(said.line or "off")
         if said.text.startswith("/save"):
             raise RequestError("save the talk by its button")
+        forgotten = service.model.is_chat and said.turns > len(session.said)
         turn = session.command(said.text) if said.text.startswith("/") else session.ask(said.text)
         if isinstance(turn, str):
-            return JSONResponse({"told": turn})
+            return JSONResponse({"told": turn, "line": brief(session.steps)})
+        if forgotten:
+            turn = replace(turn, notes=(FORGOTTEN, *turn.notes))
         stream, shade = Stream(service), _shade(service, said.shade)
         for row in turn.rows:
             if shade is None:
@@ -154,8 +169,9 @@ def router(service: Service) -> APIRouter:
         session = talks.get(wanted.session)
         if session is None or not session.said:
             raise RequestError("ask something first: the curve is read on the unsteered answer")
+        read_on = session.last
         settings = [resolve(parse(one, service.directions), service.scale) for one in wanted.lines]
-        task = service.worker.run(partial(_curve, service, session.said[-1], settings))
+        task = service.worker.run(partial(_curve, service, *read_on, settings))
         values = await asyncio.wrap_future(task)
         return [{"line": one, **value} for one, value in zip(wanted.lines, values, strict=True)]
 
@@ -167,7 +183,7 @@ def _shown(service: Service, name: str) -> dict[str, Any]:
     try:
         vector = service.directions[name]
     except SteerError as error:
-        return {"name": name, "error": str(error)}
+        return {"name": name, "error": service.told(error)}
     parts = members(vector)
     middle = parts[len(parts) // 2]
     return {
@@ -178,8 +194,15 @@ def _shown(service: Service, name: str) -> dict[str, Any]:
         "norm": middle.norm,
         "feature": middle.is_feature,
         "most": middle.max_activation,
+        "made_by": _made_by(name, middle),
         "label": named(middle.source.get("label", ""))[:200],
     }
+
+
+def _made_by(name: str, one: Direction) -> str:
+    """The command that makes a direction, where one line does: of a feature that has an address."""
+    address = one.source.get("neuronpedia")
+    return f"interp-steer features get {address} --name {name}" if address else ""
 
 
 def _search(query: str, limit: int) -> list[dict[str, Any]]:
@@ -259,6 +282,12 @@ def _file(wanted: Wanted) -> Vector:
             raise RequestError(said) from None
 
 
+def _file_of(vector: Vector) -> bytes:
+    """A direction's file, to be saved elsewhere."""
+    with tempfile.TemporaryDirectory() as folder:
+        return vector.save(Path(folder) / "direction.safetensors").read_bytes()
+
+
 def _session(service: Service, talks: OrderedDict[str, Session], said: Said) -> Session:
     """The talk of a page, as it is asked for now."""
     session = talks.get(said.session)
@@ -293,8 +322,9 @@ def _shaded(service: Service, direction: Direction, result: Result) -> Any:
 
 async def _talked(session: Session, turn: Turn, pieces: Pieces) -> AsyncIterator[dict[str, Any]]:
     """The answers of a turn as events; at its end they are part of the talk."""
-    steered = [line(row.steer) for row in turn.rows]
-    yield {"titles": turn.titles, "notes": turn.notes, "steer": steered}
+    steered = brief(turn.rows[-1].steer)
+    asked = turn.asked[-1]
+    yield {"titles": turn.titles, "notes": turn.notes, "steer": steered, "asked": asked}
     texts = [""] * len(turn.rows)
     async for number, piece in pieces:
         texts[number] += piece.text
@@ -306,12 +336,11 @@ async def _talked(session: Session, turn: Turn, pieces: Pieces) -> AsyncIterator
 
 
 def _curve(
-    service: Service, said: Mapping[str, str], settings: list[Any]
+    service: Service, prompt: Given, said: str, settings: list[Any]
 ) -> list[dict[str, float]]:
-    """Of each line KL(unsteered || steered) on the unsteered answer, nats a token."""
+    """Of each line KL(unsteered || steered) on an unsteered answer, nats a token."""
     model, engine = service.model, Engine(service.model)
-    prompt = chat(said["user"])
-    answer = model.encode_after(prompt, said["unsteered"])[:64]
+    answer = model.encode_after(prompt, said)[:64]
     rows = [Row(prompt), *(Row(prompt, steps) for steps in settings)]
     scores = engine.score(rows, [answer] * len(rows), reference=[None, *[0] * len(settings)])
     return [{"kl": float(one.kl.mean())} for one in scores[1:] if one.kl is not None]

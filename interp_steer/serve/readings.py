@@ -88,10 +88,11 @@ def chosen(
 def shades(
     model: SteeringModel, result: Result, direction: Direction
 ) -> tuple[tuple[str, float], ...]:
-    """Every token of an answer with what a direction reads there, after any intervention.
+    """An answer's text in tokens, each with what a direction reads there after any intervention.
 
     A feature reads its activation, as its SAE encodes the stream; any other direction the
-    projection on its unit vector.
+    projection on its unit vector. Tokens that make one character together are one piece, with the
+    largest reading.
 
     Args:
         result: with a tap at the direction's home.
@@ -105,5 +106,13 @@ def shades(
         values = x.float() @ direction.unit
     first = len(model.encode(result.row.prompt).ids)
     told = values[first : first + len(result.token_ids)].tolist()
-    texts = [model.decode_token(token) for token in result.token_ids]
-    return tuple(zip(texts, told, strict=False))  # the last token may not have been read
+    pieces: list[tuple[str, float]] = []
+    start = 0
+    for end in range(1, len(told) + 1):  # the last token may not have been read
+        span = result.token_ids[start:end]
+        if end < len(told) and model.pending(span):
+            continue
+        text = model.decode(span, "" if start else result.row.prompt)
+        pieces.append((text, max(told[start:end], key=abs)))
+        start = end
+    return tuple(pieces)

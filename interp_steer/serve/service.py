@@ -18,6 +18,7 @@ from interp_steer.steering.direction import is_name, load
 from interp_steer.steering.grammar import parse
 from interp_steer.steering.intervention import Intervention, Vector, resolve
 from interp_steer.steering.scale import Scale
+from interp_steer.util.files import cache_dir
 
 MOST = 256  # made ones that are kept
 
@@ -136,8 +137,11 @@ class Service:
         return self.models[name]
 
     def told(self, error: Exception) -> str:
-        """An error's text for the network, where a model's folder is nobody's business."""
-        return str(error).replace(self.model.name, self.name)
+        """An error's text for the network, where this machine's folders are nobody's business."""
+        text = str(error).replace(self.model.name, self.name)
+        for folder in (self.directions.path, cache_dir()):
+            text = text.replace(f"{folder}/", "")
+        return text
 
     def steering(self, body: Options) -> tuple[Intervention, ...]:
         """What a request is steered by: its field, or its model's name.

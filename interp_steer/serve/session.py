@@ -6,6 +6,7 @@
     talk.take(turn, [result.text for result in Engine(model).generate(turn.rows)])
 
 The terminal's `chat` and the server's page hold one each; neither knows more of a talk than this.
+A model without a chat template continues what is typed, every text by itself.
 """
 
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 from interp_steer.engine.row import Row, Sampling
 from interp_steer.errors import RequestError, nearest
 from interp_steer.model.model import SteeringModel
-from interp_steer.prompts.prompt import Encoded, Message
+from interp_steer.prompts.prompt import Encoded, Given, Message, Prompt
 from interp_steer.steering.grammar import parse
 from interp_steer.steering.intervention import Intervention, Vector, brief, line, resolve
 from interp_steer.steering.scale import Scale
@@ -38,6 +39,7 @@ SHORTENED = (
     "stands above"
 )
 RESET = "/reset begins a new conversation"
+CONTINUES = "no chat template: it continues what you write, every text by itself"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Turn:
         titles: of the rows.
         room: tokens that an answer may have.
         notes: what a person should know of it.
-        asked: the histories with the question, unsteered and steered.
+        asked: what is read, unsteered and steered: the histories with the question.
         kept: False where the answers are shown and forgotten.
     """
 
@@ -59,7 +61,7 @@ class Turn:
     titles: tuple[str, ...]
     room: int
     notes: tuple[str, ...]
-    asked: tuple[tuple[Message, ...], tuple[Message, ...]]
+    asked: tuple[Prompt, Prompt]
     kept: bool = True
 
 
@@ -86,10 +88,8 @@ class Session:
     said: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not self.model.is_chat:
-            raise RequestError(
-                f"{self.model.name} has no chat template; use `interp-steer generate --text`"
-            )
+        if not self.model.is_chat and self.system is not None:
+            raise RequestError(f"{self.model.name} has no chat template: it takes no system prompt")
         self._check(self.steps)
         self.reset()
 
@@ -115,6 +115,18 @@ class Session:
         if not self.steps:
             return "Nothing is steered; `/steer add(NAME, 0.4 dose) at 15` does."
         return f"Steered by {line(self.steps)}."
+
+    @property
+    def last(self) -> tuple[Given, str]:
+        """What the unsteered model read last, and its answer.
+
+        Raises:
+            RequestError: nothing was asked yet.
+        """
+        if not self.said:
+            raise RequestError("nothing was asked yet")
+        turn, history = self.said[-1], self._histories[0]
+        return (history[:-1] if self.model.is_chat else turn["user"]), turn["unsteered"]
 
     def ask(self, text: str) -> Turn:
         """The next question to both.
@@ -151,9 +163,10 @@ class Session:
             return False
         unsteered, steered = texts[0], texts[-1]
         first, second = turn.asked
-        self._histories = (
-            (*first, ("assistant", unsteered)), (*second, ("assistant", steered)),
-        )  # fmt: skip
+        if not (isinstance(first, str) or isinstance(second, str)):
+            self._histories = (
+                (*first, ("assistant", unsteered)), (*second, ("assistant", steered)),
+            )  # fmt: skip
         steer = line(turn.rows[-1].steer)
         self.said.append(
             {"user": turn.text, "unsteered": unsteered, "steered": steered, "steer": steer}
@@ -225,7 +238,9 @@ class Session:
         steps: tuple[Intervention, ...],
     ) -> Turn:
         first, second = histories
-        asked = ((*first, ("user", text)), (*second, ("user", text)))
+        asked: tuple[Prompt, Prompt] = (text, text)
+        if self.model.is_chat:
+            asked = (*first, ("user", text)), (*second, ("user", text))
         encoded, notes = self._encoded(asked)
         scale = self.scale or Scale.of(self.model, encoded)
         resolved = resolve(steps, scale)
@@ -237,9 +252,7 @@ class Session:
         titles = ("unsteered", brief(steps))[: len(rows)]
         return Turn(text, tuple(rows), titles, room, notes, asked)
 
-    def _encoded(
-        self, asked: Sequence[tuple[Message, ...]]
-    ) -> tuple[list[Encoded], tuple[str, ...]]:
+    def _encoded(self, asked: Sequence[Prompt]) -> tuple[list[Encoded], tuple[str, ...]]:
         """The conversations as tokens, and what the template keeps from the model.
 
         Templates of models that think leave their thoughts out of earlier answers (DeepSeek-R1's).
@@ -247,12 +260,13 @@ class Session:
         try:
             encoded = [self.model.encode(messages) for messages in asked]
         except RequestError as error:
-            if not self.said:
+            if not (self.said and self.model.is_chat):
                 raise
             raise RequestError(f"{error}; {RESET}") from error
         shortened = any(
             role == "assistant" and said.strip() not in one.text
             for messages, one in zip(asked, encoded, strict=True)
+            if not isinstance(messages, str)
             for role, said in messages
         )
         return encoded, (SHORTENED,) if shortened else ()

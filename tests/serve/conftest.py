@@ -1,5 +1,6 @@
 """A server on loopback with the tiny model, as a client sees it."""
 
+import json
 import socket
 import threading
 import time
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import uvicorn
 
+from interp_steer.model.model import SteeringModel
 from interp_steer.serve.app import create_app
 from interp_steer.serve.gate import Limits
 from interp_steer.serve.service import Service, Shelf
 from interp_steer.steering.direction import Direction
+from tests.conftest import make_llama
 
 PROMPTS = ["The quick brown fox", "What is the tallest mountain?"]
 
@@ -69,3 +72,17 @@ def ask(address):
             return answer.json() if status == 200 else answer.json()["error"]["message"]
 
         yield post
+
+
+@pytest.fixture(scope="session")
+def without_template(tmp_path_factory):
+    """The tiny model as a base model comes."""
+    folder = make_llama(tmp_path_factory.mktemp("base") / "base")
+    for file in folder.glob("chat_template*"):
+        file.unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    model = SteeringModel.load(folder, device="cpu")
+    assert not model.is_chat
+    return model

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 
 import httpx
 import numpy as np
@@ -9,10 +10,13 @@ import pytest
 import torch
 
 from interp_steer.engine.engine import Engine
-from interp_steer.engine.row import Row, Sampling
+from interp_steer.engine.row import Result, Row, Sampling
 from interp_steer.prompts.prompt import chat
-from interp_steer.steering.direction import Direction
+from interp_steer.serve.readings import shades
+from interp_steer.serve.service import Service, Shelf
+from interp_steer.steering.direction import Direction, load
 from interp_steer.steering.grammar import parse
+from tests.serve.conftest import listening
 
 SAY = {"session": "one", "text": "Name three fruits.", "temperature": 0, "max_tokens": 8,
        "repetition_penalty": 1.0}  # fmt: skip
@@ -72,17 +76,16 @@ def test_a_talk_is_that_of_the_terminal(page, service):
         (end,) = [e for e in told if e.get("column") == number and e.get("finish")]
         x = next(iter(result.taps.values()))[len(service.model.encode(prompt).ids) :]
         expected = (x @ service.directions["joy"].unit).tolist()
-        shades = end["shades"][: len(expected)]
-        assert [v for _, v in shades] == pytest.approx(expected[: len(shades)], abs=1e-3)
-        assert "".join(text for text, _ in shades).strip()[:5] == result.text.strip()[:5]
+        assert all(any(v == pytest.approx(e, abs=1e-3) for e in expected) for _, v in end["shades"])
+        colours = "".join(text for text, _ in end["shades"])
+        assert result.text.startswith(colours) and len(colours) > len(result.text) / 2
     assert told[-1] == {"kept": True}
     again = events(page.post("/api/talk", json={**SAY, "text": "And now?", "line": ""}))
     assert again[0]["titles"] == ["unsteered"]
     record = page.get("/api/talk/one").json()
     assert [turn["user"] for turn in record["turns"]] == ["Name three fruits.", "And now?"]
-    assert page.post("/api/talk", json={**SAY, "text": "/reset"}).json() == {
-        "told": "A new conversation."
-    }
+    reset = page.post("/api/talk", json={**SAY, "text": "/reset"}).json()
+    assert reset == {"told": "A new conversation.", "line": ""}
     assert page.get("/api/talk/one").json()["turns"] == []
     assert page.get("/api/talk/other").status_code == 400
 
@@ -125,12 +128,24 @@ def test_a_dropped_file_becomes_a_direction(page, service):
         assert "/tmp" not in message
 
 
-def test_a_curve_is_the_engines_kl(page, service):
-    events(page.post("/api/talk", json={**SAY, "session": "curve"}))
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_a_curve_is_the_engines_kl(page, service, system):
+    """On the unsteered side of the talk: its system prompt and what was said before."""
+    name = f"curve {system}"
+    say = {**SAY, "session": name, "system": system}
+    events(page.post("/api/talk", json=say))
+    events(page.post("/api/talk", json={**say, "text": "And now?", "turns": 1}))
     lines = ["add(joy, 2) at 2", "add(joy, 8) at 2"]
-    found = page.post("/api/curve", json={"session": "curve", "lines": lines}).json()
-    model, prompt = service.model, chat("Name three fruits.")
-    said = page.get("/api/talk/curve").json()["turns"][-1]["unsteered"]
+    found = page.post("/api/curve", json={"session": name, "lines": lines}).json()
+    first, last = page.get(f"/api/talk/{name}").json()["turns"]
+    begin = () if system is None else (("system", system),)
+    prompt = (
+        *begin,
+        ("user", first["user"]),
+        ("assistant", first["unsteered"]),
+        ("user", "And now?"),
+    )
+    model, said = service.model, last["unsteered"]
     ids = [*model.encode(prompt).ids, *model.encode_after(prompt, said)]
     first = len(model.encode(prompt).ids) - 1
     for line, told in zip(lines, found, strict=True):
@@ -150,6 +165,76 @@ def test_a_curve_is_the_engines_kl(page, service):
         assert told["kl"] == pytest.approx(expected, rel=1e-3)
     wrong = page.post("/api/curve", json={"session": "none", "lines": lines})
     assert wrong.status_code == 400 and "ask something first" in wrong.text
+
+
+def test_a_talk_that_is_gone_is_told(page):
+    """After a restart or under another system prompt the page still shows what was said."""
+    say = {**SAY, "session": "gone"}
+    told = events(page.post("/api/talk", json={**say, "line": "add(joy, 0.2 dose) at 2"}))
+    assert told[0]["asked"] == [["user", "Name three fruits."]] and not told[0]["notes"]
+    assert re.fullmatch(r"add\(joy, [\d.]+\) at 2", told[0]["steer"])
+    again = {**say, "text": "And now?", "turns": 1}
+    assert not events(page.post("/api/talk", json=again))[0]["notes"]
+    other = events(page.post("/api/talk", json={**again, "turns": 2, "system": "Be brief."}))
+    assert "does not read what stands above" in other[0]["notes"][0]
+    assert other[0]["asked"] == [["system", "Be brief."], ["user", "And now?"]]
+
+
+def test_steer_changes_the_line_of_the_page(page):
+    answer = page.post("/api/talk", json={**SAY, "text": "/steer add(joy, 0.3 dose) at 3"}).json()
+    assert answer["line"] == "add(joy, 0.3 dose) at 3" and answer["told"].startswith("Steered by")
+    assert page.post("/api/talk", json={**SAY, "text": "/steer off"}).json()["line"] == ""
+
+
+def test_a_direction_is_saved_from_the_page(page, service, tmp_path):
+    file = tmp_path / "joy.safetensors"
+    answer = page.get("/api/direction/joy")
+    assert 'filename="joy.safetensors"' in answer.headers["content-disposition"]
+    file.write_bytes(answer.content)
+    assert load(file) == service.directions["joy"]
+    for wrong in ("nobody", "..%2fjoy", "%2e%2e", "joy.safetensors"):
+        assert page.get(f"/api/direction/{wrong}").status_code in (400, 404, 405)
+
+
+def test_no_folder_is_told(tiny, tmp_path):
+    made = Service.of(tiny, Shelf(tmp_path), {}, ["The quick"], "tiny")
+    (tmp_path / "broken.safetensors").write_bytes(b"x")
+    with listening(made) as address, httpx.Client(base_url=address) as client:
+        (shown,) = client.get("/api/about").json()["directions"]
+        said = client.get("/api/direction/broken").text
+    for text in (shown["error"], said):
+        assert "broken.safetensors" in text and str(tmp_path) not in text
+
+
+def test_a_base_model_continues_texts_on_the_page(without_template, folder):
+    made = Service.of(without_template, Shelf(folder), {}, ["The quick"], "base")
+    with listening(made) as address, httpx.Client(base_url=address, timeout=60) as client:
+        assert client.get("/api/about").json()["chat"] is False
+        say = {**SAY, "text": "The quick brown", "line": "add(joy, 6) at 2", "shade": "joy"}
+        told = events(client.post("/api/talk", json=say))
+        lines = {"session": "one", "lines": ["add(joy, 2) at 2"]}
+        assert client.post("/api/curve", json=lines).json()[0]["kl"] > 0
+    assert told[0]["asked"] == "The quick brown"
+    text = "".join(event["text"] for event in told if event.get("column") == 0)
+    (expected,) = Engine(without_template).generate(
+        [Row("The quick brown", (), Sampling(max_new_tokens=8))]
+    )
+    assert text == expected.text
+
+
+def test_colours_keep_characters_whole(tiny):
+    """A character of several tokens is one piece, so that the pieces are the text."""
+    ids = tuple(tiny.token_ids("a \N{FOX FACE} na\u00efve \u6771\u4eac fox"))
+    direction = Direction.of(np.ones(64), "blocks.2.hook_resid_post")
+    prompt = "The quick"
+    first = len(tiny.encode(prompt).ids)
+    x = torch.randn(first + len(ids), 64)
+    result = Result(Row(prompt), ids, "", "length", taps={direction.site: x})
+    pieces = shades(tiny, result, direction)
+    assert "".join(text for text, _ in pieces) == tiny.decode(ids, prompt)
+    assert "\N{FOX FACE}" in "".join(text for text, _ in pieces) and len(pieces) < len(ids)
+    values = (x @ direction.unit)[first:].tolist()
+    assert all(any(value == pytest.approx(v, abs=1e-4) for v in values) for _, value in pieces)
 
 
 @pytest.mark.parametrize("body", [

@@ -133,3 +133,19 @@ def test_an_empty_answer_takes_the_question_back(tiny, known):
     talk = Session(tiny, known, sampling=SHORT)
     turn = talk.ask("Name three fruits.")
     assert not talk.take(turn, ["", "a"]) and not talk.said
+
+
+def test_a_model_without_a_template_continues_texts(without_template, known, tmp_path):
+    """Each text by itself, as a base model reads it; there is no conversation and no system."""
+    talk = Session(without_template, known, sampling=SHORT)
+    talk.steer("add(joy, 8) at 2")
+    for text in ("The quick brown", "Paris is"):
+        turn, texts, kept = answer(talk, text)
+        rows = [Row(text, row.steer, SHORT) for row in turn.rows]
+        assert kept and texts == [r.text for r in Engine(talk.model).generate(rows)]
+        assert talk.last == (text, texts[0])
+    _, compared, _ = answer(talk, "/compare add(joy, 4) at 3")
+    assert compared[0] == texts[1] and len(talk.said) == 2
+    talk.save(tmp_path / "talk.json")
+    with pytest.raises(RequestError, match="takes no system prompt"):
+        Session(without_template, known, "Be brief.")

@@ -64,16 +64,18 @@ def hold(
     """Answers what is typed until the input ends or a line is `/quit`.
 
     Raises:
-        RequestError: the model is no chat model, or the interventions do not fit it. A mistake in a
-            later line is told, and the conversation goes on.
+        RequestError: the interventions do not fit the model, or it has no chat template and takes
+            no system prompt. A mistake in a later line is told, and the conversation goes on.
     """
     from interp_steer.engine.engine import Engine
-    from interp_steer.serve.session import RESET, Session
+    from interp_steer.serve.session import CONTINUES, RESET, Session
 
     talk = Session(model, known, system, sampling, seed, interventions)
     engine = Engine(model)
     read = _reader()
     _say(f"You talk to {model.name}. {talk.on} /help lists the commands.")
+    if not model.is_chat:
+        note(f"{model.name} has {CONTINUES}")
     while (line := read()) is not None:
         try:
             turn = talk.command(line) if line.startswith("/") else talk.ask(line)
@@ -92,7 +94,7 @@ def hold(
             if stop.is_set():
                 print("(stopped; the answers stand as far as they came)")
             elif "length" in finishes and turn.room < sampling.max_new_tokens:
-                print(f"(cut: the context is full; {RESET})")
+                print("(cut: the context is full" + (f"; {RESET})" if model.is_chat else ")"))
             elif "length" in finishes:
                 _say(f"(cut after --max-new-tokens {turn.room})")
             if not talk.take(turn, texts):

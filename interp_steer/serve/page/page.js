@@ -9,7 +9,7 @@ const OPERATORS = {
 const SCOPES = { "": "all positions", prompt: "the prompt", generated: "the answer", last: "last of the prompt", "all+first": "all, first too" };
 const COMPONENTS = ["resid_post", "resid_pre", "mlp_out", "attn_out"];
 const session = crypto.randomUUID();
-let about = null, steps = [], asking = null, last = null, typed = false;
+let about = null, steps = [], asking = null, last = null, typed = false, turns = 0, shown = null;
 
 function make(kind, props = {}, ...inside) {
   const node = document.createElement(kind);
@@ -76,8 +76,21 @@ function show(found) {
   marked = -1;
   $("hits").replaceChildren(...hits.map((hit, n) => make("li", {
     role: "option", id: `hit-${n}`, title: hit.context, onclick: () => take({ feature: hit.id }),
-  }, make("b", {}, `${hit.layer} / ${hit.index} `), hit.label)));
+  }, make("b", {}, `${hit.layer} / ${hit.index} `), hit.label, ...where(hit))));
   mark(-1);
+}
+
+// a label that does not have the word was found by the text behind it
+function where(hit) {
+  const models = new Set(hits.map((one) => one.id.split("/")[0])), said = [];
+  if (models.size > 1) said.push(hit.id.split("/")[0]);
+  const words = $("query").value.toLowerCase().match(/[\p{L}\p{N}]+/gu) || [];
+  const at = Math.min(...words.map((word) => hit.context.toLowerCase().indexOf(word)).filter((n) => n >= 0));
+  if (!words.some((word) => hit.label.toLowerCase().includes(word)) && Number.isFinite(at)) {
+    const begin = Math.max(0, at - 30);
+    said.push(`${begin ? "…" : ""}${hit.context.slice(begin, at + 40)}…`);
+  }
+  return said.map((text) => make("small", {}, text));
 }
 
 function mark(n) {
@@ -181,7 +194,21 @@ function choice(step, key, options, label) {
   return make("label", {}, label, select);
 }
 
+async function fetched(name) {
+  try {
+    const file = await (await call(`/api/direction/${encodeURIComponent(name)}`)).blob();
+    save(file, `${name}.safetensors`);
+  } catch (error) { trouble(error); }
+}
+
+function save(blob, name) {
+  const link = make("a", { href: URL.createObjectURL(blob), download: name });
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
 function draw() {
+  if (!steps.includes(shown)) shown = steps[0] || null;
   $("steps").replaceChildren(...steps.map((step, n) => {
     const dose = make("output", {}), slider = make("input", {
       type: "range", min: "-1.2", max: "1.2", step: "0.01", value: String(step.dose), "aria-label": `Dose of ${step.direction.name}`,
@@ -196,16 +223,24 @@ function draw() {
     };
     slider.addEventListener("input", () => { step.dose = Number(slider.value); typed = false; told(slider); });
     coefficient.addEventListener("change", () => { step.dose = Number(coefficient.value) / median(step); typed = false; told(coefficient); });
-    const layer = make("input", { type: "number", min: "0", max: String(about.layers - 1), step: "1", value: String(step.layer) });
-    layer.addEventListener("change", () => { step.layer = Number(layer.value); typed = false; told(layer); });
+    const place = make("output", {}, String(step.layer));
+    const layer = make("input", { type: "range", min: "0", max: String(about.layers - 1), step: "1", value: String(step.layer) });
+    layer.addEventListener("input", () => { step.layer = Number(layer.value); place.textContent = layer.value; typed = false; told(layer); });
+    const buttons = [
+      make("button", { type: "button", title: "Save the direction as a file", "aria-label": `Save ${step.direction.name} as a file`, onclick: () => fetched(step.direction.name) }, "↓"),
+      make("button", { type: "button", title: "Remove", "aria-label": `Remove ${step.direction.name}`, onclick: () => { steps.splice(n, 1); typed = false; draw(); $("query").focus(); } }, "×"),
+    ];
+    if (steps.length > 1) {
+      const colours = make("input", { type: "radio", name: "colours", checked: step === shown, onchange: () => { shown = step; } });
+      buttons.unshift(make("label", { title: "Which direction colours the tokens of the next answer" }, colours, " colours"));
+    }
     const node = make("div", { className: "step" },
-      make("header", {}, make("strong", {}, step.direction.name), dose,
-        make("button", { type: "button", "aria-label": `Remove ${step.direction.name}`, onclick: () => { steps.splice(n, 1); typed = false; draw(); $("query").focus(); } }, "×")),
+      make("header", {}, make("strong", {}, step.direction.name), dose, make("span", {}, ...buttons)),
       ...(step.direction.label ? [make("p", { className: "said" }, step.direction.label)] : []),
       slider,
       make("div", { className: "fields" },
         choice(step, "operator", OPERATORS, "Operator"), choice(step, "scope", SCOPES, "Where"),
-        make("label", {}, "Layer", layer), make("label", {}, "Coefficient", coefficient)));
+        make("label", {}, "Layer ", place, layer), make("label", {}, "Coefficient", coefficient)));
     told(null);
     return node;
   }));
@@ -220,7 +255,7 @@ function number(id) { return Number($(id).value); }
 
 function body(text) {
   return {
-    session, text, line: line(), shade: steps.length ? steps[0].direction.name : null,
+    session, text, turns, line: line(), shade: shown?.direction.name ?? null,
     system: $("system").value.trim() || null, temperature: number("temperature"),
     repetition_penalty: number("repetition_penalty"), max_tokens: Math.round(number("max_tokens")), seed: Math.round(number("seed")),
   };
@@ -231,15 +266,14 @@ async function ask(text) {
   $("send").disabled = true;
   $("stop").disabled = false;
   say("…");
-  const columns = [], began = performance.now();
+  const columns = [], began = performance.now(), asked = line(), coloured = shown;
   let count = 0;
   try {
     const answer = await call("/api/talk", body(text), { signal: asking.signal });
-    if (answer.headers.get("content-type").startsWith("application/json")) { say((await answer.json()).told); return; }
-    last = { text, line: line() };
-    const box = make("div", { className: "columns" });
+    if (answer.headers.get("content-type").startsWith("application/json")) { obeyed(text, await answer.json()); return; }
+    const box = make("div", { className: "columns" }), turn = make("div", { className: "turn" }, make("h2", {}, text), box);
     $("turns").querySelector(".empty")?.remove();
-    $("turns").append(make("div", { className: "turn" }, make("h2", {}, text), box));
+    $("turns").append(turn);
     for await (const event of events(answer)) {
       if (event.error) throw new Error(event.error.message);
       if (event.titles) for (const title of event.titles) {
@@ -247,18 +281,20 @@ async function ask(text) {
         columns.push(p);
         box.append(make("article", {}, make("h3", {}, title), p));
       }
-      if (event.notes?.length) say(event.notes.join(" "));
+      if (event.titles && !text.startsWith("/")) last = { text, line: asked, steer: event.steer, asked: event.asked };
+      if (event.notes?.length) turn.insertBefore(make("p", { className: "help" }, event.notes.join("; ")), box);
       if (event.column !== undefined) {
         columns[event.column].append(event.text);
         if (event.finish) {
           count += event.tokens;
-          if (event.shades) shade(columns[event.column], event.shades);
+          if (event.shades) shade(columns[event.column], event.shades, coloured);
           if (event.finish === "length") columns[event.column].append(" …");
         }
         $("turns").scrollTop = $("turns").scrollHeight;
         if (matchMedia("(max-width: 760px)").matches) columns[event.column].scrollIntoView({ block: "nearest" });
       }
-      if (event.kept === false) say("An answer is empty, so the question is taken back.");
+      if (event.kept) turns += 1;
+      else if (event.kept === false && !text.startsWith("/")) turn.append(make("p", { className: "help" }, "An answer is empty: this question is not part of the talk."));
     }
     const seconds = (performance.now() - began) / 1000;
     say(`${count} tokens, ${seconds.toFixed(1)} s`);
@@ -270,6 +306,13 @@ async function ask(text) {
     $("send").disabled = false;
     $("stop").disabled = true;
   }
+}
+
+// what a line that begins with "/" has done
+function obeyed(text, answer) {
+  say(answer.told);
+  if (text.startsWith("/reset")) { $("turns").replaceChildren(); turns = 0; last = null; }
+  if (text.startsWith("/steer ")) { $("line").value = answer.line; typed = true; }
 }
 
 async function* events(answer) {
@@ -287,8 +330,8 @@ async function* events(answer) {
   }
 }
 
-function shade(place, shades) {
-  const most = steps[0]?.direction.most || Math.max(1e-6, ...shades.map(([, value]) => Math.abs(value)));
+function shade(place, shades, step) {
+  const most = step?.direction.most || Math.max(1e-6, ...shades.map(([, value]) => Math.abs(value)));
   const text = place.textContent, nodes = [];
   let at = 0;
   for (const [token, value] of shades) {
@@ -321,15 +364,13 @@ $("text").addEventListener("keydown", (event) => {
 $("stop").addEventListener("click", () => asking?.abort());
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") asking?.abort(); });
 $("reset").addEventListener("click", async () => {
-  try { await json("/api/talk", body("/reset")); $("turns").replaceChildren(); say("A new talk."); } catch (error) { trouble(error); }
+  try { obeyed("/reset", await json("/api/talk", body("/reset"))); } catch (error) { trouble(error); }
   $("text").focus();
 });
 $("save").addEventListener("click", async () => {
   try {
     const talk = await json(`/api/talk/${session}`);
-    const link = make("a", { href: URL.createObjectURL(new Blob([JSON.stringify(talk, null, 1)])), download: "talk.json" });
-    link.click();
-    URL.revokeObjectURL(link.href);
+    save(new Blob([JSON.stringify(talk, null, 1)]), "talk.json");
   } catch (error) { trouble(error); }
 });
 
@@ -372,31 +413,47 @@ function plot(points) {
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
+// commands that make the directions elsewhere, or say where their files come from
+function made() {
+  return steps.map(({ direction: { name, made_by } }) => made_by ? `${made_by}\n`
+    : about.directions.some((one) => one.name === name) ? "" : `# ${name}: save it by its button "↓", then\ninterp-steer direction import ${name}.safetensors --name ${name}\n`).join("");
+}
+
 function copies(kind) {
-  const text = last?.text || "Describe a walk.", steering = last?.line ?? line();
-  const tokens = Math.round(number("max_tokens")), temperature = number("temperature"), penalty = number("repetition_penalty");
-  const common = { model: about.name, messages: [{ role: "user", content: text }], max_tokens: tokens, temperature, repetition_penalty: penalty, seed: Math.round(number("seed")) };
-  if (steering) common.steering = steering;
+  const system = $("system").value.trim(), first = "Describe a walk.";
+  const asked = last?.asked ?? (about.chat ? [...(system ? [["system", system]] : []), ["user", first]] : first);
+  const steering = last?.line ?? line(), tokens = Math.round(number("max_tokens"));
+  const temperature = number("temperature"), penalty = number("repetition_penalty"), seed = Math.round(number("seed"));
+  const messages = about.chat ? asked.map(([role, content]) => ({ role, content })) : null;
+  const route = about.chat ? "chat/completions" : "completions";
+  const given = about.chat ? { messages } : { prompt: asked };
   if (kind === "curl") {
     const key = token() ? ` -H "Authorization: Bearer $INTERP_STEER_TOKEN"` : "";
-    return `curl ${location.origin}/v1/chat/completions -H "Content-Type: application/json"${key} -d ${quoted(JSON.stringify(common))}`;
+    const all = { model: about.name, ...given, max_tokens: tokens, temperature, repetition_penalty: penalty, seed, ...(steering ? { steering } : {}) };
+    return `curl ${location.origin}/v1/${route} -H "Content-Type: application/json"${key} -d ${quoted(JSON.stringify(all))}`;
   }
-  if (kind === "command") {
-    const made = steps.filter((step) => step.direction.feature).map((step) => `# ${step.direction.name}: interp-steer features get MODEL/SOURCE/INDEX --name ${step.direction.name}\n`).join("");
-    const steer = steering ? ` --steer ${quoted(steering)}` : "";
-    return `${made}interp-steer generate ${quoted(text)} --model ${quoted(about.model)}${steer} --max-new-tokens ${tokens} --temperature ${temperature} --repetition-penalty ${penalty}`;
+  if (kind === "command") { // lengths, because a dose is in the unit of this server's prompts
+    const text = about.chat ? messages[messages.length - 1].content : asked, steer = last?.steer ?? steering;
+    const told = about.chat && messages[0].role === "system" ? ` --system ${quoted(messages[0].content)}` : "";
+    const alone = about.chat && messages.some((one) => one.role === "assistant") ? "# the last question, without the talk before it\n" : "";
+    return `${steer ? made() : ""}${alone}interp-steer generate ${quoted(text)} --model ${quoted(about.model)}${told}${steer ? ` --steer ${quoted(steer)}` : ""} --max-new-tokens ${tokens} --temperature ${temperature} --repetition-penalty ${penalty} --seed ${seed}`;
   }
-  if (kind === "name") return steering ? `--as ${quoted(`setting=${steering}`)}    # then the model is ${about.name}+setting` : about.name;
-  return `from openai import OpenAI
+  if (kind === "name") {
+    const has = Object.entries(about.settings).find(([, said]) => said === (last?.steer ?? steering));
+    if (has || !steering) return about.name + (has ? `+${has[0]}` : "");
+    return `${made()}interp-steer serve --model ${quoted(about.model)} --as ${quoted(`setting=${last?.steer ?? steering}`)}    # then the model is ${about.name}+setting`;
+  }
+  const create = about.chat ? "chat.completions" : "completions", imports = token() ? "import os\n\n" : "";
+  return `${imports}from openai import OpenAI
 
-client = OpenAI(base_url=${JSON.stringify(`${location.origin}/v1`)}, api_key="none")
-answer = client.chat.completions.create(
+client = OpenAI(base_url=${JSON.stringify(`${location.origin}/v1`)}, api_key=${token() ? 'os.environ["INTERP_STEER_TOKEN"]' : '"none"'})
+answer = client.${create}.create(
     model=${JSON.stringify(about.name)},
-    messages=[{"role": "user", "content": ${JSON.stringify(text)}}],
-    max_tokens=${tokens}, temperature=${temperature}, seed=${common.seed},
+    ${about.chat ? "messages" : "prompt"}=${JSON.stringify(about.chat ? messages : asked)},
+    max_tokens=${tokens}, temperature=${temperature}, seed=${seed},
     extra_body=${JSON.stringify({ repetition_penalty: penalty, ...(steering ? { steering } : {}) })},
 )
-print(answer.choices[0].message.content)`;
+print(answer.choices[0].${about.chat ? "message.content" : "text"})`;
 }
 
 $("copies").addEventListener("click", async (event) => {
@@ -424,7 +481,11 @@ async function begin() {
   $("max_tokens").max = String(about.most_tokens);
   $("stored").append(...about.directions.map((one) => make("option", { value: one.name }, one.name)));
   $("stored").disabled = !about.directions.length;
-  if (!about.chat) say("This model has no chat template: it cannot talk.", true);
+  if (!about.chat) {
+    say("No chat template: the model continues what you write, every text by itself.");
+    $("text").placeholder = "Begin a text. Enter sends, Shift+Enter breaks the line.";
+    $("system").disabled = true;
+  }
   draw();
   $("query").focus();
 }
