@@ -83,6 +83,8 @@ def serve(
     file = PromptFile.read(prompts or QUESTIONS)
     place = _bound(host, port)
     loaded = common.load(model, dtype, device, date=date)
+    if model == "starter":
+        _with_labels()
     asked = [item.prompt for item in file.items(as_chat=loaded.is_chat)]
     limits = Limits(body=max_body, tokens=max_tokens, most=most, waiting=waiting)
     service = Service.of(loaded, known, settings, asked, name, limits)
@@ -92,6 +94,18 @@ def serve(
     print(f"api     {where}/v1\npage    {where}", flush=True)
     app = create_app(service, token)
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[place])
+
+
+def _with_labels() -> None:
+    """The starter's labels, which come with the package, so that the page can search them."""
+    from interp_steer.labels import coverage, import_files
+
+    try:
+        there = any(one.labels for one in coverage(["starter"]))
+    except RunError:  # nothing is stored yet
+        there = False
+    if not there:
+        import_files(["starter"])
 
 
 def _bound(host: str, port: int) -> socket.socket:

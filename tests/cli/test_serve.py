@@ -40,6 +40,19 @@ def test_a_port_that_is_taken(tiny_folder, tmp_path):
     assert f"port {port}" in told and "--port takes another" in told
 
 
+def test_the_starters_labels_are_there_at_once(tmp_path, monkeypatch):
+    """They come with the package: the page finds them without another command."""
+    from interp_steer.cli.serve import _with_labels
+    from interp_steer.labels import search
+
+    monkeypatch.setenv("INTERP_STEER_CACHE", str(tmp_path))
+    _with_labels()
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.db")}
+    assert search("paris")[0].index == 2652
+    _with_labels()  # they are there already
+    assert written and written == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.db")}
+
+
 def test_without_the_extra_it_says_what_to_install(monkeypatch):
     from interp_steer.cli import serve
 

@@ -106,7 +106,7 @@ $("query").addEventListener("input", search);
 $("query").addEventListener("keydown", (event) => {
   if (event.key === "ArrowDown" && hits.length) { mark(Math.min(marked + 1, hits.length - 1)); event.preventDefault(); }
   if (event.key === "ArrowUp" && hits.length) { mark(Math.max(marked - 1, 0)); event.preventDefault(); }
-  if (event.key === "Escape") show([]);
+  if (event.key === "Escape" && hits.length) { show([]); event.preventDefault(); }
 });
 $("find").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -414,8 +414,9 @@ function plot(points) {
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 // commands that make the directions elsewhere, or say where their files come from
-function made() {
-  return steps.map(({ direction: { name, made_by } }) => made_by ? `${made_by}\n`
+function made(steering) {
+  const named = steps.map((step) => step.direction).filter(({ name }) => steering.includes(`(${name},`) || steering.includes(`(${name})`));
+  return named.map(({ name, made_by }) => made_by ? `${made_by}\n`
     : about.directions.some((one) => one.name === name) ? "" : `# ${name}: save it by its button "↓", then\ninterp-steer direction import ${name}.safetensors --name ${name}\n`).join("");
 }
 
@@ -436,12 +437,12 @@ function copies(kind) {
     const text = about.chat ? messages[messages.length - 1].content : asked, steer = last?.steer ?? steering;
     const told = about.chat && messages[0].role === "system" ? ` --system ${quoted(messages[0].content)}` : "";
     const alone = about.chat && messages.some((one) => one.role === "assistant") ? "# the last question, without the talk before it\n" : "";
-    return `${steer ? made() : ""}${alone}interp-steer generate ${quoted(text)} --model ${quoted(about.model)}${told}${steer ? ` --steer ${quoted(steer)}` : ""} --max-new-tokens ${tokens} --temperature ${temperature} --repetition-penalty ${penalty} --seed ${seed}`;
+    return `${made(steer)}${alone}interp-steer generate ${quoted(text)} --model ${quoted(about.model)}${told}${steer ? ` --steer ${quoted(steer)}` : ""} --max-new-tokens ${tokens} --temperature ${temperature} --repetition-penalty ${penalty} --seed ${seed}`;
   }
   if (kind === "name") {
-    const has = Object.entries(about.settings).find(([, said]) => said === (last?.steer ?? steering));
+    const said = last?.steer ?? steering, has = Object.entries(about.settings).find(([, one]) => one === said);
     if (has || !steering) return about.name + (has ? `+${has[0]}` : "");
-    return `${made()}interp-steer serve --model ${quoted(about.model)} --as ${quoted(`setting=${last?.steer ?? steering}`)}    # then the model is ${about.name}+setting`;
+    return `${made(said)}interp-steer serve --model ${quoted(about.model)} --as ${quoted(`setting=${said}`)}    # then the model is ${about.name}+setting`;
   }
   const create = about.chat ? "chat.completions" : "completions", imports = token() ? "import os\n\n" : "";
   return `${imports}from openai import OpenAI
