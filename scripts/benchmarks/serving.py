@@ -5,8 +5,9 @@
 Both serve the starter in float32 on this machine, each a process of its own, asked in turns: every
 client streams one chat answer of 16 tokens, greedy. Told are the median time to the first token,
 and tokens a second of all clients together. Ours is asked a second time with another steering for
-every client. Then 500 requests, each with its own line, and the resident memory after every 100.
-`--alone` leaves the other server out.
+every client; theirs is started a second time with `--continuous-batching`. Then 500 requests, each
+with its own line, and the resident memory after every 100.
+`--alone` leaves the other servers out.
 """
 
 import asyncio
@@ -82,30 +83,29 @@ async def asked(port: int, clients: int, body: dict, lines: list[str]) -> tuple[
 
 
 folder, _ = find_folder("starter", None)
-port, other = free_port(), free_port()
+port = free_port()
 ours = started(
     [sys.executable, "-m", "interp_steer", "serve", "--dtype", "float32", "--port", str(port)],
     port, "/health",
 )  # fmt: skip
-theirs = None
-if "--alone" not in sys.argv:
-    theirs = started(
-        ["transformers", "serve", str(folder), "--port", str(other), "--host", "127.0.0.1",
-         "--device", "cpu", "--dtype", "float32"], other, "/health",
-    )  # fmt: skip
+common = {"max_tokens": TOKENS, "temperature": 0, "stream": True}
+theirs, ways = [], {}
+for flag in () if "--alone" in sys.argv else ("", "--continuous-batching"):
+    other = free_port()
+    words = ["transformers", "serve", str(folder), "--port", str(other), "--host", "127.0.0.1"]
+    words += ["--device", "cpu", "--dtype", "float32", *filter(None, [flag])]
+    if flag:  # room for all clients; by default it takes what memory there is
+        words += ["--cb-num-blocks", "128", "--cb-max-batch-tokens", "2048"]
+    theirs.append(started(words, other, "/health"))
+    ways[f"transformers serve {flag}".strip()] = (other, {**common, "model": str(folder)}, [])
 http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
 made = http.post("/api/direction", json={"feature": "smollm2-135m-instruct/13-starter-res-6k/2652"})
 name = made.json()["name"]
 steered = [f"add({name}, {0.05 + n / 100:.2f} dose) at {n % 20 + 5}" for n in range(50)]
-common = {"max_tokens": TOKENS, "temperature": 0, "stream": True}
-ways = {
-    "interp-steer": (port, {**common, "model": "starter"}, []),
-    "interp-steer, 50 lines": (port, {**common, "model": "starter"}, steered),
-}
-if theirs:
-    ways["transformers serve"] = (other, {**common, "model": str(folder)}, [])
+ways["interp-steer"] = (port, {**common, "model": "starter"}, [])
+ways["interp-steer, 50 lines"] = (port, {**common, "model": "starter"}, steered)
 try:
-    print(f"{'':24}{'clients':>8}{'first token':>13}{'tokens/s':>10}   medians of rounds in turns")
+    print(f"{'':40}{'clients':>8}{'first token':>13}{'tokens/s':>10}   medians of rounds in turns")
     for clients, rounds in ROUNDS.items():
         seen: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
         warm = clients == 1  # one round more, which does not count
@@ -115,9 +115,9 @@ try:
                     seen[way] += [found] if turn or not warm else []
         for way, values in seen.items():
             first, rate = (statistics.median(part) for part in zip(*values, strict=True))
-            print(f"{way:24}{clients:8}{first:11.2f} s{rate:10.1f}", flush=True)
-    if theirs:
-        theirs.terminate()
+            print(f"{way:40}{clients:8}{first:11.2f} s{rate:10.1f}", flush=True)
+    for server in theirs:
+        server.terminate()
     process = psutil.Process(ours.pid)
     print("\nrequests  resident MB")
     with progress("requests", MANY) as report:
@@ -129,5 +129,5 @@ try:
             report(done + 10)
     print(f"{MANY:8}{process.memory_info().rss / 2**20:13.0f}")
 finally:
-    for server in filter(None, (ours, theirs)):
+    for server in (ours, *theirs):
         server.terminate()
