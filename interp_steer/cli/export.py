@@ -2,14 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from interp_steer.cli import common
 from interp_steer.errors import RequestError, nearest
 from interp_steer.util.console import progress, safe
-
-if TYPE_CHECKING:
-    from interp_steer.model.model import SteeringModel
 
 # format -> (suffixes of its file; none is a folder; how it is used)
 FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -82,7 +79,7 @@ def export(
         from interp_steer.export import constant
         from interp_steer.export.harness import entries
         from interp_steer.export.request import interp_engine
-        from interp_steer.model.loading import glance
+        from interp_steer.model.loading import configuration, find_folder, glance
         from interp_steer.prompts.file import QUESTIONS, PromptFile
         from interp_steer.steering.directions import Directions
         from interp_steer.steering.grammar import parse
@@ -100,22 +97,25 @@ def export(
         _check(to, read(resolve(wanted, any_scale), bounds), out, base)
     dosed = any(one.unit == "dose" for one in wanted)
     compared = include_first and written != wanted
-    scale = difference = loaded = None
-    if dosed or compared or bounds is None or to == "checkpoint":
+    scale = difference = None
+    if dosed or compared:
         file = PromptFile.read(prompts or QUESTIONS)
-        loaded = common.load(model, dtype, device, date=date, weights=dosed or compared)
+        loaded = common.load(model, dtype, device, date=date)
         items = file.items(as_chat=loaded.is_chat and not text, system=system)
         asked = [item.prompt for item in items]
         scale = Scale.of(loaded, [loaded.encode(p) for p in asked]) if dosed else None
         if compared:
             difference = constant.first_position(loaded, resolve(written, scale), asked)
     wanted = resolve(wanted, scale)
-    shape = loaded or bounds
-    assert shape is not None
+    if bounds is None:  # it was not on this machine
+        folder, _ = find_folder(model, None, weights=False)
+        configuration(folder, model)
+        bounds = glance(str(folder))
+        assert bounds is not None
     told: dict[str, Any] = {"format": to, "model": model, "steer": line(wanted)}
     if difference:
         told["first_position"] = vars(difference)
-    found = _write(to, read(wanted, shape), out, base, loaded, told)
+    found = _write(to, read(wanted, bounds), out, base, told)
     if out is None:
         common.print_json(found)
         return
@@ -130,12 +130,12 @@ def export(
             f"at most {difference.largest:.4g}, {difference.prompts} prompts"
         )
     layers = ",".join(str(site.layer) for one in wanted for site in one.sites)
-    folder = model
+    known = model
     if model == "starter":  # other tools do not know it by this name
         from interp_steer.model import starter
 
-        folder = str(starter.place())
-    print(safe(f"use   {use.format(out=out, model=folder, layers=layers)}"))
+        known = str(starter.place())
+    print(safe(f"use   {use.format(out=out, model=known, layers=layers)}"))
 
 
 def _check(to: str, found: Any, out: Path | None, base: Path | None) -> None:
@@ -150,15 +150,14 @@ def _check(to: str, found: Any, out: Path | None, base: Path | None) -> None:
         steered_gguf.check(found, base, out)
 
 
-def _write(
-    to: str, found: Any, out: Path | None, base: Path | None, model: "SteeringModel | None",
-    told: dict[str, Any],
-) -> Any:  # fmt: skip
+def _write(to: str, found: Any, out: Path | None, base: Path | None, told: dict[str, Any]) -> Any:
     """Writes the file or folder of a format; gives the body of a request."""
     from interp_steer.export import checkpoint, control_vector, harness, steered_gguf
     from interp_steer.export.constant import directions
     from interp_steer.export.request import vllm_lens
-    from interp_steer.model.loading import find_folder
+    from interp_steer.model import starter
+    from interp_steer.model.loading import configuration, find_folder
+    from interp_steer.model.shape import Shape
     from interp_steer.steering.direction import is_name
     from interp_steer.util.files import whole
 
@@ -180,12 +179,17 @@ def _write(
         with progress("writing", base.stat().st_size) as report:
             steered_gguf.write(found, base, out, report=report)
     else:
-        assert model is not None
-        folder, commit = find_folder(model.name, None)
-        about = {"model": model.name, "revision": commit, "steer": told["steer"]}
+        given = told["model"]
+        folder, commit = find_folder(given, None)
+        shape = Shape.of(configuration(folder, given))
+        name = {"starter": starter.HUB}.get(given, given)
+        name = Path(name).name if Path(name).is_dir() else name  # nobody's business elsewhere
+        about = {"model": name, "revision": commit or "", "steer": told["steer"]}
+        if given == "starter":
+            about["weights"] = f"rounded to 4 bits ({starter.PACKAGE} {starter.VERSION})"
         if first := told.get("first_position"):
             about["KL(first position left out || as here)"] = f"{first['kl']:.4g} nats a token"
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         with progress("writing", size) as report:
-            checkpoint.write(found, folder, model.shape, out, about, report=report)
+            checkpoint.write(found, folder, shape, out, about, report=report)
     return None

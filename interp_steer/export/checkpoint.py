@@ -7,6 +7,7 @@ else of the model changes, and its weights are linked, not copied, where the fil
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ BIASES = "model-biases.safetensors"
 INDEX = "model.safetensors.index.json"
 ALONE = "model.safetensors"
 BLOCK = 2**24  # bytes copied at once
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # which a card may call its base
 _LEFT_OUT = (INDEX, "README.md", "starter.json")  # of the base; what stands there is no longer true
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -179,7 +181,7 @@ def _save(biases: dict[str, Tensor], path: Path) -> None:
 
 def card(found: Constants, about: Mapping[str, str]) -> str:
     """The model card: what was changed, and who honours it."""
-    facts = "\n".join(f"| {key} | {_cell(value)} |" for key, value in about.items())
+    facts = "\n".join(f"| {key} | {_cell(value)} |" for key, value in about.items() if value)
     sites = "\n".join(
         f"| {site} | {'mlp.down_proj' if site.component == 'resid_post' else 'self_attn.o_proj'}"
         f".bias of layer {site.layer} | {vector.norm():.4g} |"
@@ -191,9 +193,9 @@ def card(found: Constants, about: Mapping[str, str]) -> str:
         if "mlp_bias" in keys
         else ""
     )
+    base = about.get("model", "")
     return f"""---
-base_model: {json.dumps(about.get("model", ""))}
-tags: [steering]
+{f"base_model: {base}{chr(10)}" if HUB_ID.fullmatch(base) else ""}tags: [steering]
 ---
 # A steered Llama
 

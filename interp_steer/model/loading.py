@@ -135,23 +135,14 @@ def read(
         RequestError: a kind of model that is not supported, or an adapter beside the weights.
         RunError: files that cannot be read, or whose tensors are not those of the configuration.
     """
-    if (
-        in_notebook()
-    ):  # progress is shown here without widgets, which tqdm asks for as it is imported
-        warnings.filterwarnings("ignore", message="IProgress not found")
-    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
-
-    refuse_adapter(folder, name)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise RunError(f"{name}: config.json cannot be read: {first_line(error)}") from error
-    refuse_unsupported(config, name)
+    config = configuration(folder, name)
     if not weights:
         return _outline(folder, name, config, dtype)
     if not any(folder.glob("*.safetensors")):
         raise RequestError(f"{name} has no .safetensors weights in {folder}")
     refuse_other_formats(folder, name)
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
     try:
         with progress(f"loading {name}", every=5), _quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -172,6 +163,28 @@ def read(
     refuse_other_tensors(found, name)
     refuse_slow(tokenizer, name)
     return model, tokenizer
+
+
+def configuration(folder: Path, name: str) -> Any:
+    """The `LlamaConfig` of a folder.
+
+    Raises:
+        RequestError: a kind of model that is not supported, or an adapter beside the weights.
+        RunError: it cannot be read.
+    """
+    if (
+        in_notebook()
+    ):  # progress is shown here without widgets, which tqdm asks for as it is imported
+        warnings.filterwarnings("ignore", message="IProgress not found")
+    from transformers import AutoConfig
+
+    refuse_adapter(folder, name)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise RunError(f"{name}: config.json cannot be read: {first_line(error)}") from error
+    refuse_unsupported(config, name)
+    return config
 
 
 def _outline(

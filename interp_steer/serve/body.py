@@ -19,6 +19,15 @@ PROMPTS = 256  # of one completion request
 Body = TypeVar("Body", bound=BaseModel)
 Probability = Annotated[float, Field(gt=0, le=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]
+NoList = Annotated[list[Any], Field(max_length=0)]
+NoDict = Annotated[dict[str, Any], Field(max_length=0)]
+
+
+class Plain(BaseModel):
+    """The one form of an answer that is here."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"]
 
 
 class Options(BaseModel):
@@ -33,6 +42,12 @@ class Options(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
+    min_p: Zero | None = None
+    min_tokens: Zero | None = None
+    logit_bias: NoDict | None = None
+    stop_token_ids: NoList | None = None
+    ignore_eos: Literal[False] | None = None
+    response_format: Plain | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | list[str] | None = None
@@ -93,7 +108,8 @@ class Chat(Options):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=TOPS)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tools: NoList | None = None
+    functions: NoList | None = None
 
     @property
     def prompt(self) -> tuple[Message, ...]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -111,6 +112,31 @@ def test_nothing_is_left_of_a_failure(tiny, tiny_folder, known, tmp_path, monkey
     assert not [*tmp_path.iterdir()]
 
 
+def test_lengths_need_no_weights(tiny_folder, known, tmp_path, monkeypatch):
+    """A checkpoint of 8B is written on a machine that cannot hold it: only headers are read.
+    Weights that are no numbers show it, since loading refuses them.
+    """
+    from safetensors.torch import save_file
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    held = load_file(base / "model.safetensors")
+    save_file(
+        {k: torch.full_like(v, torch.nan) for k, v in held.items()}, base / "model.safetensors"
+    )
+    monkeypatch.setenv("INTERP_STEER_CACHE", str(tmp_path / "cache"))
+    known["a"].save(tmp_path / "a.safetensors")
+    asked = ("export", "checkpoint", "--model", base, "--out", tmp_path / "out", "--steer")
+    command(*asked, f"add({tmp_path}/a.safetensors, 5) at 3 on all+first")
+    bias = load_file(tmp_path / "out" / checkpoint.BIASES)["model.layers.3.mlp.down_proj.bias"]
+    assert bias.norm().item() == pytest.approx(5)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
+    asked = (*asked[:5], tmp_path / "other", "--steer")
+    _, told = command(*asked, f"add({tmp_path}/a.safetensors, 5) at 3 on all+first", code=2)
+    assert "mistral" in told and not (tmp_path / "other").exists()
+
+
 def test_the_command_and_its_card(tiny_folder, known, tmp_path, monkeypatch):
     monkeypatch.setenv("INTERP_STEER_CACHE", str(tmp_path / "cache"))
     known["a"].save(tmp_path / "a.safetensors")
@@ -124,6 +150,10 @@ def test_the_command_and_its_card(tiny_folder, known, tmp_path, monkeypatch):
     assert told["first_position"]["kl"] > 0 and told["steer"].endswith("on all+first")
     card = (out / "README.md").read_text()
     assert told["steer"] in card and "SGLang ignores" in card and "nats a token" in card
+    assert f"| model | {tiny_folder.name} |" in card and str(tiny_folder) not in card
+    assert "base_model" not in card and "revision" not in card  # a folder's name is no hub id
+    hub = checkpoint.card({}, {"model": "meta-llama/Llama-3.1-8B", "revision": "abc"})
+    assert hub.startswith("---\nbase_model: meta-llama/Llama-3.1-8B\ntags: [steering]\n---\n")
     config = json.loads((out / "config.json").read_text())
     assert (config["mlp_bias"], config["attention_bias"]) == (True, False)
     bias = load_file(out / checkpoint.BIASES)["model.layers.3.mlp.down_proj.bias"]
