@@ -16,10 +16,10 @@ Text = Callable[[int], str]
 class Envelope:
     """What all parts of one answer share: id, time, the model's name, what was steered."""
 
-    def __init__(self, kind: str, model: str, steering: str, seed: int) -> None:
-        """`kind` is "chat.completion" or "text_completion"."""
+    def __init__(self, kind: str, model: str, steering: str, seed: int, n: int = 1) -> None:
+        """`kind` is "chat.completion" or "text_completion"; `n` choices share a prompt."""
         prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
-        self.kind = kind
+        self.kind, self.n = kind, n
         self.common = {
             "id": f"{prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -34,7 +34,7 @@ class Envelope:
     def whole(self, choices: Sequence[dict[str, Any]], pieces: Sequence[Piece]) -> dict[str, Any]:
         """A body with everything."""
         body = {"object": self.kind, **self.common, "choices": list(choices)}
-        return {**body, "usage": usage(pieces), **self.told}
+        return {**body, "usage": self.usage(pieces), **self.told}
 
     def part(
         self, index: int, text: str | None, finish: str | None = None, role: str | None = None
@@ -52,13 +52,13 @@ class Envelope:
     def end(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """The last event of a stream that counts tokens."""
         kind = f"{self.kind}.chunk" if self.chats else self.kind
-        return {"object": kind, **self.common, "choices": [], "usage": usage(pieces)}
+        return {"object": kind, **self.common, "choices": [], "usage": self.usage(pieces)}
 
-
-def usage(pieces: Sequence[Piece]) -> dict[str, int]:
-    """Tokens read and generated."""
-    read, made = sum(p.prompt_tokens for p in pieces), sum(p.tokens for p in pieces)
-    return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+    def usage(self, pieces: Sequence[Piece]) -> dict[str, int]:
+        """Tokens read, each prompt's once, and generated."""
+        read, made = sum(p.prompt_tokens for p in pieces), sum(p.tokens for p in pieces)
+        read //= self.n
+        return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
 
 
 def chat_choice(index: int, text: str, last: Piece, top: int | None, of: Text) -> dict[str, Any]:

@@ -86,7 +86,7 @@ async def _answer(
         top: so many likeliest tokens are told at every position; None for no probabilities.
         choice: makes a choice of a row's number, text and last piece.
     """
-    envelope = Envelope(kind, body.model, line(rows[0].steer), rows[0].seed)
+    envelope = Envelope(kind, body.model, line(rows[0].steer), rows[0].seed, body.n or 1)
     stream = Stream(service)
     for row in rows:
         stream.add(row, body.stops, *_probabilities(service, top))

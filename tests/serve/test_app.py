@@ -99,6 +99,13 @@ def test_streams_give_the_same_text(ask, address):
         assert events[-1]["usage"] == whole["usage"]
 
 
+def test_a_prompt_of_several_choices_is_counted_once(ask):
+    body = {**SAY, "prompt": ["The quick", "brown fox"]}
+    one, three = ask("completions", body), ask("completions", body | {"n": 3})
+    assert len(three["choices"]) == 6
+    assert three["usage"]["prompt_tokens"] == one["usage"]["prompt_tokens"]
+
+
 def test_stops_are_no_part_of_an_answer(ask, address):
     body = {**SAY, "prompt": "The quick brown fox", "max_tokens": 40}
     text = ask("completions", body)["choices"][0]["text"]
