@@ -80,6 +80,7 @@ def run_statement(statement: str, folder: Path) -> None:
         subprocess.run(["bash", "-ec", statement], check=True, cwd=folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "number", "block"), RUN, ids=[f"{p}-{n}" for p, n, _ in RUN])
 def test_commands_run_as_written(clone, starter, monkeypatch, page, number, block):
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))  # chat ends where it ends
@@ -124,6 +125,7 @@ def test_every_command_of_every_page_exists():
         found.make_context(name, words)  # raises for what does not exist
 
 
+@pytest.mark.slow
 def test_the_recipe_in_python_runs(clone, capsys):
     (page,) = blocks("docs/recipes", "python")
     made = next(b for b in blocks("docs/recipes", "sh") if "generate.json" in b)

@@ -295,6 +295,8 @@ def test_an_interrupt_is_said_in_one_line(tmp_path, words):
             [sys.executable, "-m", "interp_steer", *words],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, **told, "INTERP_STEER_CACHE": str(tmp_path)},
+            # a shell's background jobs ignore it, and so would their children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         try:
             connection, _ = server.accept()  # it has begun

@@ -379,6 +379,7 @@ def killed_ten_times(name, model, tmp_path, wait):
     return int(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_run_killed_ten_times_goes_on_bit_equal(tiny, tiny_folder, tmp_path):
     assert killed_ten_times(str(tiny_folder), tiny, tmp_path, wait=0.06) >= 3
 

@@ -95,6 +95,7 @@ def test_the_curve_is_that_of_hugging_face_alone(tiny, direction, made):
     assert row["effect"] == pytest.approx(sum(effects) / len(effects), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_its_texts_are_what_the_engine_says(tiny, direction, made):
     said = made.said.set_index("arm")
     assert list(said.index) == ["unsteered", "steered", "prompted"]
@@ -109,6 +110,7 @@ def test_its_texts_are_what_the_engine_says(tiny, direction, made):
     assert made.texts[0]["steered"][:20] == result.text[:20]
 
 
+@pytest.mark.slow
 def test_it_is_told_in_three_forms(made, tmp_path):
     told = json.loads(json.dumps(made.as_json()))
     assert told["verdict"]["steers"] is True and told["words"] == list(WORDS)
@@ -120,6 +122,7 @@ def test_it_is_told_in_three_forms(made, tmp_path):
     assert "Dose curve" in made._repr_html_()
 
 
+@pytest.mark.slow
 def test_the_same_again_runs_nothing(tiny, direction, made):
     before = {path: path.read_bytes() for path in made.folder.rglob("rows.jsonl")}
     again = card(tiny, direction, made.folder, words=WORDS, budget=100.0)

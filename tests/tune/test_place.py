@@ -39,6 +39,7 @@ def found(tiny, directions, folder, **more):
     return best_place(tiny, LINES, CHOOSE, directions, folder, **fields)
 
 
+@pytest.mark.slow
 def test_the_planted_line_wins_and_is_tested_once(tiny, directions, tmp_path):
     place = found(tiny, directions, tmp_path)
     assert "good" in place.line and place.findings().verdict.steers
@@ -64,6 +65,7 @@ def test_the_planted_line_wins_and_is_tested_once(tiny, directions, tmp_path):
     assert {path: path.read_bytes() for path in before} == before, "nothing is run twice"
 
 
+@pytest.mark.slow
 def test_what_loops_or_is_unlikely_cannot_win(tiny, directions, tmp_path, monkeypatch):
     from interp_steer.tune import place as module
 
