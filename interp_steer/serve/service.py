@@ -3,11 +3,12 @@
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
-from interp_steer.errors import RequestError, nearest
+from interp_steer.errors import RequestError, SteerError, nearest
 from interp_steer.model.model import SteeringModel
 from interp_steer.prompts.prompt import Given
 from interp_steer.serve.body import Options
@@ -33,15 +34,15 @@ class Shelf(Mapping[str, Vector]):
         self._lock = Lock()
 
     def put(self, vector: Vector) -> Vector:
-        """Keeps one that was made, until the server ends or many others came. A stored one of that
-        name stays what it is: the new one gets a number.
+        """Keeps one that was made, until the server ends or many others came. Another one of that
+        name, stored or made, stays what it is: the new one gets a number.
         """
         with self._lock:
             name, number = vector.name, 2
-            while name in set(self._stored()) or (
-                name in self._made and self._made[name].sha != vector.sha
-            ):
+            while name in set(self) and self._found(name) != vector.named(name):
                 name, number = f"{vector.name}-{number}", number + 1
+            if name in set(self._stored()):
+                return self[name]
             self._made[name] = vector.named(name)
             self._made.move_to_end(name)
             while len(self._made) > MOST:
@@ -58,6 +59,12 @@ class Shelf(Mapping[str, Vector]):
         if name not in self._read or self._read[name][0] != written:
             self._read[name] = written, load(file).named(name)
         return self._read[name][1]
+
+    def _found(self, name: str) -> Vector | None:
+        """The one of that name; None for a file that cannot be read."""
+        with suppress(SteerError):
+            return self[name]
+        return None
 
     def _stored(self) -> Iterator[str]:
         return (path.stem for path in self.path.glob("*.safetensors"))

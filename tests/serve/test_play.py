@@ -112,6 +112,14 @@ def test_a_dropped_file_becomes_a_direction(page, service):
         "/api/direction", json={"file": "a.npy", "data": data, "at": "3", "name": "joy"}
     )
     assert other.json()["name"] == "joy-2"
+    # the same again is the one that is there, stored or made; at another layer it is another
+    stored = base64.b64encode(page.get("/api/direction/joy").content).decode()
+    same = {"file": "joy.safetensors", "data": stored, "name": "joy"}
+    assert page.post("/api/direction", json=same).json()["name"] == "joy"
+    again = {"file": "warm.npy", "data": data, "name": "warm"}
+    assert page.post("/api/direction", json={**again, "at": "3"}).json()["name"] == "warm"
+    moved = page.post("/api/direction", json={**again, "at": "4"}).json()
+    assert moved["name"] == "warm-2" and service.directions["warm"].site.layer == 3
     body = {"model": "tiny", "prompt": "I love", "max_tokens": 2, "steering": "add(warm, 2) at 3"}
     assert page.post("/v1/completions", json=body).status_code == 200
     for wrong, said in (
