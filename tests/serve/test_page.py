@@ -5,6 +5,7 @@ Skipped without Playwright or a Chromium. `SHOTS=FOLDER` keeps pictures.
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -111,6 +112,32 @@ def test_by_keyboard_alone(served, browser):
     assert asked and all(url.startswith((served, "data:", "blob:")) for url in asked)
     assert not wrong
     shot(page, "curve")
+
+
+def test_the_copied_command_gives_the_text_that_is_seen(served, browser):
+    """In a terminal of the same cache; then a talk under another system prompt is a new one."""
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.goto(served)
+    page.fill("#query", "paris")
+    page.locator("#hits li").first.click()
+    page.wait_for_selector(".step")
+    page.click("summary")
+    page.fill("#max_tokens", "16")
+    page.fill("#system", "Answer briefly.")
+    page.fill("#text", "Describe a walk.")
+    page.click("#send")
+    expect(page.locator("#status")).to_have_text(ANSWERED, timeout=120_000)
+    _, steered = page.locator(".columns article p").all_inner_texts()
+    page.click("[data-copy=command]")
+    expect(page.locator("#status")).to_have_text(re.compile("^Copied: interp-steer features get"))
+    lines = page.evaluate("navigator.clipboard.readText()").splitlines()
+    told = [command(*shlex.split(line)[1:])[0] for line in lines if not line.startswith("#")]
+    assert steered.removesuffix(" …").split() == told[-1].split("]\n")[-1].split()
+    page.fill("#system", "Answer at length.")
+    page.fill("#text", "And in winter?")
+    page.click("#send")
+    expect(page.locator(".turn").last.locator(".help")).to_have_text(re.compile("does not read"))
 
 
 def test_phones_and_the_dark(served, browser):
