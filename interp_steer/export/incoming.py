@@ -116,7 +116,7 @@ def _chosen(path: Path, keys: list[str], key: str | None, at: str | int | None) 
     placed = [one for one in keys if _site(one) is not None]
     if len(keys) > 1 and (at is not None or len(placed) < len(keys)):
         shown = ", ".join(keys[:8]) + (" ..." if len(keys) > 8 else "")
-        raise RequestError(f"{path} holds {len(keys)} tensors; name one with key: {shown}")
+        raise RequestError(f"{path} holds {len(keys)} tensors; name one by --key: {shown}")
     return keys
 
 

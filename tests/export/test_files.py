@@ -150,7 +150,7 @@ def test_what_cannot_be_read_says_how(tmp_path, monkeypatch):
         ("torn.npy", RunError, "damaged"),
         ("torn.pt", RunError, "damaged"),
         ("objects.npy", RunError, "damaged or holds objects"),
-        ("two.safetensors", RequestError, "holds 2 tensors; name one with key: a, b"),
+        ("two.safetensors", RequestError, "holds 2 tensors; name one by --key: a, b"),
         ("nan.safetensors", RequestError, "points nowhere"),
         ("none.npy", RequestError, "no file"),
     ):
@@ -171,7 +171,7 @@ def test_the_command_imports(tmp_path, monkeypatch):
     monkeypatch.setenv("INTERP_STEER_CACHE", str(tmp_path / "cache"))
     np.save(tmp_path / "v.npy", np.arange(1.0, 65))
     done, _ = command("direction", "import", tmp_path / "v.npy", "--name", "warm", "--at", "3")
-    assert "add(warm, 0.3 dose) at resid_post 3" in done
+    assert "add(warm, 1 raw) at resid_post 3 on all+first" in done
     shown, _ = command("direction", "show", "warm")
     assert "file: v.npy" in shown and "blocks.3.hook_resid_post" in shown
     _, wrong = command("direction", "import", tmp_path / "v.npy", "--name", "warm", code=2)

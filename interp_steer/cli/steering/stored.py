@@ -108,6 +108,7 @@ def import_file(
     """
     from interp_steer.export.incoming import imported
     from interp_steer.steering.direction import members
+    from interp_steer.steering.intervention import sites_text
     from interp_steer.util.files import cache_dir
 
     common.check_name(name)
@@ -121,7 +122,6 @@ def import_file(
         return
     common.table(tuple(rows[0]), [tuple(row.values()) for row in rows])
     print(safe(f"saved {target}"))
-    middle = parts[len(parts) // 2].site
     called = name if out is None else str(target)
-    steer = f"add({called}, 0.3 dose) at {middle}"
-    print(safe(f"try   interp-steer generate '...' --steer '{steer}'"))
+    steer = f"add({called}, 1 raw) at {sites_text([m.site for m in parts])} on all+first"
+    print(safe(f"try   interp-steer generate '...' --steer '{steer}'    # at the file's lengths"))
