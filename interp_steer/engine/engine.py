@@ -112,18 +112,18 @@ class Engine:
         """
         stepper = self.stepper()
         ids = {stepper.add(row): number for number, row in enumerate(rows)}
-        tokens: list[list[int]] = [[] for _ in rows]
-        shown = [""] * len(rows)
+        texts = [self.model.running_text(row.prompt) for row in rows]
+        shown = [0] * len(rows)
         while stepper.busy:
             for event in stepper.step():
                 number = ids[event.id]
                 if event.token_id is not None:
-                    tokens[number].append(event.token_id)
-                if not event.finish and self.model.pending(tokens[number]):
+                    texts[number].add(event.token_id)
+                if not event.finish and texts[number].pending:
                     continue  # the rest of a character is still to come
-                text = self.model.decode(tokens[number], rows[number].prompt)
-                yield number, text[len(shown[number]) :], event.finish
-                shown[number] = text
+                text = texts[number].text
+                yield number, text[shown[number] :], event.finish
+                shown[number] = len(text)
 
     def score(
         self,

@@ -24,7 +24,7 @@ from interp_steer.model.loading import (
 )
 from interp_steer.model.shape import Bounds, Shape
 from interp_steer.model.site import Site
-from interp_steer.prompts.codec import Codec
+from interp_steer.prompts.codec import Codec, RunningText
 from interp_steer.prompts.prompt import Encoded, Given, is_chat
 from interp_steer.prompts.template import Template, read_date
 
@@ -255,8 +255,11 @@ class SteeringModel(Forward):
             after: the prompt that they follow. What continues a text, or an answer that was begun,
                 keeps its leading space; an answer that stands alone begins as the tokenizer has it.
         """
-        opened = is_chat(after) and bool(after) and after[-1][0] == "assistant"  # type: ignore[index]
-        return self._codec.decode(ids, isinstance(after, str) or opened)
+        return self._codec.decode(ids, _goes_on(after))
+
+    def running_text(self, after: object = None) -> RunningText:
+        """The text of tokens that are still to come one by one; `after` is as for `decode`."""
+        return RunningText(self._codec, _goes_on(after))
 
     def pending(self, ids: Sequence[int]) -> bool:
         """Whether the next token may change the text of these, which end amid a character."""
@@ -301,6 +304,13 @@ class SteeringModel(Forward):
 
         kind = pick_dtype(dtype, self.device)
         return folded_copy(self.hf, self.shape, self.tokenizer, self.name, kind)
+
+
+def _goes_on(after: object) -> bool:
+    """Whether a text's leading space counts: it continues a text, or an answer that was begun."""
+    if isinstance(after, str):
+        return True
+    return is_chat(after) and bool(after) and after[-1][0] == "assistant"  # type: ignore[index]
 
 
 def _prompt(given: object) -> Given:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CUTS = 16  # places where a text is tried to be parted
+_TAIL = 32  # tokens that are decoded again at every new one
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # a byte-fallback token
 
 
@@ -207,3 +208,31 @@ class Codec:
     def _letter(self) -> list[int]:
         ids: list[int] = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         return ids[-1:]
+
+
+class RunningText:
+    """The text of tokens that come one by one, as `Codec.decode` has it of all of them.
+
+    Only the last tokens are decoded again, so that a token costs the same at the end of a long
+    answer as at its beginning.
+    """
+
+    def __init__(self, codec: Codec, follows: bool) -> None:
+        self._codec, self._follows = codec, follows
+        self._settled, self._tail = "", list[int]()
+
+    def add(self, id: int) -> None:
+        """One more token."""
+        if len(self._tail) >= _TAIL and not self.pending:
+            self._settled, self._tail, self._follows = self.text, [], True
+        self._tail.append(id)
+
+    @property
+    def pending(self) -> bool:
+        """Whether the next token may change the text of these; see `Codec.pending`."""
+        return self._codec.pending(self._tail)
+
+    @property
+    def text(self) -> str:
+        """The text of all tokens so far."""
+        return self._settled + self._codec.decode(self._tail, self._follows)

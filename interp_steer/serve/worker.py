@@ -4,7 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from interp_steer.engine.engine import ALONE, Engine
@@ -14,6 +14,7 @@ from interp_steer.engine.stepper import Event, Stepper
 from interp_steer.errors import RunError, SteerError
 from interp_steer.model.model import SteeringModel
 from interp_steer.model.site import Site
+from interp_steer.prompts.codec import RunningText
 
 T = TypeVar("T")
 
@@ -65,7 +66,8 @@ class Job:
     taps: tuple[Site, ...] = ()
     read: Callable[[Result], Any] | None = None
     id: int | None = None
-    tokens: list[int] = field(default_factory=list)
+    text: RunningText | None = None
+    tokens: int = 0
     shown: int = 0
     left: bool = False
 
@@ -165,6 +167,7 @@ class Worker:
     def _admit(self, job: Job) -> None:
         try:
             job.id = self._stepper.add(job.row, job.taps)
+            job.text = self.model.running_text(job.row.prompt)
         except Exception as error:  # of this request alone
             job.deliver(error)
             return
@@ -191,10 +194,11 @@ class Worker:
 
     def _took(self, event: Event) -> None:
         job = self._running.get(event.id)
-        if job is None:
+        if job is None or job.text is None:
             return
         if event.token_id is not None:
-            job.tokens.append(event.token_id)
+            job.text.add(event.token_id)
+            job.tokens += 1
             self.generated += 1
         finish = event.finish
         if finish == "memory":
@@ -202,9 +206,9 @@ class Worker:
             self._stepper.pop(event.id)
             job.deliver(OutOfMemory(ALONE))
             return
-        if not finish and self.model.pending(job.tokens):
+        if not finish and job.text.pending:
             return  # the rest of a character is still to come
-        text = self.model.decode(job.tokens, job.row.prompt)
+        text = job.text.text
         end = min((at for at in map(text.find, job.stops) if at >= 0), default=-1)
         if end >= 0:
             text, finish = text[:end], "stop"
@@ -223,7 +227,7 @@ class Worker:
         except Exception as error:
             job.deliver(error)
             return
-        job.deliver(Piece(new, finish, read, len(job.tokens), found))
+        job.deliver(Piece(new, finish, read, job.tokens, found))
 
 
 def _held_back(text: str, stops: Sequence[str]) -> int:

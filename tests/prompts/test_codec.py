@@ -1,5 +1,6 @@
 """Text as token ids and back, for tokenizers of all kinds; transformers' ids are the reference."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -174,6 +175,26 @@ def test_streamed_bytes_wait_until_they_are_sure():
     assert texts[2] == "日" and texts[-1] == "日本 love"
     assert not texts[3].startswith(texts[2])  # transformers' own text; so "日" may not be shown yet
     assert [model.pending(ids[: n + 1]) for n in range(len(ids))] == [True] * 6 + [False]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_that_runs_is_the_text_of_all_its_tokens(kind):
+    """At every token that is sure, over texts and over tokens drawn at random; bytes too."""
+    model = small(KINDS[kind]())
+    draw = np.random.default_rng(3)
+    texts = "I love the tower. \u65e5\u672c na\u00efve \N{FOX FACE} the fox, the fox " * 6
+    written = list(model.token_ids(texts))
+    for after in ("The quick", chat("Hello")):
+        for ids in (written, draw.integers(0, model.d_vocab, 200).tolist()):
+            running, sure = model.running_text(after), 0
+            for n, id in enumerate(ids):
+                running.add(id)
+                assert running.pending == model.pending(ids[: n + 1])
+                if not running.pending:
+                    assert running.text == model.decode(ids[: n + 1], after)
+                    sure += 1
+            assert running.text == model.decode(ids, after) and sure > 50
+            assert len(running._tail) < 100  # what is decoded at a token does not grow
 
 
 def test_what_a_tokenizer_puts_behind_a_text_is_left_out():
