@@ -161,7 +161,8 @@ for one, other in (("add", "unsteered"), ("clamp", "add"), ("clamp, improved", "
                    ("add", "prompting"), ("8 features", "prompting, improved")):  # fmt: skip
     a, b = (arms[name].set_index("item")["concept"] for name in (one, other))
     span = intervals.difference(a.to_numpy(float), b.reindex(a.index).to_numpy(float), kind="rate")
-    print(f"  {one:16} - {other:20} {span.estimate:+.2f} [{span.low:+.2f}, {span.high:+.2f}]")
+    inside = "no interval" if span.low is None else f"[{span.low:+.2f}, {span.high:+.2f}]"
+    print(f"  {one:16} - {other:20} {span.estimate:+.2f} {inside}")
 
 # %% a judge's ratings, where there is one
 if option("--judge"):

@@ -2,8 +2,9 @@
 
 import itertools
 
-from interp_steer.cli.steering.demo import FILE
+from interp_steer.cli.steering.demo import FILE, _answers
 from interp_steer.study.file import StudyFile
+from tests.study.samples import four_cells
 
 
 def test_the_grid_crosses_what_the_demo_says():
@@ -28,3 +29,13 @@ def test_the_features_are_those_whose_labels_name_the_concept_and_screen_best(st
     scores = screen(Sae.load("starter"), starter, [1136, 2652, 3637])
     best = sorted(scores, key=lambda one: -one.output_score)[:2]
     assert {one.index for one in best} == named
+
+
+def test_answers_have_the_line_of_their_setting(tiny, tmp_path):
+    """The demo looks its answers up by their lines, of which a run's table has the parts."""
+    lines = [f"add(d, {dose} dose) at 2 on prompt" for dose in (0.3, 0.5)]
+    made = four_cells(choose=(), lines=lines, sites=(), coefficients=())
+    answers = _answers(made.run(tiny, tmp_path / "RUN"))
+    assert (
+        set(answers["setting"]) == {"", *(setting[0] for setting in made.settings)} == {"", *lines}
+    )

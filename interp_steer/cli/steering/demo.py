@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from interp_steer.model.model import SteeringModel
+    from interp_steer.report.run import Run
     from interp_steer.results.roles import Setting
     from interp_steer.study.study import Study
 
@@ -53,10 +54,10 @@ def demo(
     folder = out or cache_dir("runs", "demo")
     study = StudyFile.read(FILE).study(model)
     _screen(model, study)
-    tried = replace(study, choose=(), prove=study.choose).run(model, folder / "choose").table()
+    tried = _answers(replace(study, choose=(), prove=study.choose).run(model, folder / "choose"))
     tried["works"] = _works(tried)
     columns = [*PANELS, "rep3", "coefficient"]
-    means = tried.groupby("direction", sort=False)[columns].mean()
+    means = tried.groupby("setting", sort=False)[columns].mean()
     grid = pd.DataFrame([{**_about(study, s), **means.loc[s[0]]} for s in study.settings])
     # of each kind: most answers that work; then most that name the concept; then the gentlest
     order = grid.sort_values(["works", "mention", "dose"], ascending=[False, False, True])
@@ -65,7 +66,7 @@ def demo(
         {str(name): value for name, value in row.items()} for row in best.to_dict("records")
     ]
     for setting in chosen:  # with its length as a number, as the dose is of the prompts before
-        setting["steer"] = tried.loc[tried["direction"] == setting["setting"], "steer"].iloc[0]
+        setting["steer"] = tried.loc[tried["setting"] == setting["setting"], "steer"].iloc[0]
     plain = tried[tried["role"] == "unsteered"]
     plot = dose_response(
         grid, PANELS, {name: float(plain[name].mean()) for name in PANELS},
@@ -75,9 +76,9 @@ def demo(
     longer = replace(study.sampling, max_new_tokens=LENGTH)
     lines = [s["steer"] for s in chosen]
     last = replace(study, choose=(), lines=lines, sampling=longer)
-    shown = last.run(model, folder / "show").table()
+    shown = _answers(last.run(model, folder / "show"))
     shown["works"] = _works(shown)
-    answers = {(row["prompt"], row["direction"]): row for row in shown.to_dict("records")}
+    answers = {(row["prompt"], row["setting"]): row for row in shown.to_dict("records")}
     prompts = [item.text for item in study.prove]
     for number, prompt in enumerate(prompts, 1):
         print(f"\n{number}. {safe(prompt)}")
@@ -105,6 +106,13 @@ def demo(
         pairs = [(answers[p, setting["steer"]], answers[p, ""]) for p in prompts]
         print(f"  {setting['kind']:<9} {sum(a['works'] and not b['mention'] for a, b in pairs)}")
     print(f"plot and answers: {plot}, {folder / 'choose'}, {folder / 'show'}")
+
+
+def _answers(run: "Run") -> "pd.DataFrame":
+    """A run's table with the line of every setting: the table has a line's parts, the plan it."""
+    table = run.table()
+    table["setting"] = table["key"].map({one["key"]: one["direction"] for one in run.plan})
+    return table
 
 
 def _screen(model: "SteeringModel", study: "Study") -> None:
