@@ -322,9 +322,10 @@ def _shaded(service: Service, direction: Direction, result: Result) -> Any:
 
 async def _talked(session: Session, turn: Turn, pieces: Pieces) -> AsyncIterator[dict[str, Any]]:
     """The answers of a turn as events; at its end they are part of the talk."""
-    steered = brief(turn.rows[-1].steer)
-    asked = turn.asked[-1]
-    yield {"titles": turn.titles, "notes": turn.notes, "steer": steered, "asked": asked}
+    yield {
+        "titles": turn.titles, "notes": turn.notes, "steer": brief(turn.rows[-1].steer),
+        "asked": turn.asked[-1], "turns": len(session.said),
+    }  # fmt: skip
     texts = [""] * len(turn.rows)
     async for number, piece in pieces:
         texts[number] += piece.text

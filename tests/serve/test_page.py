@@ -138,6 +138,12 @@ def test_the_copied_command_gives_the_text_that_is_seen(served, browser):
     page.fill("#text", "And in winter?")
     page.click("#send")
     expect(page.locator(".turn").last.locator(".help")).to_have_text(re.compile("does not read"))
+    expect(page.locator("#status")).to_have_text(ANSWERED, timeout=120_000)
+    page.fill("#text", "And in spring?")  # which that talk goes on with
+    page.click("#send")
+    expect(page.locator(".turn")).to_have_count(3)
+    expect(page.locator("#status")).to_have_text(ANSWERED, timeout=120_000)
+    assert not page.locator(".turn").last.locator(".help").count()
 
 
 def test_phones_and_the_dark(served, browser):

@@ -186,6 +186,10 @@ def test_a_talk_that_is_gone_is_told(page):
     other = events(page.post("/api/talk", json={**again, "turns": 2, "system": "Be brief."}))
     assert "does not read what stands above" in other[0]["notes"][0]
     assert other[0]["asked"] == [["system", "Be brief."], ["user", "And now?"]]
+    # the page counts on from what the server has, so that the next question is no new talk again
+    assert other[0]["turns"] == 0 and other[-1] == {"kept": True}
+    third = {**again, "turns": other[0]["turns"] + 1, "system": "Be brief."}
+    assert not events(page.post("/api/talk", json=third))[0]["notes"]
 
 
 def test_steer_changes_the_line_of_the_page(page):

@@ -281,7 +281,8 @@ async function ask(text) {
         columns.push(p);
         box.append(make("article", {}, make("h3", {}, title), p));
       }
-      if (event.titles && !text.startsWith("/")) last = { text, line: asked, steer: event.steer, asked: event.asked };
+      if (event.titles) turns = event.turns;
+      if (event.titles && !text.startsWith("/")) last = { line: asked, steer: event.steer, asked: event.asked };
       if (event.notes?.length) turn.insertBefore(make("p", { className: "help" }, event.notes.join("; ")), box);
       if (event.column !== undefined) {
         columns[event.column].append(event.text);
