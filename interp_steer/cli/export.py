@@ -80,6 +80,7 @@ def export(
         from interp_steer.export.harness import entries
         from interp_steer.export.request import interp_engine
         from interp_steer.model.loading import configuration, find_folder, glance
+        from interp_steer.model.shape import Shape
         from interp_steer.prompts.file import QUESTIONS, PromptFile
         from interp_steer.steering.directions import Directions
         from interp_steer.steering.grammar import parse
@@ -109,9 +110,7 @@ def export(
     wanted = resolve(wanted, scale)
     if bounds is None:  # it was not on this machine
         folder, _ = find_folder(model, None, weights=False)
-        configuration(folder, model)
-        bounds = glance(str(folder))
-        assert bounds is not None
+        bounds = Shape.of(configuration(folder, model)).bounds(model)
     told: dict[str, Any] = {"format": to, "model": model, "steer": line(wanted)}
     if difference:
         told["first_position"] = vars(difference)

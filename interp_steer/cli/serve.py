@@ -8,6 +8,7 @@ from typing import Annotated
 
 from interp_steer.cli import common
 from interp_steer.errors import RequestError, RunError
+from interp_steer.labels.registry import STARTER
 from interp_steer.util.console import progress
 
 TOKEN = "INTERP_STEER_TOKEN"
@@ -83,7 +84,7 @@ def serve(
     file = PromptFile.read(prompts or QUESTIONS)
     place = _bound(host, port)
     loaded = common.load(model, dtype, device, date=date)
-    if model == "starter":
+    if model == STARTER:
         _with_labels()
     asked = [item.prompt for item in file.items(as_chat=loaded.is_chat)]
     limits = Limits(body=max_body, tokens=max_tokens, most=most, waiting=waiting)
@@ -101,11 +102,11 @@ def _with_labels() -> None:
     from interp_steer.labels import coverage, import_files
 
     try:
-        there = any(one.labels for one in coverage(["starter"]))
+        there = any(one.labels for one in coverage([STARTER]))
     except RunError:  # nothing is stored yet
         there = False
     if not there:
-        import_files(["starter"])
+        import_files([STARTER])
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -194,9 +194,9 @@ def card(found: Constants, about: Mapping[str, str]) -> str:
         else ""
     )
     base = about.get("model", "")
-    return f"""---
-{f"base_model: {base}{chr(10)}" if HUB_ID.fullmatch(base) else ""}tags: [steering]
----
+    head = [f"base_model: {base}"] if HUB_ID.fullmatch(base) else []
+    front = "\n".join(["---", *head, "tags: [steering]", "---"])
+    return f"""{front}
 # A steered Llama
 
 The base model with a constant vector added to its residual stream at every position, by

@@ -22,7 +22,7 @@ from interp_steer.model.loading import (
     refuse_unsupported,
     refuse_wrong_weights,
 )
-from interp_steer.model.shape import Bounds, Shape
+from interp_steer.model.shape import Shape
 from interp_steer.model.site import Site
 from interp_steer.prompts.codec import Codec, RunningText
 from interp_steer.prompts.prompt import Encoded, Given, is_chat
@@ -167,8 +167,7 @@ class SteeringModel(Forward):
         Raises:
             RequestError: no such layer or head, or another width.
         """
-        bounds = Bounds(self.name, self.n_layers, self.n_heads, self.d_model, self.d_head)
-        bounds.check(site, width)
+        self.shape.bounds(self.name).check(site, width)
 
     # --- text ---------------------------------------------------------------------------------
 

@@ -95,6 +95,10 @@ class Shape:
             rope=Rope(rope["rope_theta"], scaling),
         )
 
+    def bounds(self, name: str) -> "Bounds":
+        """Which sites a model of this shape has; `name` is for messages."""
+        return Bounds(name, self.n_layers, self.n_heads, self.d_model, self.d_head)
+
 
 @dataclass(frozen=True)
 class Bounds:

@@ -85,7 +85,7 @@ def _ours(given: Mapping[str, Any], known: Known) -> Intervention:
     scope = Reader(str(given.get("scope", "all"))).only(Reader.scope)
     return Intervention(
         str(given.get("operator", "add")),
-        (_named(given.get("vector"), known),),
+        (vector_of(given.get("vector"), known),),
         _number(given, "coefficient"),
         "",
         (_layer(given),),
@@ -103,7 +103,7 @@ def _hotwire(given: Any, known: Known) -> tuple[Intervention, ...]:
                 "decode_only steers what was generated but not the prompt's last position, which "
                 "no scope here does; scope 'generated' of our own line has both"
             )
-        vector = _named(one.get("id"), known)
+        vector = vector_of(one.get("id"), known)
         site = (_layer(one),)
         found.append(
             Intervention("add", (vector,), _number(one, "scale", 1.0), "raw", site, EVERYWHERE)
@@ -135,7 +135,7 @@ def _easysteer(given: Mapping[str, Any], known: Known) -> tuple[Intervention, ..
             raise RequestError("steering.vectors needs layers, such as [13]")
         sites = tuple(_layer({"layer": layer}) for layer in layers)
         name = str(one.get("source")).removesuffix(".gguf")
-        vector = _named(name, known)
+        vector = vector_of(name, known)
         scale = _number(one, "scale", 1.0)
         found.append(Intervention("add", (vector,), scale, "raw", sites, scopes[applied]))
     return tuple(found)
@@ -228,7 +228,8 @@ def _mappings(given: Any, what: str) -> list[Mapping[str, Any]]:
     return some
 
 
-def _named(name: Any, known: Known) -> Vector:
+def vector_of(name: Any, known: Known) -> Vector:
+    """The vector of that name; raises RequestError with the nearest if there is none."""
     if not isinstance(name, str):
         raise RequestError("a vector is called by its name, a text")
     try:

@@ -22,6 +22,7 @@ from interp_steer.labels.label import named
 from interp_steer.prompts.file import QUESTIONS, PromptFile
 from interp_steer.prompts.prompt import Given
 from interp_steer.serve.body import json_of, read
+from interp_steer.serve.carriers import vector_of
 from interp_steer.serve.readings import shades
 from interp_steer.serve.service import Service
 from interp_steer.serve.session import Session, Turn
@@ -192,7 +193,6 @@ def _shown(service: Service, name: str) -> dict[str, Any]:
         "layer": middle.site.layer,
         "layers": [one.site.layer for one in parts],
         "norm": middle.norm,
-        "feature": middle.is_feature,
         "most": middle.max_activation,
         "made_by": _made_by(name, middle),
         "label": named(middle.source.get("label", ""))[:200],
@@ -307,11 +307,7 @@ def _shade(service: Service, name: str | None) -> Direction | None:
     """The direction whose reading colours the tokens."""
     if name is None:
         return None
-    try:
-        found = service.directions[name]
-    except KeyError:
-        raise RequestError(f"unknown vector {name[:80]!r}") from None
-    parts = members(found)
+    parts = members(vector_of(name, service.directions))
     one = parts[len(parts) // 2]
     return one if one.site.component in ("resid_pre", "resid_post") else None
 

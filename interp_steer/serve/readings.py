@@ -106,13 +106,13 @@ def shades(
         values = x.float() @ direction.unit
     first = len(model.encode(result.row.prompt).ids)
     told = values[first : first + len(result.token_ids)].tolist()
+    running, shown, start = model.running_text(result.row.prompt), 0, 0
     pieces: list[tuple[str, float]] = []
-    start = 0
     for end in range(1, len(told) + 1):  # the last token may not have been read
-        span = result.token_ids[start:end]
-        if end < len(told) and model.pending(span):
+        running.add(result.token_ids[end - 1])
+        if end < len(told) and running.pending:
             continue
-        text = model.decode(span, "" if start else result.row.prompt)
-        pieces.append((text, max(told[start:end], key=abs)))
-        start = end
+        text = running.text
+        pieces.append((text[shown:], max(told[start:end], key=abs)))
+        shown, start = len(text), end
     return tuple(pieces)

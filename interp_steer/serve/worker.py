@@ -4,7 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from interp_steer.engine.engine import ALONE, Engine
@@ -66,7 +66,7 @@ class Job:
     taps: tuple[Site, ...] = ()
     read: Callable[[Result], Any] | None = None
     id: int | None = None
-    text: RunningText | None = None
+    text: RunningText = field(init=False)
     tokens: int = 0
     shown: int = 0
     left: bool = False
@@ -194,7 +194,7 @@ class Worker:
 
     def _took(self, event: Event) -> None:
         job = self._running.get(event.id)
-        if job is None or job.text is None:
+        if job is None:
             return
         if event.token_id is not None:
             job.text.add(event.token_id)
